@@ -1,0 +1,314 @@
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+# ``remaining`` of a transition whose episode is still running
+RUNNING = -1
+
+
+def check_finite(values: dict[str, np.ndarray], env_indices: np.ndarray | None = None) -> None:
+    """
+    Check that what came from the envs are numbers.
+
+    :param values: Arrays of shape ``(n_envs, ...)`` by name
+    :param env_indices: Which env each row belongs to, all of them in order by default
+    :raises ValueError: naming the env and the key, if a value is NaN or infinite
+    """
+    for key, value in values.items():
+        if value.dtype.kind != "f" or np.isfinite(value).all():
+            continue
+        row = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
+        env_idx = row if env_indices is None else env_indices[row]
+        raise ValueError(
+            f"NaN or infinity in `{key}` of env {env_idx}: {value[row]}. The transition was not stored. "
+            "Check the env (diverging physics?), for instance with `stable_baselines3.common.vec_env.VecCheckNan`"
+        )
+
+
+class ContrastiveReplayBuffer(DictReplayBuffer):
+    """
+    Replay buffer for contrastive RL: samples transitions together with a goal that their own episode reached later.
+
+    The goal of a transition at step ``t`` is the achieved goal of step ``t + k`` of the same episode, where ``k >= 1``
+    follows the geometric law truncated at the end of the episode, ``P(k) ~ gamma^k``
+    (sections 2 and 4 of the paper: the discounted future state distribution).
+
+    Each env has its own ring of states. A state is stored once: it is the next observation of a transition and the
+    observation of the following one. The last state of an episode has its own slot, from which no transition starts.
+    Floating point observations are stored as float32, all others as they are.
+
+    An episode that is still running can be sampled, with the states seen so far as its future. A transition whose
+    achieved goal does not continue where the last transition of its env ended starts a new episode,
+    so that resetting an env behind the buffer's back never mixes two episodes.
+
+    :param buffer_size: Max number of states in the buffer, over all envs
+    :param observation_space: Observation space, with the keys ``achieved_goal`` and ``desired_goal``
+    :param action_space: Action space
+    :param device: PyTorch device of the samples
+    :param n_envs: Number of parallel environments
+    :param optimize_memory_usage: Not supported, states are never stored twice
+    :param handle_timeout_termination: Whether ``dones`` of the samples are false where the episode ended by timeout
+    :param gamma: Parameter of the geometric law, between 0 (the next state) and 1 (uniform over the future)
+    :raises ValueError: if an argument is out of its range
+    """
+
+    dones: np.ndarray
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Dict,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        gamma: float = 0.99,
+    ):
+        # Skip the parent, which would allocate observations and next observations
+        super(ReplayBuffer, self).__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        if optimize_memory_usage:
+            raise ValueError(
+                "`optimize_memory_usage=True` is not supported by ContrastiveReplayBuffer, which already stores "
+                "every state once: leave it at False"
+            )
+        self.optimize_memory_usage = False
+        self.handle_timeout_termination = handle_timeout_termination
+        self.gamma = gamma
+
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        # Two more slots: for the last state of an episode, and for the first one of the next
+        n_slots = self.buffer_size + 2
+        assert isinstance(self.obs_shape, dict)
+        self.observations = {
+            key: np.zeros((n_slots, n_envs, *shape), dtype=self._storage_dtype(observation_space[key]))
+            for key, shape in self.obs_shape.items()
+        }
+        self.actions = np.zeros((n_slots, n_envs, self.action_dim), dtype=self._maybe_cast_dtype(action_space.dtype))
+        self.rewards = np.zeros((n_slots, n_envs), dtype=np.float32)
+        self.dones = np.zeros((n_slots, n_envs), dtype=bool)
+        self.timeouts = np.zeros((n_slots, n_envs), dtype=bool)
+        # Steps from a slot to the last state of its episode, RUNNING if it has not ended,
+        # 0 where no transition starts (last states, the head, free slots)
+        self.remaining = np.zeros((n_slots, n_envs), dtype=np.int32)
+        # Slot of the newest state of each env
+        self.head = np.zeros(n_envs, dtype=np.int64)
+        # Number of transitions in the running episode of each env, 0 before its first one
+        self.episode_steps = np.zeros(n_envs, dtype=np.int64)
+        # Number of slots that were ever used, over the envs
+        self.n_used = 0
+        self._env_indices = np.arange(n_envs)
+
+    @staticmethod
+    def _storage_dtype(space: spaces.Space) -> np.dtype:
+        dtype = np.dtype(space.dtype)
+        return np.dtype(np.float32) if dtype.kind == "f" else dtype
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots of each env."""
+        return len(self.remaining)
+
+    @property
+    def next_observations(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+        """Copy of the observations, shifted by one slot: what each transition led to."""
+        return {key: np.roll(obs, -1, axis=0) for key, obs in self.observations.items()}
+
+    def reset(self) -> None:
+        """
+        Forget all transitions.
+        """
+        super().reset()
+        self.remaining[:] = 0
+        self.head[:] = 0
+        self.episode_steps[:] = 0
+        self.n_used = 0
+
+    def add(  # type: ignore[override]
+        self,
+        obs: dict[str, np.ndarray],
+        next_obs: dict[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        Add one transition of every env.
+
+        :param obs: Observations, arrays of shape ``(n_envs, ...)``
+        :param next_obs: What they led to; for an env that is done, the last observation of its episode
+        :param action: Actions in [-1, 1], shape ``(n_envs, action_dim)``
+        :param reward: Rewards of shape ``(n_envs,)``
+        :param done: Whether the episode ended, by termination or truncation, shape ``(n_envs,)``
+        :param infos: Info dicts, one for each env
+        :raises ValueError: if a value is NaN or infinite, or if an episode is longer than the buffer;
+            nothing is stored then
+        """
+        envs = self._env_indices
+        obs = {key: np.asarray(obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
+        next_obs = {key: np.asarray(next_obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
+        done = np.asarray(done, dtype=bool)
+        check_finite(obs)
+        check_finite({**next_obs, "action": np.asarray(action), "reward": np.asarray(reward)})
+        too_long = np.flatnonzero(self.episode_steps >= self.buffer_size)
+        if len(too_long) > 0:
+            raise ValueError(
+                f"The episode of env {too_long[0]} is longer than the {self.buffer_size} transitions that the replay buffer "
+                f"holds for each env: use `buffer_size` of at least {self.n_envs} envs x the length of an episode"
+            )
+
+        stored_goal = self.observations["achieved_goal"][self.head, envs]
+        jumped = (stored_goal != obs["achieved_goal"].astype(stored_goal.dtype)).reshape(self.n_envs, -1).any(axis=1)
+        self._end_episodes(np.flatnonzero(jumped & (self.episode_steps > 0)))
+
+        slots = self.head.copy()
+        for key, value in obs.items():
+            self.observations[key][slots, envs] = value
+        self.actions[slots, envs] = np.asarray(action).reshape(self.n_envs, self.action_dim)
+        self.rewards[slots, envs] = reward
+        self.dones[slots, envs] = done
+        if self.handle_timeout_termination:
+            self.timeouts[slots, envs] = [info.get("TimeLimit.truncated", False) for info in infos]
+        self.remaining[slots, envs] = RUNNING
+        self.episode_steps += 1
+
+        self._advance(envs)
+        for key, value in next_obs.items():
+            self.observations[key][self.head, envs] = value
+        self._end_episodes(np.flatnonzero(done))
+
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full = True
+            self.pos = 0
+
+    def _advance(self, envs: np.ndarray) -> None:
+        """Move the head of some envs to the next slot, from which no transition starts yet."""
+        self.head[envs] = (self.head[envs] + 1) % self.n_slots
+        self.remaining[self.head[envs], envs] = 0
+        self.n_used = max(self.n_used, int(self.head.max()) + 1)
+
+    def _end_episodes(self, envs: np.ndarray) -> None:
+        """Let the newest state of some envs be the last one of its episode."""
+        for env_idx in envs:
+            n_steps = self.episode_steps[env_idx]
+            steps_to_end = np.arange(1, n_steps + 1)
+            self.remaining[(self.head[env_idx] - steps_to_end) % self.n_slots, env_idx] = steps_to_end
+        self.episode_steps[envs] = 0
+        if len(envs) > 0:
+            self._advance(envs)
+
+    def truncate_last_trajectory(self) -> None:
+        """
+        End the running episodes: what is added next belongs to new ones.
+        """
+        running = np.flatnonzero(self.episode_steps > 0)
+        # Not an actual timeout, but what the last state is worth does not change by us looking away
+        last = (self.head[running] - 1) % self.n_slots
+        self.dones[last, running] = True
+        self.timeouts[last, running] = self.handle_timeout_termination
+        self._end_episodes(running)
+
+    def _sample_indices(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """
+        Draw transitions uniformly, and for each the slot of a state that its episode reached later.
+
+        :param batch_size: Number of transitions
+        :return: Slots and envs of the transitions, slots of the goals, each of shape ``(batch_size,)``
+        :raises ValueError: if the buffer is empty or ``gamma`` is not in [0, 1]
+        """
+        if self.n_used == 0:
+            raise ValueError("Cannot sample from an empty replay buffer: collect at least one transition first")
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"`gamma` must be between 0 and 1, got {self.gamma}")
+        remaining = self.remaining.reshape(-1)
+        indices = np.random.randint(self.n_used * self.n_envs, size=batch_size)
+        # Few slots hold no transition (about one an episode): draw again where one was hit
+        rejected = np.flatnonzero(remaining[indices] == 0)
+        while len(rejected) > 0:
+            indices[rejected] = np.random.randint(self.n_used * self.n_envs, size=len(rejected))
+            rejected = rejected[remaining[indices[rejected]] == 0]
+        slots, envs = np.divmod(indices, self.n_envs)
+
+        horizon = remaining[indices].astype(np.int64)
+        running = horizon == RUNNING
+        horizon[running] = (self.head[envs[running]] - slots[running]) % self.n_slots
+        return slots, envs, (slots + self._sample_steps(horizon)) % self.n_slots
+
+    def _sample_steps(self, horizon: np.ndarray) -> np.ndarray:
+        """
+        Invert the distribution function ``F(k) = (1 - gamma^k) / (1 - gamma^horizon)`` of the truncated geometric law.
+
+        :param horizon: Number of steps to the end of each episode, at least 1
+        :return: Number of steps to the goal, between 1 and the horizon
+        """
+        uniform = np.random.random(len(horizon))
+        if self.gamma == 0.0:
+            return np.ones_like(horizon)
+        if self.gamma == 1.0:
+            steps = uniform * horizon
+        else:
+            log_gamma = np.log(self.gamma)
+            steps = np.log1p(uniform * np.expm1(horizon * log_gamma)) / log_gamma
+        # Rounding may give the horizon itself
+        return np.minimum(steps.astype(np.int64), horizon - 1) + 1
+
+    def _gather(
+        self, slots: np.ndarray, envs: np.ndarray, goals: np.ndarray, env: VecNormalize | None
+    ) -> dict[str, th.Tensor]:
+        flat = slots * self.n_envs + envs
+        obs = {
+            key: values.reshape(-1, *values.shape[2:]).take(flat, axis=0)
+            for key, values in self.observations.items()
+            if key != "desired_goal"
+        }
+        obs["desired_goal"] = goals
+        normalized = self._normalize_obs(obs, env)
+        assert isinstance(normalized, dict)
+        return {key: self.to_torch(value, copy=False) for key, value in normalized.items()}
+
+    def _gather_goals(self, slots: np.ndarray, envs: np.ndarray) -> np.ndarray:
+        return self.observations["achieved_goal"][slots, envs]
+
+    def sample_contrastive(
+        self, batch_size: int, env: VecNormalize | None = None
+    ) -> tuple[dict[str, th.Tensor], th.Tensor]:
+        """
+        Sample what the contrastive losses need, in random order.
+
+        :param batch_size: Number of transitions
+        :param env: Associated ``VecNormalize`` to normalise the observations, if any
+        :return: Observations of shape ``(batch_size, ...)`` by key, where ``desired_goal`` is the goal that the
+            episode reached later, and actions of shape ``(batch_size, action_dim)``
+        :raises ValueError: if the buffer is empty
+        """
+        slots, envs, goal_slots = self._sample_indices(batch_size)
+        observations = self._gather(slots, envs, self._gather_goals(goal_slots, envs), env)
+        return observations, self.to_torch(self.actions[slots, envs], copy=False)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]
+        """
+        Sample whole transitions. Rewards and dones are those of the env: they are not computed again for the new goal.
+
+        :param batch_size: Number of transitions
+        :param env: Associated ``VecNormalize`` to normalise observations and rewards, if any
+        :return: Transitions whose ``desired_goal`` is a goal that the episode reached later
+        :raises ValueError: if the buffer is empty
+        """
+        slots, envs, goal_slots = self._sample_indices(batch_size)
+        goals = self._gather_goals(goal_slots, envs)
+        dones = self.dones[slots, envs] & ~self.timeouts[slots, envs]
+        rewards = self._normalize_reward(self.rewards[slots, envs].reshape(-1, 1), env)
+        return DictReplayBufferSamples(
+            observations=self._gather(slots, envs, goals, env),
+            actions=self.to_torch(self.actions[slots, envs], copy=False),
+            next_observations=self._gather((slots + 1) % self.n_slots, envs, goals, env),
+            dones=self.to_torch(dones.astype(np.float32).reshape(-1, 1), copy=False),
+            rewards=self.to_torch(rewards, copy=False),
+        )

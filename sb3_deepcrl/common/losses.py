@@ -1,0 +1,183 @@
+"""
+Energies, contrastive losses and the squashed Gaussian, as pure functions of tensors.
+
+They hold no state, draw no random number and never synchronise with the host.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+from torch.nn import functional as F
+
+
+def _safe_sqrt(squared: th.Tensor) -> th.Tensor:
+    """Square root whose gradient at zero is zero and not infinite, with no bias elsewhere."""
+    positive = squared > 0
+    return th.where(positive, th.where(positive, squared, 1.0).sqrt(), 0.0)
+
+
+def _pairwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:
+    # |x|^2 + |y|^2 - 2 x.y loses digits when both points are far from the origin: distances do not depend
+    # on the origin, so put it in the middle of the points first.
+    center = y.mean(dim=0, keepdim=True).detach()
+    x, y = x - center, y - center
+    squared = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0)
+    return squared.clamp(min=0.0)
+
+
+def _rowwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:
+    return (x - y).square().sum(dim=1)
+
+
+def _unit(x: th.Tensor) -> th.Tensor:
+    return F.normalize(x, dim=1)
+
+
+# Each energy: of all pairs of rows, and row by row
+_ENERGIES: dict[str, tuple[Callable[[th.Tensor, th.Tensor], th.Tensor], Callable[[th.Tensor, th.Tensor], th.Tensor]]] = {
+    "norm": (
+        lambda x, y: -_safe_sqrt(_pairwise_squared_distance(x, y)),
+        lambda x, y: -_safe_sqrt(_rowwise_squared_distance(x, y)),
+    ),
+    "squared": (
+        lambda x, y: -_pairwise_squared_distance(x, y),
+        lambda x, y: -_rowwise_squared_distance(x, y),
+    ),
+    "dot": (
+        lambda x, y: x @ y.T,
+        lambda x, y: (x * y).sum(dim=1),
+    ),
+    "cosine": (
+        lambda x, y: _unit(x) @ _unit(y).T,
+        lambda x, y: (_unit(x) * _unit(y)).sum(dim=1),
+    ),
+}
+ENERGIES = tuple(_ENERGIES)
+CONTRASTIVE_LOSSES = ("forward", "backward", "symmetric")
+
+
+def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
+    """
+    :param value: What the user chose
+    :param choices: What there is
+    :param name: What the choice is called in the error message
+    :return: The same value
+    :raises ValueError: if it is not one of the choices
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def pairwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tensor:
+    """
+    Similarity of every row of ``x`` with every row of ``y``: the logits of the contrastive loss.
+
+    ``"norm"`` is the negative Euclidean distance (what table 7 of the paper calls L2), with gradient zero where two
+    rows are equal; ``"squared"`` its negative square; ``"dot"`` the inner product; ``"cosine"`` the inner
+    product of the rows scaled to length 1.
+
+    :param x: Representations of shape ``(n, repr_dim)``
+    :param y: Representations of shape ``(m, repr_dim)``
+    :param energy: One of ``ENERGIES``
+    :return: Energies of shape ``(n, m)``
+    :raises ValueError: if there is no such energy
+    """
+    return _ENERGIES[check_choice(energy, ENERGIES, "energy")][0](x, y)
+
+
+def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tensor:
+    """
+    Similarity of each row of ``x`` with the same row of ``y``: the diagonal of :func:`pairwise_energy`.
+
+    :param x: Representations of shape ``(n, repr_dim)``
+    :param y: Representations of shape ``(n, repr_dim)``
+    :param energy: One of ``ENERGIES``
+    :return: Energies of shape ``(n,)``
+    :raises ValueError: if there is no such energy
+    """
+    return _ENERGIES[check_choice(energy, ENERGIES, "energy")][1](x, y)
+
+
+def info_nce(logits: th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
+    """
+    InfoNCE: cross-entropy of picking the positive, which is on the diagonal, among all candidates
+    (equation 2 of the paper).
+
+    ``"forward"`` (the paper) picks the goal of each state-action pair among the columns, ``"backward"`` the
+    state-action pair of each goal among the rows, ``"symmetric"`` is the mean of both.
+
+    :param logits: Energies of shape ``(batch_size, batch_size)``, rows are state-action pairs, columns are goals
+    :param contrastive_loss: One of ``CONTRASTIVE_LOSSES``
+    :return: The loss, a scalar
+    :raises ValueError: if there is no such loss
+    """
+    check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
+    positives = logits.diagonal()
+    if contrastive_loss == "symmetric":
+        return (0.5 * (logits.logsumexp(dim=1) + logits.logsumexp(dim=0)) - positives).mean()
+    return (logits.logsumexp(dim=1 if contrastive_loss == "forward" else 0) - positives).mean()
+
+
+def logsumexp_penalty(logits: th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
+    """
+    Mean square of the log-sum-exp over the candidates. InfoNCE does not change when a constant is added to
+    a row of logits; this term fixes the constant. The paper adds it with a coefficient of 0.1 (table 7).
+
+    :param logits: Energies of shape ``(batch_size, batch_size)``
+    :param contrastive_loss: Same meaning as for :func:`info_nce`
+    :return: The penalty, a scalar
+    :raises ValueError: if there is no such loss
+    """
+    check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
+    if contrastive_loss == "symmetric":
+        return 0.5 * (logits.logsumexp(dim=1).square().mean() + logits.logsumexp(dim=0).square().mean())
+    return logits.logsumexp(dim=1 if contrastive_loss == "forward" else 0).square().mean()
+
+
+class ContrastiveMetrics(NamedTuple):
+    """Scalars that tell how well the critic tells the positives apart."""
+
+    categorical_accuracy: th.Tensor
+    logits_pos: th.Tensor
+    logits_neg: th.Tensor
+    logsumexp: th.Tensor
+
+
+def contrastive_metrics(logits: th.Tensor) -> ContrastiveMetrics:
+    """
+    :param logits: Energies of shape ``(batch_size, batch_size)``, positives on the diagonal
+    :return: Fraction of rows whose largest logit is the positive, mean logit of the positives,
+        mean logit of the negatives and mean log-sum-exp over a row. No gradient flows through them.
+    """
+    logits = logits.detach()
+    batch_size = logits.shape[0]
+    positives = logits.diagonal()
+    correct = logits.argmax(dim=1) == th.arange(batch_size, device=logits.device)
+    return ContrastiveMetrics(
+        categorical_accuracy=correct.to(logits.dtype).mean(),
+        logits_pos=positives.mean(),
+        logits_neg=(logits.sum() - positives.sum()) / (batch_size * (batch_size - 1)),
+        logsumexp=logits.logsumexp(dim=1).mean(),
+    )
+
+
+def squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Reparametrised sample of a diagonal Gaussian squashed by tanh, with its log-probability
+    (appendix C of the SAC paper, https://arxiv.org/abs/1801.01290).
+
+    The correction ``log(1 - tanh(u)^2)`` is computed as ``2 (log 2 - u - softplus(-2 u))``, which is exact where the
+    usual form saturates.
+
+    :param mean: Mean before squashing, shape ``(batch_size, action_dim)``
+    :param log_std: Log of the standard deviation before squashing, same shape
+    :param noise: Standard normal noise, same shape
+    :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``, and their log-probability, shape ``(batch_size,)``
+    """
+    gaussian_action = mean + log_std.exp() * noise
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_prob = log_prob - 2.0 * (math.log(2.0) - gaussian_action - F.softplus(-2.0 * gaussian_action))
+    return th.tanh(gaussian_action), log_prob.sum(dim=1)

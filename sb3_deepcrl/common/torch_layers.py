@@ -1,0 +1,193 @@
+import torch as th
+from torch import nn
+
+LAYERS_PER_BLOCK = 4
+
+
+def check_depth(depth: int, name: str = "depth") -> int:
+    """
+    Check that a residual tower of this depth can be built.
+
+    :param depth: Number of Dense layers inside the residual blocks
+    :param name: What the number is called in the error message
+    :return: The number of residual blocks, ``depth / 4``
+    :raises ValueError: if ``depth`` is not a positive multiple of 4
+    """
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
+        if isinstance(depth, (int, float)) and depth > 0:
+            below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK
+            fix = f"use {below or LAYERS_PER_BLOCK}" + (f" or {below + LAYERS_PER_BLOCK}" if below else "")
+        else:
+            fix = "use 4, 8, 16, 64, ..."
+        raise ValueError(
+            f"`{name}` must be a positive multiple of {LAYERS_PER_BLOCK}, because a residual block holds "
+            f"{LAYERS_PER_BLOCK} Dense layers, got {depth!r}: {fix}"
+        )
+    return depth // LAYERS_PER_BLOCK
+
+
+def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
+    """
+    Initialise a Dense layer as the paper's code does: weights from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``
+    (variance ``1 / (3 * fan_in)``), bias zero.
+
+    :param layer: The layer to initialise in place
+    :return: The same layer
+    """
+    bound = layer.in_features**-0.5
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def make_norm(norm: str, width: int) -> nn.Module:
+    """
+    :param norm: ``"layer"`` for LayerNorm, ``"none"`` for the identity
+    :param width: Number of features to normalise
+    :return: The normalisation module
+    :raises ValueError: if ``norm`` is neither
+    """
+    if norm == "layer":
+        # Epsilon of the reference code (Flax), PyTorch's default is 1e-5
+        return nn.LayerNorm(width, eps=1e-6)
+    if norm == "none":
+        return nn.Identity()
+    raise ValueError(f'`norm` must be "layer" or "none", got {norm!r}')
+
+
+def dense_layer(in_dim: int, width: int, activation_fn: type[nn.Module], norm: str) -> list[nn.Module]:
+    """
+    One layer of the tower: Dense, normalisation, activation.
+
+    :param in_dim: Number of input features
+    :param width: Number of output features
+    :param activation_fn: Class of the activation
+    :param norm: See :func:`make_norm`
+    :return: The three modules, in order
+    """
+    return [lecun_uniform_(nn.Linear(in_dim, width)), make_norm(norm, width), activation_fn()]
+
+
+class ResidualBlock(nn.Module):
+    """
+    Four times [Dense, normalisation, activation], the identity added after the last activation:
+    ``x + scale * F(x)`` (section 3 and figure 2 of the paper, where ``scale`` is 1).
+
+    :param width: Number of features, in and out
+    :param activation_fn: Class of the activation
+    :param norm: ``"layer"`` or ``"none"``
+    :param residual: Whether to add the identity (False for the ablation: the output is then ``F(x)``)
+    :param scale: Factor of the residual branch, or its initial value
+    :param learn_scale: Whether the factor is a parameter
+    """
+
+    scale: th.Tensor
+
+    def __init__(
+        self,
+        width: int,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        norm: str = "layer",
+        residual: bool = True,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+    ):
+        super().__init__()
+        layers = [layer for _ in range(LAYERS_PER_BLOCK) for layer in dense_layer(width, width, activation_fn, norm)]
+        self.branch = nn.Sequential(*layers)
+        self.residual = residual
+        if residual and learn_scale:
+            self.scale = nn.Parameter(th.tensor(float(scale)))
+        else:
+            # A tensor and not a number, so that blocks of towers of different depths are the same code.
+            # Not in the state dict: it follows from the depth.
+            self.register_buffer("scale", th.tensor(float(scale)), persistent=False)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: Features of shape ``(batch_size, width)``
+        :return: Features of the same shape
+        """
+        if not self.residual:
+            return self.branch(x)
+        return th.addcmul(x, self.branch(x), self.scale)
+
+
+def parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[float, bool]:
+    """
+    :param residual_scale: See :class:`ResidualTower`
+    :param n_blocks: Number of residual blocks N
+    :return: The (initial) factor of the residual branches and whether it is learned
+    :raises ValueError: if it is neither a positive number, ``"1/N"`` nor ``"learnable"``
+    """
+    if residual_scale == "1/N":
+        return 1.0 / n_blocks, False
+    if residual_scale == "learnable":
+        return 1.0 / n_blocks, True
+    if isinstance(residual_scale, (int, float)) and not isinstance(residual_scale, bool) and residual_scale > 0:
+        return float(residual_scale), False
+    raise ValueError(f'`residual_scale` must be a positive number, "1/N" or "learnable", got {residual_scale!r}')
+
+
+class ResidualTower(nn.Module):
+    """
+    The paper's network (section 3): Dense + normalisation + activation, then ``depth / 4`` residual blocks,
+    then a linear head. There is no normalisation after the last block.
+
+    ``depth`` counts the Dense layers inside the residual blocks; the first layer and the head are not counted.
+
+    :param input_dim: Number of input features
+    :param output_dim: Number of outputs, or None for a tower without head
+        (its outputs are then the ``width`` features)
+    :param depth: Number of Dense layers inside the residual blocks, a positive multiple of 4
+    :param width: Number of features of every hidden layer
+    :param activation_fn: Class of the activation, Swish (``nn.SiLU``) in the paper
+    :param norm: ``"layer"`` (the paper) or ``"none"``
+    :param residual: Whether the blocks add the identity (False for the ablation)
+    :param residual_scale: Factor of the residual branches: a number (the paper's is 1), ``"1/N"`` for one over
+        the number of blocks, or ``"learnable"`` for one parameter a block that starts at ``1/N``.
+        The outputs of a Swish have a positive mean, so that with a factor of 1 the residual sum grows in proportion
+        to the number of blocks; with ``1/N`` outputs and gradients start at the same size whatever the depth.
+    :raises ValueError: if the depth, the width, the normalisation or the scale is not one of those
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int | None,
+        depth: int = 16,
+        width: int = 256,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        norm: str = "layer",
+        residual: bool = True,
+        residual_scale: float | str = "1/N",
+    ):
+        super().__init__()
+        n_blocks = check_depth(depth)
+        check_positive_int(width, "width")
+        scale, learn_scale = parse_residual_scale(residual_scale, n_blocks)
+        self.output_dim = width if output_dim is None else output_dim
+        self.stem = nn.Sequential(*dense_layer(input_dim, width, activation_fn, norm))
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(width, activation_fn, norm, residual, scale, learn_scale) for _ in range(n_blocks))
+        )
+        self.head = nn.Identity() if output_dim is None else lecun_uniform_(nn.Linear(width, output_dim))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: Inputs of shape ``(batch_size, input_dim)``
+        :return: Outputs of shape ``(batch_size, output_dim)``
+        """
+        return self.head(self.blocks(self.stem(x)))
+
+
+def check_positive_int(value: int, name: str) -> int:
+    """
+    :param value: The number to check
+    :param name: What it is called in the error message
+    :return: The same number
+    :raises ValueError: if it is not a positive integer
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+    return value

@@ -1,0 +1,383 @@
+import warnings
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_deepcrl.common.losses import ENERGIES, check_choice, rowwise_energy, squashed_gaussian
+from sb3_deepcrl.common.torch_layers import ResidualTower, check_depth, check_positive_int, lecun_uniform_
+
+# Range of the log standard deviation before squashing
+LOG_STD_MAX = 2
+LOG_STD_MIN = -5
+
+GOAL_KEY = "desired_goal"
+
+
+def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict, spaces.Dict]:
+    """
+    Split a goal-conditioned observation space into state and goal.
+
+    The state is all but the desired goal. The achieved goal belongs to it: some envs give it nowhere else
+    (the position of the robot in AntMaze).
+
+    :param observation_space: Observation space with the key ``desired_goal``
+    :return: Space of the state and space of the goal
+    """
+    state = {key: space for key, space in observation_space.spaces.items() if key != GOAL_KEY}
+    return spaces.Dict(state), spaces.Dict({GOAL_KEY: observation_space.spaces[GOAL_KEY]})
+
+
+class Actor(BasePolicy):
+    """
+    Actor of DeepCRL: a residual tower from state and goal to a squashed diagonal Gaussian.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param features_extractor: Network to extract features of state and goal
+    :param features_dim: Number of features
+    :param tower_kwargs: Keyword arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
+    :param normalize_images: Whether to divide images by 255
+    """
+
+    action_space: spaces.Box
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Box,
+        features_extractor: nn.Module,
+        features_dim: int,
+        tower_kwargs: dict[str, Any],
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,  # type: ignore[arg-type]
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.features_dim = features_dim
+        self.tower_kwargs = tower_kwargs
+
+        action_dim = get_action_dim(self.action_space)
+        self.tower = ResidualTower(features_dim, None, **tower_kwargs)
+        self.mu = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
+        self.log_std = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                features_extractor=self.features_extractor,
+                features_dim=self.features_dim,
+                tower_kwargs=self.tower_kwargs,
+            )
+        )
+        return data
+
+    def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param obs: Observations
+        :return: Mean and log standard deviation before squashing, each of shape ``(batch_size, action_dim)``;
+            the latter is between -5 and 2
+        """
+        latent_pi = self.tower(self.extract_features(obs, self.features_extractor))
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(self.log_std(latent_pi)) + 1.0)
+        return self.mu(latent_pi), log_std
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: Observations
+        :param deterministic: Whether to return the squashed mean instead of a sample
+        :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        """
+        mean, log_std = self.get_action_dist_params(obs)
+        if deterministic:
+            return th.tanh(mean)
+        return th.tanh(mean + log_std.exp() * th.randn_like(mean))
+
+    def action_log_prob(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param obs: Observations
+        :return: Sampled actions in [-1, 1], shape ``(batch_size, action_dim)``,
+            and their log-probability, shape ``(batch_size,)``
+        """
+        mean, log_std = self.get_action_dist_params(obs)
+        return squashed_gaussian(mean, log_std, th.randn_like(mean))
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class ContrastiveCritic(BaseModel):
+    """
+    Contrastive critic: an encoder of state and action and an encoder of the goal, whose energy tells how likely the goal
+    is reached from there (section 2 of the paper).
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param features_extractor: Network to extract features of the state (all but the desired goal)
+    :param goal_features_extractor: Network to extract features of the desired goal
+    :param repr_dim: Dimension of the representations
+    :param energy: One of :data:`~sb3_deepcrl.common.losses.ENERGIES`
+    :param tower_kwargs: Keyword arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
+    :param normalize_images: Whether to divide images by 255
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Box,
+        features_extractor: BaseFeaturesExtractor,
+        goal_features_extractor: BaseFeaturesExtractor,
+        repr_dim: int,
+        energy: str,
+        tower_kwargs: dict[str, Any],
+        normalize_images: bool = True,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+        )
+        self.goal_features_extractor = goal_features_extractor
+        self.repr_dim = repr_dim
+        self.energy = energy
+        self.tower_kwargs = tower_kwargs
+
+        state_action_dim = features_extractor.features_dim + get_action_dim(self.action_space)
+        self.sa_encoder = ResidualTower(state_action_dim, repr_dim, **tower_kwargs)
+        self.g_encoder = ResidualTower(goal_features_extractor.features_dim, repr_dim, **tower_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                features_extractor=self.features_extractor,
+                goal_features_extractor=self.goal_features_extractor,
+                repr_dim=self.repr_dim,
+                energy=self.energy,
+                tower_kwargs=self.tower_kwargs,
+            )
+        )
+        return data
+
+    def extract_state_features(self, obs: dict[str, th.Tensor]) -> th.Tensor:
+        """
+        :param obs: Observations
+        :return: Features of the state, in which the desired goal has no part
+        """
+        return self.extract_features({key: obs[key] for key in obs if key != GOAL_KEY}, self.features_extractor)
+
+    def encode_state_action(self, state_features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param state_features: Outcome of :meth:`extract_state_features`
+        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        :return: Representations of shape ``(batch_size, repr_dim)``
+        """
+        return self.sa_encoder(th.cat([state_features, actions], dim=1))
+
+    def encode_goal(self, obs: dict[str, th.Tensor]) -> th.Tensor:
+        """
+        :param obs: Observations, of which only ``desired_goal`` is read
+        :return: Representations of shape ``(batch_size, repr_dim)``
+        """
+        return self.g_encoder(self.extract_features({GOAL_KEY: obs[GOAL_KEY]}, self.goal_features_extractor))
+
+    def forward(self, obs: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
+        """
+        Value of actions: the log-probability of reaching the desired goal, up to a term that depends on the goal only.
+
+        :param obs: Observations
+        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        :return: Energies of shape ``(batch_size, 1)``
+        """
+        state_action = self.encode_state_action(self.extract_state_features(obs), actions)
+        return rowwise_energy(state_action, self.encode_goal(obs), self.energy).unsqueeze(1)
+
+
+class DeepCRLPolicy(BasePolicy):
+    """
+    Policy class (with both actor and critic) for DeepCRL.
+
+    :param observation_space: Observation space, with the keys ``achieved_goal`` and ``desired_goal``
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param depth: Number of Dense layers inside the residual blocks of the actor and of each encoder of the critic,
+        a positive multiple of 4 (the first and the last layer are not counted)
+    :param actor_depth: Depth of the actor, ``depth`` by default
+    :param critic_depth: Depth of the encoders of the critic, ``depth`` by default
+    :param width: Number of units of every hidden layer
+    :param repr_dim: Dimension of the representations
+    :param energy: Similarity of two representations: ``"norm"``, ``"squared"``, ``"dot"`` or ``"cosine"``
+    :param activation_fn: Activation function
+    :param norm: Normalisation after each hidden Dense layer, ``"layer"`` or ``"none"``
+    :param residual: Whether the blocks add the identity (False for the ablation)
+    :param residual_scale: Factor of the residual branches: a number (1 in the paper), ``"1/N"`` for one over the number
+        of blocks or ``"learnable"`` for a parameter that starts there,
+        see :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
+    :param features_extractor_class: Features extractor to use. The actor has one for the whole observation, the critic
+        one for all but the desired goal and one for the desired goal.
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractors
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
+    :param net_arch: Accepted for compatibility with SAC and not used (with a warning): see ``depth`` and ``width``
+    :param n_critics: Accepted for compatibility with SAC and not used (with a warning): there is one critic
+    :raises ValueError: if an argument is out of its range
+    """
+
+    observation_space: spaces.Dict
+    actor: Actor
+    critic: ContrastiveCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        depth: int = 16,
+        actor_depth: int | None = None,
+        critic_depth: int | None = None,
+        width: int = 256,
+        repr_dim: int = 64,
+        energy: str = "norm",
+        activation_fn: type[nn.Module] = nn.SiLU,
+        norm: str = "layer",
+        residual: bool = True,
+        residual_scale: float | str = "1/N",
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        n_critics: int | None = None,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        check_depth(depth)
+        if actor_depth is not None:
+            check_depth(actor_depth, "actor_depth")
+        if critic_depth is not None:
+            check_depth(critic_depth, "critic_depth")
+        check_positive_int(repr_dim, "repr_dim")
+        check_choice(energy, ENERGIES, "energy")
+        for name, value in (("net_arch", net_arch), ("n_critics", n_critics)):
+            if value is not None:
+                warnings.warn(
+                    f"`policy_kwargs` has `{name}={value}`, which DeepCRL does not use: "
+                    "its networks are residual towers, set by `depth` and `width`, and its critic is a single one"
+                )
+
+        self.depth = depth
+        self.actor_depth = actor_depth
+        self.critic_depth = critic_depth
+        self.repr_dim = repr_dim
+        self.energy = energy
+        self.tower_kwargs = dict(
+            width=width,
+            activation_fn=activation_fn,
+            norm=norm,
+            residual=residual,
+            residual_scale=residual_scale,
+        )
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.actor = self.make_actor()
+        self.actor.optimizer = self.optimizer_class(
+            self.actor.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+        self.critic = self.make_critic()
+        self.critic.optimizer = self.optimizer_class(
+            self.critic.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                depth=self.depth,
+                actor_depth=self.actor_depth,
+                critic_depth=self.critic_depth,
+                repr_dim=self.repr_dim,
+                energy=self.energy,
+                **self.tower_kwargs,
+                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+                optimizer_class=self.optimizer_class,
+                optimizer_kwargs=self.optimizer_kwargs,
+                features_extractor_class=self.features_extractor_class,
+                features_extractor_kwargs=self.features_extractor_kwargs,
+            )
+        )
+        return data
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        actor_kwargs = dict(
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            tower_kwargs={"depth": self.actor_depth or self.depth, **self.tower_kwargs},
+            normalize_images=self.normalize_images,
+        )
+        return Actor(**self._update_features_extractor(actor_kwargs, features_extractor)).to(self.device)
+
+    def make_critic(self) -> ContrastiveCritic:
+        state_space, goal_space = split_observation_space(self.observation_space)
+        return ContrastiveCritic(
+            self.observation_space,
+            self.action_space,  # type: ignore[arg-type]
+            features_extractor=self.features_extractor_class(state_space, **self.features_extractor_kwargs),
+            goal_features_extractor=self.features_extractor_class(goal_space, **self.features_extractor_kwargs),
+            repr_dim=self.repr_dim,
+            energy=self.energy,
+            tower_kwargs={"depth": self.critic_depth or self.depth, **self.tower_kwargs},
+            normalize_images=self.normalize_images,
+        ).to(self.device)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.actor(observation, deterministic)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode.
+
+        This affects certain modules, such as batch normalisation and dropout.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+
+MultiInputPolicy = DeepCRLPolicy
+# Observations of a goal-conditioned env are always a Dict: these two names only exist
+# so that Stable-Baselines3 tells the user to take the first one
+MlpPolicy = DeepCRLPolicy
+CnnPolicy = DeepCRLPolicy
