@@ -1,8 +1,17 @@
 from pathlib import Path
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 
 __version__ = Path(__file__).with_name("version.txt").read_text().strip()
 
-__all__ = ["ContrastiveReplayBuffer", "DeepCRL", "__version__"]
+__all__ = [
+    "ContrastiveReplayBuffer",
+    "DeepCRL",
+    "GoalEvalCallback",
+    "SuccessInfoWrapper",
+    "__version__",
+    "evaluate_goals",
+]

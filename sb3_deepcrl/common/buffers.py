@@ -276,9 +276,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     def _gather_goals(self, slots: np.ndarray, envs: np.ndarray) -> np.ndarray:
         return self.observations["achieved_goal"][slots, envs]
 
-    def sample_contrastive(
-        self, batch_size: int, env: VecNormalize | None = None
-    ) -> tuple[dict[str, th.Tensor], th.Tensor]:
+    def sample_contrastive(self, batch_size: int, env: VecNormalize | None = None) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """
         Sample what the contrastive losses need, in random order.
 

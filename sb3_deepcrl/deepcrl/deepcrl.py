@@ -1,6 +1,8 @@
 import io
+import json
 import pathlib
 import warnings
+import zipfile
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +14,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
+from stable_baselines3.common.save_util import json_to_data, open_path
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -26,16 +29,33 @@ from sb3_deepcrl.common.losses import (
     pairwise_energy,
     rowwise_energy,
 )
-from sb3_deepcrl.deepcrl.policies import GOAL_KEY, Actor, CnnPolicy, ContrastiveCritic, DeepCRLPolicy, MlpPolicy, MultiInputPolicy
+from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.deepcrl.policies import (
+    GOAL_KEY,
+    Actor,
+    CnnPolicy,
+    ContrastiveCritic,
+    DeepCRLPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+)
 
 SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
+
+# With "auto", one gradient step is done for so many transitions, whatever the number of envs
+TRANSITIONS_PER_GRADIENT_STEP = 16
+
+# Constructor arguments that are passed on to the policy, with their default
+ARCHITECTURE = dict(depth=16, actor_depth=None, critic_depth=None, width=256, repr_dim=64, energy="norm")
+
+# Keyword arguments that only HerReplayBuffer knows
+HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
 
 # What `_update` returns, in order
 UPDATE_METRICS = (
     "actor_loss",
     "critic_loss",
     "ent_coef",
-    "ent_coef_loss",
     "entropy",
     "categorical_accuracy",
     "logits_pos",
@@ -44,7 +64,112 @@ UPDATE_METRICS = (
 )
 
 
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+    """
+    Check that an env is one that DeepCRL can learn.
+
+    :param observation_space: Observation space of the env
+    :param action_space: Action space of the env
+    :raises ValueError: if it is not goal-conditioned, if the spaces of the two goals differ, or if the actions are
+        not continuous
+    """
+    found = list(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else []
+    missing = [key for key in ("achieved_goal", "desired_goal") if key not in found]
+    if missing:
+        raise ValueError(
+            "DeepCRL learns goal-conditioned envs: the observation space must be a `spaces.Dict` with the keys "
+            f"`observation`, `achieved_goal` and `desired_goal`, but {', '.join(f'`{key}`' for key in missing)} missing from "
+            f"{observation_space}. Wrap the env so that its observations tell which goal is reached and which one is wanted"
+        )
+    assert isinstance(observation_space, spaces.Dict)
+    achieved, desired = observation_space["achieved_goal"], observation_space["desired_goal"]
+    if type(achieved) is not type(desired) or achieved.shape != desired.shape or achieved.dtype != desired.dtype:
+        raise ValueError(
+            "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabelled with what was "
+            f"achieved, got {achieved} and {desired}. Let the env give both in the same form"
+        )
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"DeepCRL only supports continuous actions (`spaces.Box`), but the action space is {action_space}. "
+            "Use an env with continuous actions, or an algorithm for discrete ones, such as DQN with HerReplayBuffer"
+        )
+
+
 class DeepCRL(OffPolicyAlgorithm):
+    """
+    Deep contrastive reinforcement learning: goal-conditioned, self-supervised (the reward is not used), with residual
+    networks of any depth.
+
+    Paper: https://arxiv.org/abs/2503.14858 (1000 Layer Networks for Self-Supervised RL).
+    The critic learns by InfoNCE (equation 2) to tell the goals that a state and action lead to
+    from those of other transitions; the actor is a maximum entropy policy that maximises the critic (equation 3).
+
+    The env must be goal-conditioned: its observation is a Dict with the keys ``achieved_goal`` and ``desired_goal``,
+    and usually ``observation``. ``compute_reward`` is not needed.
+
+    :param policy: The policy model to use (``MultiInputPolicy``)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate of the Adam optimizers, it can be a function of the current progress remaining
+        (from 1 to 0)
+    :param buffer_size: size of the replay buffer, over all envs
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts
+    :param batch_size: Minibatch size for each gradient update. The other rows of the minibatch are the negatives
+        of the contrastive loss, so that it must be at least 2.
+    :param tau: not used, accepted for compatibility with SAC (there is no target network)
+    :param gamma: the discount factor: the goal of a transition is the state ``k`` steps later with probability
+        proportional to ``gamma^k``
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``. By default one gradient step is done for 16 transitions
+        whatever the number of envs.
+    :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``).
+        Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
+        By default one for 16 transitions.
+    :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
+        Cf common.noise for the different action noise type.
+    :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it.
+        ``HerReplayBuffer`` is accepted for compatibility and replaced by it with a warning.
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: must be False, the replay buffer always stores observations once
+    :param n_steps: must be 1, there are no n-step returns in contrastive RL
+    :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
+        (and 'auto_0.1' for using 0.1 as initial value)
+    :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
+    :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the
+        actions, as in the paper's code (SAC: minus the dimension).
+    :param depth: Number of Dense layers inside the residual blocks of the actor and of each encoder of the critic, a
+        positive multiple of 4 (the first and the last layer are not counted)
+    :param actor_depth: Depth of the actor, ``depth`` by default
+    :param critic_depth: Depth of the encoders of the critic, ``depth`` by default
+    :param width: Number of units of every hidden layer
+    :param repr_dim: Dimension of the representations
+    :param energy: Similarity of two representations: ``"norm"`` (negative Euclidean distance, the paper's),
+        ``"squared"``, ``"dot"`` or ``"cosine"``
+    :param contrastive_loss: Which way InfoNCE chooses: ``"forward"`` (a goal for each state and action, the paper's),
+        ``"backward"`` or ``"symmetric"``
+    :param logsumexp_coef: Coefficient of the log-sum-exp penalty
+    :param random_goals: Fraction of the minibatch for which the actor is trained on the goal of another
+        transition, instead of one that its own episode reached later (the paper's code: 0). The latter are mostly
+        near ones: without others the actor never practises the far goals.
+    :param critic_learning_rate: learning rate of the critic, ``learning_rate`` by default
+    :param ent_coef_learning_rate: learning rate of the entropy coefficient, ``learning_rate`` by default
+    :param use_sde: must be False, generalized State Dependent Exploration (gSDE) is not supported
+    :param sde_sample_freq: not used, accepted for compatibility with SAC
+    :param use_sde_at_warmup: not used, accepted for compatibility with SAC
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation,
+        see :class:`~sb3_deepcrl.deepcrl.policies.DeepCRLPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range or the env is not a goal-conditioned one with
+        continuous actions
+    """
+
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
@@ -65,14 +190,14 @@ class DeepCRL(OffPolicyAlgorithm):
         batch_size: int = 512,
         tau: float = 0.005,
         gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 1,
-        gradient_steps: int = 1,
+        train_freq: int | str | tuple[int, str] = "auto",
+        gradient_steps: int | str = "auto",
         action_noise: ActionNoise | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
-        ent_coef: str | float = "auto",
+        ent_coef: str | float = "auto_0.1",
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
         depth: int = 16,
@@ -83,7 +208,7 @@ class DeepCRL(OffPolicyAlgorithm):
         energy: str = "norm",
         contrastive_loss: str = "forward",
         logsumexp_coef: float = 0.1,
-        random_goals: float = 0.0,
+        random_goals: float = 0.5,
         critic_learning_rate: float | Schedule | None = None,
         ent_coef_learning_rate: float | Schedule | None = None,
         use_sde: bool = False,
@@ -97,6 +222,14 @@ class DeepCRL(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        architecture: dict[str, Any] = dict(
+            depth=depth,
+            actor_depth=actor_depth,
+            critic_depth=critic_depth,
+            width=width,
+            repr_dim=repr_dim,
+            energy=energy,
+        )
         super().__init__(
             policy,
             env,
@@ -106,107 +239,509 @@ class DeepCRL(OffPolicyAlgorithm):
             batch_size,
             tau,
             gamma,
-            train_freq,
-            gradient_steps,
+            train_freq,  # type: ignore[arg-type]
+            gradient_steps,  # type: ignore[arg-type]
             action_noise,
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
-            policy_kwargs=dict(depth=depth, actor_depth=actor_depth, critic_depth=critic_depth, width=width, repr_dim=repr_dim, energy=energy, **(policy_kwargs or {})),
+            policy_kwargs=self._merge_policy_kwargs(architecture, policy_kwargs or {}),
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=device,
             seed=seed,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            use_sde_at_warmup=use_sde_at_warmup,
             sde_support=False,
             support_multi_env=True,
         )
+
         self.target_entropy = target_entropy
         self.log_ent_coef = None  # type: th.Tensor | None
+        # Entropy coefficient / Entropy temperature
+        # Inverse of the reward scale
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.ent_coef_optimizer: th.optim.Adam | None = None
+        self.depth = self.policy_kwargs["depth"]
+        self.actor_depth = self.policy_kwargs["actor_depth"]
+        self.critic_depth = self.policy_kwargs["critic_depth"]
+        self.width = self.policy_kwargs["width"]
+        self.repr_dim = self.policy_kwargs["repr_dim"]
+        self.energy = self.policy_kwargs["energy"]
         self.contrastive_loss = contrastive_loss
         self.logsumexp_coef = logsumexp_coef
         self.random_goals = random_goals
         self.critic_learning_rate = critic_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
+        # Whether the last rollout stopped before its transition was stored
+        self._rollout_interrupted = False
+
+        if self.env is not None:
+            check_spaces(self.observation_space, self.action_space)
+
         if _init_setup_model:
+            self._check_buffer_size()
             self._setup_model()
+
+    @staticmethod
+    def _merge_policy_kwargs(architecture: dict[str, Any], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """
+        :param architecture: Arguments of the constructor that belong to the policy
+        :param policy_kwargs: What the user gave as ``policy_kwargs``
+        :return: Both together, in a new dict
+        :raises ValueError: if they contradict each other
+        """
+        for name in architecture.keys() & policy_kwargs.keys():
+            if architecture[name] not in (ARCHITECTURE[name], policy_kwargs[name]):
+                raise ValueError(
+                    f"`{name}={architecture[name]!r}` contradicts `policy_kwargs`, where it is {policy_kwargs[name]!r}: "
+                    "give it once"
+                )
+        return {**architecture, **policy_kwargs}
+
+    def _check_settings(self) -> None:
+        """
+        Check what the user can set in the constructor, in ``load()`` or as an attribute.
+
+        :raises ValueError: if a value is out of its range
+        """
+        check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
+        if self.batch_size < 2:
+            raise ValueError(
+                f"`batch_size` must be at least 2, got {self.batch_size}: the negatives of the contrastive loss are the "
+                "other rows of the minibatch"
+            )
+        for name, value in (("gamma", self.gamma), ("random_goals", self.random_goals)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {value}")
+        if self.logsumexp_coef < 0.0:
+            raise ValueError(f"`logsumexp_coef` must not be negative, got {self.logsumexp_coef}")
+        if self.n_steps != 1:
+            raise ValueError(
+                f"`n_steps` must be 1, got {self.n_steps}: contrastive RL bootstraps from no return, so that there are no "
+                "n-step returns. `gamma` sets how far ahead goals are"
+            )
+        if self.optimize_memory_usage:
+            raise ValueError(
+                "`optimize_memory_usage=True` is not supported: leave it at False, "
+                "the replay buffer already stores every observation once"
+            )
+        if self.use_sde:
+            raise ValueError(
+                "`use_sde=True`: generalized State Dependent Exploration is not supported, use `ent_coef` or `action_noise` "
+                "for more exploration"
+            )
+
+    def _check_buffer_size(self) -> None:
+        """
+        Check that the longest episode fits into the replay buffer, if the env tells how long it is.
+
+        :raises ValueError: if it does not
+        """
+        assert self.env is not None
+        try:
+            specs = self.env.get_attr("spec")
+        except AttributeError:
+            return
+        lengths = [spec.max_episode_steps for spec in specs if spec is not None and spec.max_episode_steps is not None]
+        if lengths and self.buffer_size // self.n_envs < max(lengths):
+            raise ValueError(
+                f"`buffer_size={self.buffer_size}` leaves {self.buffer_size // self.n_envs} transitions for each of the "
+                f"{self.n_envs} envs, less than one episode of {max(lengths)} steps, within which goals are drawn: "
+                f"use at least {self.n_envs * max(lengths)}"
+            )
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
-        f = lambda lr: self.lr_schedule if lr is None else FloatSchedule(lr)
-        self.critic_lr_schedule = f(self.critic_learning_rate)
-        self.ent_coef_lr_schedule = f(self.ent_coef_learning_rate)
+        self.critic_lr_schedule, self.ent_coef_lr_schedule = (
+            self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
+            for learning_rate in (self.critic_learning_rate, self.ent_coef_learning_rate)
+        )
+
+    def _setup_replay_buffer_class(self) -> None:
+        """
+        Put the contrastive replay buffer in the place of HerReplayBuffer, which existing code may ask for.
+
+        :raises ValueError: if the user asks for a class whose samples hold no future goals
+        """
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = ContrastiveReplayBuffer
+        elif issubclass(self.replay_buffer_class, HerReplayBuffer):
+            ignored = [name for name in HER_KWARGS if name in self.replay_buffer_kwargs]
+            self.replay_buffer_kwargs = {
+                name: value for name, value in self.replay_buffer_kwargs.items() if name not in HER_KWARGS
+            }
+            warnings.warn(
+                "DeepCRL uses its ContrastiveReplayBuffer in place of HerReplayBuffer, whose batches hold real goals, which "
+                "are no positives for the contrastive loss"
+                + (f"; {', '.join(f'`{name}`' for name in ignored)} not used" if ignored else "")
+                + ". Leave `replay_buffer_class` out to get rid of this warning"
+            )
+            self.replay_buffer_class = ContrastiveReplayBuffer
+        elif not issubclass(self.replay_buffer_class, ContrastiveReplayBuffer):
+            raise ValueError(
+                f"`replay_buffer_class` must be ContrastiveReplayBuffer or a subclass of it, got "
+                f"{self.replay_buffer_class.__name__}, whose samples hold no goals that were reached later: leave it out"
+            )
+
+    def _setup_train_freq(self) -> None:
+        """
+        Replace "auto" by numbers.
+        """
+        if self.train_freq == "auto":
+            gradient_steps = 1 if isinstance(self.gradient_steps, str) else max(self.gradient_steps, 1)
+            self.train_freq = max(1, round(TRANSITIONS_PER_GRADIENT_STEP * gradient_steps / self.n_envs))  # type: ignore[assignment]
+        if self.gradient_steps == "auto":
+            self._convert_train_freq()
+            assert isinstance(self.train_freq, TrainFreq)
+            # The length of an episode is not known here
+            n_steps = self.train_freq.frequency if self.train_freq.unit == TrainFrequencyUnit.STEP else 1
+            self.gradient_steps = max(1, round(n_steps * self.n_envs / TRANSITIONS_PER_GRADIENT_STEP))
 
     def _setup_model(self) -> None:
-        self.replay_buffer_class = ContrastiveReplayBuffer
+        self._check_settings()
+        self._setup_replay_buffer_class()
+        self._setup_train_freq()
         super()._setup_model()
-        self.actor = self.policy.actor
-        self.critic = self.policy.critic
+        self._create_aliases()
+        # Target entropy is used when learning the entropy coefficient
         if self.target_entropy == "auto":
-            self.target_entropy = -0.5 * float(np.prod(self.action_space.shape))
+            self.target_entropy = -0.5 * float(np.prod(self.action_space.shape))  # type: ignore[arg-type]
         else:
+            # Force conversion
+            # this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
+
         if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
+            # Initial value of ent_coef when learned
             init_value = 1.0
             if "_" in self.ent_coef:
                 init_value = float(self.ent_coef.split("_")[1])
+                assert init_value > 0.0, "The initial value of ent_coef must be greater than 0"
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1))
         else:
+            # Force conversion to float
+            # this will throw an error if a malformed string (different from 'auto')
+            # is passed
             self.ent_coef_tensor = th.tensor(float(self.ent_coef), device=self.device)
 
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.critic = self.policy.critic
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        self._check_settings()
+        assert self.env is not None, "You must set the environment before calling learn()"
+        self._check_buffer_size()
+        assert self.replay_buffer is not None
+        if self._rollout_interrupted:
+            # The envs went on without us, the last observation is no longer theirs
+            self._last_obs = None
+            self._rollout_interrupted = False
+        if reset_num_timesteps or self._last_obs is None:
+            # The envs are about to be reset
+            self.replay_buffer.truncate_last_trajectory()
+        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        assert isinstance(self._last_obs, dict)
+        check_finite(self._last_obs)
+        return result
+
+    def collect_rollouts(self, *args, **kwargs) -> RolloutReturn:
+        """
+        Collect experiences and store them into the replay buffer,
+        see :meth:`~stable_baselines3.common.off_policy_algorithm.OffPolicyAlgorithm.collect_rollouts`.
+        """
+        # Stays true when a callback, an exception or Ctrl-C stops the rollout
+        self._rollout_interrupted = True
+        rollout = super().collect_rollouts(*args, **kwargs)
+        self._rollout_interrupted = not rollout.continue_training
+        return rollout
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        # The replay buffer checks the last observation of an episode, but does not see the first one of the next
+        if dones.any():
+            assert isinstance(new_obs, dict)
+            check_finite({key: value[dones] for key, value in new_obs.items()}, np.flatnonzero(dones))
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Sample the replay buffer once and do the updates, each on a minibatch of its own.
+
+        :param gradient_steps: Number of updates
+        :param batch_size: Number of transitions in a minibatch
+        :raises ValueError: if the batch is too small for the contrastive loss
+        """
+        if batch_size < 2:
+            raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
+        assert self.replay_buffer is not None
+        # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
+        # Update learning rates according to their schedule
         self._update_learning_rate(self.actor.optimizer)
         update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
-        update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
+        if self.ent_coef_optimizer is not None:
+            update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
+
         self.replay_buffer.gamma = self.gamma
         observations, actions = self.replay_buffer.sample_contrastive(gradient_steps * batch_size, env=self._vec_normalize_env)
-        metrics = []
-        for start in range(0, gradient_steps * batch_size, batch_size):
-            rows = slice(start, start + batch_size)
-            metrics.append(self._update({k: o[rows] for k, o in observations.items()}, actions[rows]))
+        minibatches = zip(
+            *(values.split(batch_size) for values in observations.values()), actions.split(batch_size), strict=True
+        )
+        metrics = [
+            self._update(dict(zip(observations, minibatch[:-1], strict=True)), minibatch[-1]) for minibatch in minibatches
+        ]
         self._n_updates += gradient_steps
+
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        # The only time that the host waits for the device
         for name, value in zip(UPDATE_METRICS, th.stack(metrics).mean(dim=0).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
 
-    def _update(self, observations, actions):
-        batch_size = len(actions)
+    def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
+        """
+        Update actor and entropy coefficient, then the critic, on the same minibatch (order of the paper's code).
+
+        :param observations: Observations, with the goals that were reached later in place of the desired ones
+        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        :return: What ``UPDATE_METRICS`` names
+        """
+        # Neither depends on the actor: computed once for both losses
         state_features = self.critic.extract_state_features(observations)
         goal_repr = self.critic.encode_goal(observations)
-        n_random = int(self.random_goals * batch_size)
-        actor_goals, actor_obs = goal_repr.detach(), observations
-        if n_random > 0:
-            order = th.cat([th.arange(1, n_random + 1) % batch_size, th.arange(n_random, batch_size)])
-            actor_goals = actor_goals[order]
-            actor_obs = {**observations, GOAL_KEY: observations[GOAL_KEY][order]}
-        actions_pi, log_prob = self.actor.action_log_prob(actor_obs)
-        ent_coef = self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
-        q = rowwise_energy(self.critic.encode_state_action(state_features.detach(), actions_pi), actor_goals, self.critic.energy)
-        actor_loss = (ent_coef * log_prob - q).mean()
+
+        actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
         self.actor.optimizer.zero_grad()
+        # The critic is differentiated with respect to the actions only
         actor_loss.backward(inputs=list(self.actor.parameters()))
         self.actor.optimizer.step()
-        ent_coef_loss = th.zeros(())
-        if self.log_ent_coef is not None:
-            ent_coef_loss = -(self.log_ent_coef.exp() * (log_prob + self.target_entropy).detach().mean()).sum()
+
+        # Optimize entropy coefficient, also called
+        # entropy temperature or alpha in the paper
+        if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
+            assert isinstance(self.target_entropy, float)
+            entropy_gap = (log_prob + self.target_entropy).mean()
+            ent_coef_loss = -(self.log_ent_coef.exp() * entropy_gap).sum()
             self.ent_coef_optimizer.zero_grad()
             ent_coef_loss.backward()
             self.ent_coef_optimizer.step()
-        logits = pairwise_energy(self.critic.encode_state_action(state_features, actions), goal_repr, self.critic.energy)
-        critic_loss = info_nce(logits, self.contrastive_loss) + self.logsumexp_coef * logsumexp_penalty(logits, self.contrastive_loss)
+
+        state_action_repr = self.critic.encode_state_action(state_features, actions)
+        logits = pairwise_energy(state_action_repr, goal_repr, self.critic.energy)
+        critic_loss = info_nce(logits, self.contrastive_loss)
+        critic_loss = critic_loss + self.logsumexp_coef * logsumexp_penalty(logits, self.contrastive_loss)
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
         self.critic.optimizer.step()
-        return th.stack([actor_loss.detach(), critic_loss.detach(), ent_coef.squeeze(), ent_coef_loss.detach(), -log_prob.detach().mean(), *contrastive_metrics(logits)])
 
-    def learn(self, total_timesteps, callback=None, log_interval=4, tb_log_name="DeepCRL", reset_num_timesteps=True, progress_bar=False):
-        return super().learn(total_timesteps=total_timesteps, callback=callback, log_interval=log_interval, tb_log_name=tb_log_name, reset_num_timesteps=reset_num_timesteps, progress_bar=progress_bar)
+        return th.stack(
+            [actor_loss.detach(), critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean(), *contrastive_metrics(logits)]
+        )
+
+    def _actor_loss(
+        self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param observations: Observations, with the goals that were reached later in place of the desired ones
+        :param state_features: Features of the states for the critic
+        :param goal_repr: Representations of the goals, shape ``(batch_size, repr_dim)``
+        :return: Loss of the actor (equation 3 of the paper), log-probability of its actions of shape ``(batch_size,)``
+            and entropy coefficient; no gradient flows through the latter two
+        """
+        batch_size = len(goal_repr)
+        n_random = int(self.random_goals * batch_size)
+        if n_random > 0:
+            # The rows are in random order: take the goal of the next one
+            order = th.arange(batch_size, device=goal_repr.device)
+            order[:n_random] = (order[:n_random] + 1) % batch_size
+            goal_repr = goal_repr[order]
+            observations = {**observations, GOAL_KEY: observations[GOAL_KEY][order]}
+
+        actions_pi, log_prob = self.actor.action_log_prob(observations)
+        ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
+        values = rowwise_energy(self.critic.encode_state_action(state_features, actions_pi), goal_repr, self.critic.energy)
+        return (ent_coef * log_prob - values).mean(), log_prob.detach(), ent_coef
+
+    def learn(
+        self: SelfDeepCRL,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "DeepCRL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfDeepCRL:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    @classmethod
+    def load(
+        cls: type[SelfDeepCRL],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs,
+    ) -> SelfDeepCRL:
+        """
+        Load the model from a zip-file, see :meth:`~stable_baselines3.common.base_class.BaseAlgorithm.load`.
+        No env is needed for prediction.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param env: the new environment to run the loaded model on
+            (can be None if you only need prediction from a trained model)
+        :param device: Device on which the code should run.
+        :param custom_objects: Dictionary of objects to replace upon loading.
+        :param print_system_info: Whether to print system info from the saved model and the current system info
+        :param force_reset: Force call to ``reset()`` before training to avoid unexpected behavior.
+        :param kwargs: extra arguments to change the model when loading
+        :return: new model instance with loaded parameters
+        :raises ValueError: if the file is the one of another algorithm,
+            or if ``kwargs`` ask for other networks than the stored ones
+        """
+        stored = cls._stored_policy_kwargs(path)
+        asked = {**kwargs.pop("policy_kwargs", {}), **{name: kwargs.pop(name) for name in ARCHITECTURE if name in kwargs}}
+        for name, value in asked.items():
+            found = stored.get(name)
+            if name in ("actor_depth", "critic_depth"):
+                value, found = (depth or stored["depth"] for depth in (value, found))
+            if found != value:
+                raise ValueError(
+                    f"The model in {path} was saved with `{name}={found!r}`, so that it cannot be loaded with "
+                    f"`{name}={value!r}`: leave `{name}` out, or train a new model"
+                )
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    @staticmethod
+    def _stored_policy_kwargs(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
+        """
+        :param path: path to the file (or a file-like) of a saved model
+        :return: The policy kwargs that it was saved with; none if it is not a saved model at all
+        :raises ValueError: if the model is the one of another algorithm
+        """
+        file = open_path(path, "r", suffix="zip")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                data = json.loads(archive.read("data"))
+        except (zipfile.BadZipFile, KeyError):
+            # Stable-Baselines3 has its own error messages for these
+            return {}
+        finally:
+            if file is path:
+                file.seek(0)
+            else:
+                file.close()
+        if "logsumexp_coef" not in data:
+            saved_by = data.get("policy_class", {}).get("__module__", "unknown")
+            raise ValueError(
+                f"{path} was not saved by DeepCRL, but by an algorithm whose policy is in `{saved_by}`: "
+                "load it with that algorithm"
+            )
+        return json_to_data(json.dumps({"policy_kwargs": data["policy_kwargs"]}))["policy_kwargs"]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file. If it is interrupted,
+        the previous file stays as it was.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        if isinstance(path, (str, pathlib.Path)):
+            with atomic_path(path, ".zip") as temporary:
+                super().save(temporary, exclude, include)
+        else:
+            super().save(path, exclude, include)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file. If it is interrupted, the previous file stays as it was.
+
+        :param path: Path to the file where the replay buffer should be saved.
+            if path is a str or pathlib.Path, the path is automatically created if necessary.
+        """
+        if isinstance(path, (str, pathlib.Path)):
+            with atomic_path(path, ".pkl") as temporary:
+                super().save_replay_buffer(temporary)
+        else:
+            super().save_replay_buffer(path)
+
+    def load_replay_buffer(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        truncate_last_traj: bool = True,
+    ) -> None:
+        """
+        Load a replay buffer from a pickle file. No env is needed.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: If set to ``True``, we assume that the last trajectory in the replay buffer was finished
+            (and truncate it). If set to ``False``, we assume that we continue the same trajectory (same episode).
+        :raises ValueError: if it is another kind of buffer or one of another env or number of envs;
+            the buffer in use is kept then
+        """
+        current = self.replay_buffer
+        super().load_replay_buffer(path)
+        loaded: ReplayBuffer | None = self.replay_buffer
+        self.replay_buffer = current
+        if not isinstance(loaded, ContrastiveReplayBuffer):
+            raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
+        if loaded.observation_space != self.observation_space or loaded.action_space != self.action_space:
+            raise ValueError(
+                f"The replay buffer in {path} is of another env: its spaces are {loaded.observation_space} and "
+                f"{loaded.action_space}, those of the model {self.observation_space} and {self.action_space}"
+            )
+        if loaded.n_envs != self.n_envs:
+            raise ValueError(
+                f"The replay buffer in {path} was filled by {loaded.n_envs} envs, but the model has {self.n_envs}: "
+                f"load the model with an env of {loaded.n_envs} envs"
+            )
+        if truncate_last_traj:
+            loaded.truncate_last_trajectory()
+        self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
         return super()._excluded_save_params() + ["actor", "critic"]  # noqa: RUF005
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        if self.ent_coef_optimizer is not None:
+            saved_pytorch_variables = ["log_ent_coef"]
+            state_dicts.append("ent_coef_optimizer")
+        else:
+            saved_pytorch_variables = ["ent_coef_tensor"]
+        return state_dicts, saved_pytorch_variables

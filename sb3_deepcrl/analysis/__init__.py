@@ -1,0 +1,3 @@
+from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map, value_map
+
+__all__ = ["MazeMap", "plot_value_map", "value_map"]

@@ -1,0 +1,209 @@
+import csv
+import os
+from dataclasses import asdict, astuple, dataclass, fields
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.type_aliases import PolicyPredictor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+
+
+@dataclass
+class GoalEpisode:
+    """
+    What happened in one evaluation episode.
+
+    :param env_index: Which env played it
+    :param episode_reward: Sum of rewards
+    :param episode_length: Number of steps
+    :param success_any: Whether the goal was reached at any step
+    :param success_last: Whether the goal was reached at the last step
+    :param time_at_goal: Number of steps at the goal (the paper's measure, section 4.1)
+    :param time_at_goal_fraction: The same divided by the episode length
+    :param mean_distance: Euclidean distance between achieved and desired goal, averaged over the steps, in their units
+    """
+
+    env_index: int
+    episode_reward: float
+    episode_length: int
+    success_any: bool
+    success_last: bool
+    time_at_goal: int
+    time_at_goal_fraction: float
+    mean_distance: float
+
+
+def mean_of_episodes(episodes: list[GoalEpisode]) -> dict[str, float]:
+    """
+    :param episodes: At least one episode
+    :return: Mean of each measure over the episodes, by name
+    """
+    names = [field.name for field in fields(GoalEpisode) if field.name != "env_index"]
+    return {name: float(np.mean([getattr(episode, name) for episode in episodes])) for name in names}
+
+
+class GoalEpisodeRecorder:
+    """
+    Callback for :func:`~stable_baselines3.common.evaluation.evaluate_policy` that records one :class:`GoalEpisode` for
+    each episode. Success is read from ``info["is_success"]``, or from ``info["success"]`` where there is no such key.
+
+    :param env: The environment that is evaluated
+    """
+
+    def __init__(self, env: VecEnv):
+        self.env = env
+        self.vec_normalize = unwrap_vec_normalize(env)
+        self.episodes: list[GoalEpisode] = []
+        self._successes: list[list[bool]] = [[] for _ in range(env.num_envs)]
+        self._distances: list[list[float]] = [[] for _ in range(env.num_envs)]
+        self._rewards: list[float] = [0.0] * env.num_envs
+
+    def _distance(self, observation: dict[str, np.ndarray]) -> float:
+        if self.vec_normalize is not None:
+            observation = self.vec_normalize.unnormalize_obs(observation)  # type: ignore[assignment]
+        achieved, desired = (np.asarray(observation[key], dtype=np.float64) for key in ("achieved_goal", "desired_goal"))
+        return float(np.linalg.norm(achieved - desired))
+
+    def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        """
+        :param locals_: Local variables of ``evaluate_policy``
+        :param globals_: Its global variables
+        :raises KeyError: if the info dict tells nothing about success
+        """
+        index, info, done = locals_["i"], locals_["info"], bool(locals_["done"])
+        success = info.get("is_success", info.get("success"))
+        if success is None:
+            raise KeyError(
+                "The info dict of the evaluation env has neither `is_success` nor `success`, "
+                f"only {sorted(info)}: wrap the env so that `step` reports one of them"
+            )
+        if done:
+            observation = info["terminal_observation"]
+        else:
+            observation = {key: values[index] for key, values in locals_["new_observations"].items()}
+        successes, distances = self._successes[index], self._distances[index]
+        successes.append(bool(success))
+        distances.append(self._distance(observation))
+        self._rewards[index] += float(locals_["reward"])
+        if done:
+            self.episodes.append(
+                GoalEpisode(
+                    env_index=index,
+                    episode_reward=float(info["episode"]["r"]) if "episode" in info else self._rewards[index],
+                    episode_length=len(successes),
+                    success_any=any(successes),
+                    success_last=successes[-1],
+                    time_at_goal=sum(successes),
+                    time_at_goal_fraction=float(np.mean(successes)),
+                    mean_distance=float(np.mean(distances)),
+                )
+            )
+            self._successes[index], self._distances[index], self._rewards[index] = [], [], 0.0
+
+
+def evaluate_goals(
+    model: PolicyPredictor,
+    env: gym.Env | VecEnv,
+    n_eval_episodes: int = 10,
+    deterministic: bool = True,
+) -> list[GoalEpisode]:
+    """
+    Run the policy and record how well it reaches its goals. The episodes are divided evenly between the envs,
+    as :func:`~stable_baselines3.common.evaluation.evaluate_policy` does.
+
+    :param model: Anything that has ``predict``
+    :param env: Goal-conditioned environment, vectorised or not
+    :param n_eval_episodes: Number of episodes
+    :param deterministic: Whether to use deterministic or stochastic actions
+    :return: One row for each episode
+    :raises ValueError: if the number of episodes is not positive
+    :raises KeyError: if the env does not report success
+    """
+    if n_eval_episodes < 1:
+        raise ValueError(f"`n_eval_episodes` must be at least 1, got {n_eval_episodes}")
+    vec_env = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
+    recorder = GoalEpisodeRecorder(vec_env)
+    evaluate_policy(model, vec_env, n_eval_episodes, deterministic, callback=recorder, warn=False)
+    return recorder.episodes
+
+
+class GoalEvalCallback(EvalCallback):
+    """
+    Callback for evaluating a goal-conditioned agent: what :class:`~stable_baselines3.common.callbacks.EvalCallback` does,
+    and the measures of :class:`GoalEpisode`, logged as ``eval/success_any``, ``eval/success_last``,
+    ``eval/time_at_goal`` (steps), ``eval/time_at_goal_fraction`` and ``eval/mean_distance``.
+
+    If there is a ``log_path``, each episode becomes a row of ``episodes.csv`` in that folder.
+
+    :param eval_env: The environment used for evaluation
+    :param callback_on_new_best: Callback to trigger when there is a new best model according to the ``mean_reward``
+    :param callback_after_eval: Callback to trigger after every evaluation
+    :param n_eval_episodes: The number of episodes to test the agent
+    :param eval_freq: Evaluate the agent every ``eval_freq`` call of the callback
+    :param log_path: Path to a folder for ``evaluations.npz`` and ``episodes.csv``
+    :param best_model_save_path: Path to a folder where the best model will be saved
+    :param deterministic: Whether the evaluation should use stochastic or deterministic actions
+    :param render: Whether to render the environment during evaluation
+    :param verbose: Verbosity level: 0 for no output, 1 for the results
+    :param warn: Whether to warn if the env has no ``Monitor`` wrapper
+    """
+
+    def __init__(
+        self,
+        eval_env: gym.Env | VecEnv,
+        callback_on_new_best: BaseCallback | None = None,
+        callback_after_eval: BaseCallback | None = None,
+        n_eval_episodes: int = 5,
+        eval_freq: int = 10000,
+        log_path: str | None = None,
+        best_model_save_path: str | None = None,
+        deterministic: bool = True,
+        render: bool = False,
+        verbose: int = 1,
+        warn: bool = True,
+    ):
+        super().__init__(
+            eval_env,
+            callback_on_new_best,
+            callback_after_eval,
+            n_eval_episodes,
+            eval_freq,
+            log_path,
+            best_model_save_path,
+            deterministic,
+            render,
+            verbose,
+            warn,
+        )
+        self.episodes_path = None if log_path is None else os.path.join(log_path, "episodes.csv")
+        self.last_means: dict[str, float] = {}
+        self._recorder = GoalEpisodeRecorder(self.eval_env)
+
+    def _on_step(self) -> bool:
+        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
+            # An evaluation that was interrupted leaves nothing behind
+            self._recorder = GoalEpisodeRecorder(self.eval_env)
+        return super()._on_step()
+
+    def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        super()._log_success_callback(locals_, globals_)
+        self._recorder(locals_, globals_)
+        # The parent dumps the logger before it gives the control back
+        if len(self._recorder.episodes) == self.n_eval_episodes:
+            self._log_episodes(self._recorder.episodes)
+
+    def _log_episodes(self, episodes: list[GoalEpisode]) -> None:
+        self.last_means = mean_of_episodes(episodes)
+        for name in ("success_any", "success_last", "time_at_goal", "time_at_goal_fraction", "mean_distance"):
+            self.logger.record(f"eval/{name}", self.last_means[name])
+        if self.episodes_path is None:
+            return
+        is_new = not os.path.exists(self.episodes_path)
+        with open(self.episodes_path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(["timesteps", *asdict(episodes[0])])
+            writer.writerows([self.num_timesteps, *astuple(episode)] for episode in episodes)

@@ -1,0 +1,3 @@
+from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
+
+__all__ = ["SuccessInfoWrapper"]
