@@ -25,7 +25,7 @@ def check_finite(values: dict[str, np.ndarray], env_indices: np.ndarray | None =
         row = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
         env_idx = row if env_indices is None else env_indices[row]
         raise ValueError(
-            f"NaN or infinity in `{key}` of env {env_idx}: {value[row]}. The transition was not stored. "
+            f"NaN or infinity in `{key}` of env {env_idx}: {value[row]}. It was not stored. "
             "Check the env (diverging physics?), for instance with `stable_baselines3.common.vec_env.VecCheckNan`"
         )
 
@@ -215,12 +215,13 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.timeouts[last, running] = self.handle_timeout_termination
         self._end_episodes(running)
 
-    def _sample_indices(self, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _sample_indices(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        Draw transitions uniformly, and for each the slot of a state that its episode reached later.
+        Draw transitions uniformly, and for each a state that its episode reached later.
 
         :param batch_size: Number of transitions
-        :return: Slots and envs of the transitions, slots of the goals, each of shape ``(batch_size,)``
+        :return: Indices of transitions and goals into the flat storage (``slot * n_envs + env``), each of shape
+            ``(batch_size,)``
         :raises ValueError: if the buffer is empty or ``gamma`` is not in [0, 1]
         """
         if self.n_used == 0:
@@ -229,17 +230,27 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             raise ValueError(f"`gamma` must be between 0 and 1, got {self.gamma}")
         remaining = self.remaining.reshape(-1)
         indices = np.random.randint(self.n_used * self.n_envs, size=batch_size)
+        horizon = remaining[indices].astype(np.int64)
         # Few slots hold no transition (about one an episode): draw again where one was hit
-        rejected = np.flatnonzero(remaining[indices] == 0)
+        rejected = np.flatnonzero(horizon == 0)
         while len(rejected) > 0:
             indices[rejected] = np.random.randint(self.n_used * self.n_envs, size=len(rejected))
-            rejected = rejected[remaining[indices[rejected]] == 0]
-        slots, envs = np.divmod(indices, self.n_envs)
+            horizon[rejected] = remaining[indices[rejected]]
+            rejected = rejected[horizon[rejected] == 0]
 
-        horizon = remaining[indices].astype(np.int64)
-        running = horizon == RUNNING
-        horizon[running] = (self.head[envs[running]] - slots[running]) % self.n_slots
-        return slots, envs, (slots + self._sample_steps(horizon)) % self.n_slots
+        running = np.flatnonzero(horizon == RUNNING)
+        slots, envs = np.divmod(indices[running], self.n_envs)
+        horizon[running] = (self.head[envs] - slots) % self.n_slots
+        return indices, self._shift(indices, self._sample_steps(horizon))
+
+    def _shift(self, indices: np.ndarray, steps: np.ndarray | int) -> np.ndarray:
+        """Flat indices of the states so many steps later, around the ring."""
+        return (indices + steps * self.n_envs) % self.remaining.size
+
+    @staticmethod
+    def _take(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        # Several times as fast as indexing with slots and envs
+        return values.reshape(-1, *values.shape[2:]).take(indices, axis=0)
 
     def _sample_steps(self, horizon: np.ndarray) -> np.ndarray:
         """
@@ -259,22 +270,12 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         # Rounding may give the horizon itself
         return np.minimum(steps.astype(np.int64), horizon - 1) + 1
 
-    def _gather(
-        self, slots: np.ndarray, envs: np.ndarray, goals: np.ndarray, env: VecNormalize | None
-    ) -> dict[str, th.Tensor]:
-        flat = slots * self.n_envs + envs
-        obs = {
-            key: values.reshape(-1, *values.shape[2:]).take(flat, axis=0)
-            for key, values in self.observations.items()
-            if key != "desired_goal"
-        }
+    def _gather(self, indices: np.ndarray, goals: np.ndarray, env: VecNormalize | None) -> dict[str, th.Tensor]:
+        obs = {key: self._take(values, indices) for key, values in self.observations.items() if key != "desired_goal"}
         obs["desired_goal"] = goals
         normalized = self._normalize_obs(obs, env)
         assert isinstance(normalized, dict)
         return {key: self.to_torch(value, copy=False) for key, value in normalized.items()}
-
-    def _gather_goals(self, slots: np.ndarray, envs: np.ndarray) -> np.ndarray:
-        return self.observations["achieved_goal"][slots, envs]
 
     def sample_contrastive(self, batch_size: int, env: VecNormalize | None = None) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """
@@ -286,9 +287,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             episode reached later, and actions of shape ``(batch_size, action_dim)``
         :raises ValueError: if the buffer is empty
         """
-        slots, envs, goal_slots = self._sample_indices(batch_size)
-        observations = self._gather(slots, envs, self._gather_goals(goal_slots, envs), env)
-        return observations, self.to_torch(self.actions[slots, envs], copy=False)
+        indices, goal_indices = self._sample_indices(batch_size)
+        goals = self._take(self.observations["achieved_goal"], goal_indices)
+        return self._gather(indices, goals, env), self.to_torch(self._take(self.actions, indices), copy=False)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]
         """
@@ -299,14 +300,14 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         :return: Transitions whose ``desired_goal`` is a goal that the episode reached later
         :raises ValueError: if the buffer is empty
         """
-        slots, envs, goal_slots = self._sample_indices(batch_size)
-        goals = self._gather_goals(goal_slots, envs)
-        dones = self.dones[slots, envs] & ~self.timeouts[slots, envs]
-        rewards = self._normalize_reward(self.rewards[slots, envs].reshape(-1, 1), env)
+        indices, goal_indices = self._sample_indices(batch_size)
+        goals = self._take(self.observations["achieved_goal"], goal_indices)
+        dones = self._take(self.dones, indices) & ~self._take(self.timeouts, indices)
+        rewards = self._normalize_reward(self._take(self.rewards, indices).reshape(-1, 1), env)
         return DictReplayBufferSamples(
-            observations=self._gather(slots, envs, goals, env),
-            actions=self.to_torch(self.actions[slots, envs], copy=False),
-            next_observations=self._gather((slots + 1) % self.n_slots, envs, goals, env),
+            observations=self._gather(indices, goals, env),
+            actions=self.to_torch(self._take(self.actions, indices), copy=False),
+            next_observations=self._gather(self._shift(indices, 1), goals, env),
             dones=self.to_torch(dones.astype(np.float32).reshape(-1, 1), copy=False),
             rewards=self.to_torch(rewards, copy=False),
         )

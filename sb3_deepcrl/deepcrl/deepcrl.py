@@ -455,7 +455,10 @@ class DeepCRL(OffPolicyAlgorithm):
             self.replay_buffer.truncate_last_trajectory()
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         assert isinstance(self._last_obs, dict)
-        check_finite(self._last_obs)
+        first_obs, self._last_obs = self._last_obs, None
+        # Raises with no observation left behind, so that the next call resets the envs again
+        check_finite(first_obs)
+        self._last_obs = first_obs
         return result
 
     def collect_rollouts(self, *args, **kwargs) -> RolloutReturn:

@@ -1,0 +1,268 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_deepcrl import ContrastiveReplayBuffer
+from tests.envs import EpisodeCounterEnv, GoalReachEnv
+
+
+def counter_env(n_envs: int = 1, lengths: tuple[int, ...] = (5, 3, 9)) -> DummyVecEnv:
+    return DummyVecEnv(
+        [lambda index=index: EpisodeCounterEnv(index, lengths[index:] + lengths[:index]) for index in range(n_envs)]
+    )
+
+
+def make_buffer(env, buffer_size: int = 1000, **kwargs) -> ContrastiveReplayBuffer:
+    return ContrastiveReplayBuffer(
+        buffer_size, env.observation_space, env.action_space, device="cpu", n_envs=env.num_envs, **kwargs
+    )
+
+
+def collect(buffer: ContrastiveReplayBuffer, env, n_steps: int, obs=None):
+    """Fill the buffer as OffPolicyAlgorithm does, and return the last observation."""
+    obs = env.reset() if obs is None else obs
+    for _ in range(n_steps):
+        actions = np.stack([env.action_space.sample() for _ in range(env.num_envs)])
+        new_obs, rewards, dones, infos = env.step(actions)
+        next_obs = copy.deepcopy(new_obs)
+        for index in np.flatnonzero(dones):
+            for key in next_obs:
+                next_obs[key][index] = infos[index]["terminal_observation"][key]
+        buffer.add(obs, next_obs, actions, rewards, dones, infos)
+        obs = new_obs
+    return obs
+
+
+def check_samples(buffer: ContrastiveReplayBuffer, n_samples: int = 2000) -> None:
+    """Each goal is from a later step of the same episode of the same env, and the next observation from the next step."""
+    samples = buffer.sample(n_samples)
+    state, goal = samples.observations["achieved_goal"], samples.observations["desired_goal"]
+    assert (goal[:, :2] == state[:, :2]).all()
+    assert (goal[:, 2] > state[:, 2]).all()
+    assert (samples.next_observations["achieved_goal"] == state + th.tensor([0.0, 0.0, 1.0])).all()
+    assert (samples.next_observations["desired_goal"] == goal).all()
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("capacity", [9, 40, 1000])
+def test_goals_come_from_the_future_of_the_same_episode(n_envs, capacity):
+    env = counter_env(n_envs)
+    buffer = make_buffer(env, capacity * n_envs)
+    obs = None
+    # Often enough to see every position of the ring, running episodes and overwritten ones
+    for _ in range(60):
+        obs = collect(buffer, env, 3, obs)
+        check_samples(buffer, 300)
+
+
+def test_every_transition_is_sampled_equally_often():
+    env = counter_env(2)
+    buffer = make_buffer(env)
+    collect(buffer, env, 40)
+    n_samples = 80_000
+    samples = buffer.sample(n_samples)
+    _, counts = np.unique(samples.observations["achieved_goal"].numpy(), axis=0, return_counts=True)
+    assert len(counts) == 80
+    # Poisson law: 1000 +- 32 each
+    assert abs(counts - 1000).max() < 5 * 32
+
+
+def test_oldest_transitions_are_overwritten():
+    env = counter_env(1, (4,))
+    buffer = make_buffer(env, 20)
+    collect(buffer, env, 100)
+    episodes = np.unique(buffer.sample(1000).observations["achieved_goal"][:, 1].numpy())
+    assert list(episodes) == [21, 22, 23, 24]
+    assert buffer.size() == 20
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("done", [True, False])
+def test_goal_law_is_a_truncated_geometric_one(gamma, done):
+    length = 12
+    env = counter_env(1, (length if done else 1000,))
+    buffer = make_buffer(env, gamma=gamma)
+    collect(buffer, env, length)
+    samples = buffer.sample(200_000)
+    step, goal = samples.observations["achieved_goal"][:, 2], samples.observations["desired_goal"][:, 2]
+    for start in (0, 5, 10, 11):
+        distances = (goal - step)[step == start].numpy().astype(int)
+        horizon = length - start
+        expected = gamma ** np.arange(1, horizon + 1)
+        expected /= expected.sum()
+        found = np.bincount(distances, minlength=horizon + 1)[1:] / len(distances)
+        assert len(found) == horizon
+        np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / len(distances)))
+
+
+def test_limits_of_the_goal_law():
+    env = counter_env(1, (10,))
+    buffer = make_buffer(env, gamma=0.0)
+    collect(buffer, env, 10)
+    samples = buffer.sample(1000)
+    assert (samples.observations["desired_goal"][:, 2] == samples.observations["achieved_goal"][:, 2] + 1).all()
+    buffer.gamma = 1.0
+    samples = buffer.sample(100_000)
+    from_start = samples.observations["desired_goal"][samples.observations["achieved_goal"][:, 2] == 0][:, 2]
+    np.testing.assert_allclose(np.bincount(from_start.numpy().astype(int))[1:] / len(from_start), 0.1, atol=0.02)
+
+
+def test_env_reset_behind_the_buffers_back():
+    env = counter_env(2, (9, 7))
+    buffer = make_buffer(env)
+    for _ in range(20):
+        # Starts with a reset, in the middle of an episode
+        collect(buffer, env, 4)
+        check_samples(buffer, 200)
+
+
+def test_truncate_last_trajectory():
+    env = counter_env(2, (9, 9))
+    buffer = make_buffer(env)
+    obs = collect(buffer, env, 4)
+    buffer.truncate_last_trajectory()
+    # The same episode goes on, but nobody must look from before the cut to behind it
+    collect(buffer, env, 3, obs)
+    samples = buffer.sample(2000)
+    step, goal = samples.observations["achieved_goal"][:, 2], samples.observations["desired_goal"][:, 2]
+    assert (goal[step < 4] <= 4).all()
+    assert (goal[step >= 4] > 4).all()
+    check_samples(buffer)
+    # A second time there is nothing to cut
+    buffer.truncate_last_trajectory()
+    head = buffer.head.copy()
+    buffer.truncate_last_trajectory()
+    assert (buffer.head == head).all()
+
+
+def test_observations_are_stored_once_and_as_float32():
+    env = DummyVecEnv([GoalReachEnv])
+    buffer, her = make_buffer(env, 10_000), HerReplayBuffer(10_000, env.observation_space, env.action_space, env=env)
+    assert {values.dtype for values in buffer.observations.values()} == {np.dtype(np.float32)}
+    n_bytes = sum(values.nbytes for values in buffer.observations.values())
+    her_bytes = sum(values.nbytes for obs in (her.observations, her.next_observations) for values in obs.values())
+    assert n_bytes < 0.26 * her_bytes
+
+
+def test_images_stay_uint8():
+    image = spaces.Box(0, 255, (3, 8, 8), np.uint8)
+    space = spaces.Dict(observation=spaces.Discrete(5), achieved_goal=image, desired_goal=image)
+    buffer = ContrastiveReplayBuffer(10, space, spaces.Box(-1, 1, (2,)), device="cpu")
+    assert buffer.observations["achieved_goal"].dtype == np.uint8
+    obs = {key: np.array([value.sample()]) for key, value in space.spaces.items()}
+    next_obs = {key: np.array([value.sample()]) for key, value in space.spaces.items()}
+    buffer.add(obs, next_obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1, dtype=bool), [{}])
+    samples = buffer.sample(4)
+    assert samples.observations["desired_goal"].dtype == th.uint8
+    assert (samples.observations["desired_goal"].numpy() == next_obs["achieved_goal"]).all()
+
+
+def test_rewards_dones_and_timeouts():
+    env = counter_env(1, (2,))
+    buffer = make_buffer(env)
+    collect(buffer, env, 8)
+    samples = buffer.sample(1000)
+    last = samples.observations["achieved_goal"][:, 2] == 1
+    terminated = samples.observations["achieved_goal"][:, 1] % 2 == 0
+    # Ends by timeout are no ends for the value
+    assert (samples.dones.squeeze(1).bool() == (last & terminated)).all()
+    assert samples.rewards.shape == (1000, 1)
+
+
+def test_sample_contrastive_is_what_sample_gives():
+    env = counter_env(2)
+    buffer = make_buffer(env)
+    collect(buffer, env, 30)
+    np.random.seed(1)
+    samples = buffer.sample(50)
+    np.random.seed(1)
+    observations, actions = buffer.sample_contrastive(50)
+    assert (actions == samples.actions).all()
+    for key, values in observations.items():
+        assert (values == samples.observations[key]).all()
+
+
+def test_vec_normalize():
+    env = VecNormalize(DummyVecEnv([GoalReachEnv]))
+    buffer = make_buffer(env)
+    collect(buffer, env.venv, 50)
+    env.reset()
+    env.step(np.zeros((1, 2)))
+    np.random.seed(1)
+    raw = buffer.sample(20)
+    np.random.seed(1)
+    normalized = buffer.sample(20, env=env)
+    expected = env.normalize_obs({key: values.numpy() for key, values in raw.observations.items()})
+    for key, values in normalized.observations.items():
+        np.testing.assert_allclose(values, expected[key], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(normalized.observations["desired_goal"], raw.observations["desired_goal"])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))])
+def test_copies_go_on_independently(duplicate):
+    env = counter_env(2)
+    buffer = make_buffer(env)
+    obs = collect(buffer, env, 7)
+    twin = duplicate(buffer)
+    collect(twin, env, 20, obs)
+    check_samples(twin)
+    assert buffer.size() == 7
+    assert twin.size() == 27
+
+
+def test_reset():
+    env = counter_env(2)
+    buffer = make_buffer(env)
+    collect(buffer, env, 7)
+    buffer.reset()
+    assert buffer.size() == 0
+    with pytest.raises(ValueError, match="empty"):
+        buffer.sample(1)
+    collect(buffer, env, 2)
+    check_samples(buffer)
+
+
+def test_sample_from_empty_buffer():
+    with pytest.raises(ValueError, match="empty replay buffer"):
+        make_buffer(counter_env()).sample(1)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.01, np.nan])
+def test_wrong_gamma(gamma):
+    env = counter_env()
+    buffer = make_buffer(env, gamma=gamma)
+    collect(buffer, env, 1)
+    with pytest.raises(ValueError, match="`gamma` must be between 0 and 1"):
+        buffer.sample(1)
+
+
+def test_optimize_memory_usage():
+    with pytest.raises(ValueError, match="optimize_memory_usage=True"):
+        make_buffer(counter_env(), optimize_memory_usage=True)
+
+
+def test_episode_longer_than_the_buffer():
+    env = counter_env(2, (9, 9))
+    buffer = make_buffer(env, 16)
+    with pytest.raises(ValueError, match=r"episode of env 0 is longer than the 8 transitions.*at least 2 envs"):
+        collect(buffer, env, 9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["obs", "next_obs"])
+def test_not_a_number(value, where):
+    env = counter_env(3)
+    buffer = make_buffer(env)
+    obs = collect(buffer, env, 2)
+    args = {"obs": obs, "next_obs": copy.deepcopy(obs)}
+    args[where]["observation"][1, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinity in `observation` of env 1"):
+        buffer.add(**args, action=np.zeros((3, 1)), reward=np.zeros(3), done=np.zeros(3, dtype=bool), infos=[{}] * 3)
+    assert buffer.size() == 2
+    check_samples(buffer)

@@ -1,0 +1,532 @@
+import copy
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
+from sb3_deepcrl.deepcrl.deepcrl import UPDATE_METRICS
+from tests.envs import EpisodeCounterEnv, GoalReachEnv
+
+# Small networks, so that the tests are fast
+SMALL = dict(depth=4, width=16, repr_dim=8, batch_size=16, learning_starts=20, device="cpu", seed=0)
+
+
+def make_model(env=None, **kwargs) -> DeepCRL:
+    return DeepCRL("MultiInputPolicy", env or make_vec_env(GoalReachEnv, 2), **{**SMALL, **kwargs})
+
+
+def parameters_of(module: th.nn.Module) -> dict[str, th.Tensor]:
+    return {name: values.clone() for name, values in module.state_dict().items()}
+
+
+def changed(before: dict[str, th.Tensor], module: th.nn.Module) -> list[str]:
+    return [name for name, values in module.state_dict().items() if not th.equal(values, before[name])]
+
+
+def test_env():
+    check_env(GoalReachEnv())
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(),
+        dict(train_freq=4, gradient_steps=3),
+        dict(train_freq=(3, "step"), gradient_steps=-1),
+        dict(learning_starts=0),
+        dict(ent_coef=0.2),
+        dict(ent_coef="auto", target_entropy=-3.0),
+        dict(energy="dot", contrastive_loss="symmetric"),
+        dict(energy="cosine", contrastive_loss="backward", random_goals=1.0),
+        dict(energy="squared", random_goals=0.0, logsumexp_coef=0.0),
+        dict(actor_depth=8, critic_depth=12),
+        dict(action_noise=NormalActionNoise(np.zeros(2), 0.1 * np.ones(2))),
+        dict(learning_rate=lambda progress: 1e-3 * progress, critic_learning_rate=1e-4, ent_coef_learning_rate=1e-2),
+        dict(policy_kwargs=dict(norm="none", residual=False, activation_fn=th.nn.ReLU, residual_scale="learnable")),
+    ],
+)
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_learn(kwargs, n_envs):
+    model = make_model(make_vec_env(GoalReachEnv, n_envs), **kwargs).learn(100)
+    assert model.num_timesteps >= 100
+    assert model._n_updates > 0
+    assert all(th.isfinite(values).all() for values in model.policy.parameters())
+
+
+def test_train_freq_in_episodes():
+    model = make_model(GoalReachEnv(), train_freq=(2, "episode"), gradient_steps=5).learn(100)
+    # 10 steps an episode, training starts after 20 steps
+    assert model._n_updates == 5 * 4
+    with pytest.raises(ValueError, match="unit of the `train_freq`"):
+        make_model(train_freq=(1, "epoch"))
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "kwargs", "train_freq", "gradient_steps"),
+    [
+        (1, {}, 16, 1),
+        (4, {}, 4, 1),
+        (16, {}, 1, 1),
+        (64, {}, 1, 4),
+        (2, dict(gradient_steps=3), 24, 3),
+        (2, dict(train_freq=32), 32, 4),
+        (2, dict(train_freq=1), 1, 1),
+        (1, dict(train_freq=(1, "episode")), 1, 1),
+    ],
+)
+def test_default_update_ratio_does_not_depend_on_the_number_of_envs(n_envs, kwargs, train_freq, gradient_steps):
+    model = make_model(make_vec_env(GoalReachEnv, n_envs), **kwargs)
+    assert model.train_freq.frequency == train_freq
+    assert model.gradient_steps == gradient_steps
+
+
+def test_gradient_steps_zero_and_train_alone():
+    model = make_model(gradient_steps=0).learn(100)
+    assert model._n_updates == 0
+    model.train(gradient_steps=1)
+    model.train(gradient_steps=3, batch_size=5)
+    assert model._n_updates == 4
+
+
+def test_gradient_reaches_every_parameter():
+    model = make_model(critic_depth=8, policy_kwargs=dict(residual_scale="learnable")).learn(50)
+    before = parameters_of(model.policy)
+    model.train(gradient_steps=1, batch_size=16)
+    assert set(changed(before, model.policy)) == set(before)
+    assert all(parameter.grad is not None for parameter in model.policy.parameters())
+
+
+def test_each_update_leaves_the_other_networks_alone():
+    model = make_model().learn(50)
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+    for updated, frozen in (("actor", "critic"), ("critic", "actor")):
+        twin = copy.deepcopy(model.policy)
+        model.policy.load_state_dict(twin.state_dict())
+        before = parameters_of(getattr(model, frozen)), parameters_of(getattr(model, updated))
+        step = getattr(model, frozen).optimizer.step
+        getattr(model, frozen).optimizer.step = lambda: None
+        model._update(observations, actions)
+        getattr(model, frozen).optimizer.step = step
+        assert changed(before[0], getattr(model, frozen)) == []
+        assert changed(before[1], getattr(model, updated)) != []
+
+
+def test_losses_get_no_foreign_gradient():
+    model = make_model(random_goals=0.5).learn(50)
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+    # The critic's gradient after an update is the one of its own loss alone
+    expected = copy.deepcopy(model.critic)
+    state_action = expected.encode_state_action(expected.extract_state_features(observations), actions)
+    distances = th.cdist(state_action, expected.encode_goal(observations), compute_mode="donot_use_mm_for_euclid_dist")
+    logsumexp = th.logsumexp(-distances, dim=1)
+    (distances.diagonal() + logsumexp + 0.1 * logsumexp.square()).mean().backward()
+    model._update(observations, actions)
+    for (name, parameter), reference in zip(model.critic.named_parameters(), expected.parameters(), strict=True):
+        th.testing.assert_close(parameter.grad, reference.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_actor_is_updated_before_the_critic():
+    model = make_model(random_goals=0.0, ent_coef=0.3).learn(50)
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+    policy = copy.deepcopy(model.policy)
+    th.manual_seed(3)
+    model._update(observations, actions)
+    # The same gradient with the critic as it was before
+    th.manual_seed(3)
+    actions_pi, log_prob = policy.actor.action_log_prob(observations)
+    (0.3 * log_prob - policy.critic(observations, actions_pi).squeeze(1)).mean().backward()
+    for parameter, reference in zip(model.actor.parameters(), policy.actor.parameters(), strict=True):
+        th.testing.assert_close(parameter.grad, reference.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_random_goals_are_goals_of_other_transitions():
+    model = make_model(random_goals=0.5).learn(50)
+    observations, _ = model.replay_buffer.sample_contrastive(16)
+    seen = {}
+    model.actor.action_log_prob = lambda obs: (seen.update(obs), (th.zeros(16, 2), th.zeros(16)))[1]
+    model._actor_loss(observations, model.critic.extract_state_features(observations), model.critic.encode_goal(observations))
+    goals = observations["desired_goal"]
+    assert th.equal(seen["desired_goal"][:8], goals[1:9])
+    assert th.equal(seen["desired_goal"][8:], goals[8:])
+    assert th.equal(seen["achieved_goal"], observations["achieved_goal"])
+
+
+def test_temperature_follows_the_entropy():
+    # A wish that no policy can fulfil makes the coefficient grow, and the other way round
+    high, low = (make_model(target_entropy=target).learn(200) for target in (50.0, -50.0))
+    assert high.log_ent_coef.item() > np.log(0.1) > low.log_ent_coef.item()
+
+
+def test_learning_rates_follow_their_schedules():
+    model = make_model(learning_rate=lambda progress: progress, critic_learning_rate=0.5, ent_coef_learning_rate=None)
+    model.learn(20)
+    model._current_progress_remaining = 0.25
+    model.train(gradient_steps=1, batch_size=4)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (model.actor.optimizer, model.critic.optimizer)]
+    assert rates == [0.25, 0.5]
+    assert model.ent_coef_optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_gamma_can_be_changed_between_trainings():
+    model = make_model(EpisodeCounterEnv(lengths=(50,))).learn(60)
+    seen = []
+    sample = model.replay_buffer.sample_contrastive
+    model.replay_buffer.sample_contrastive = lambda *args, **kwargs: (seen.append(sample(*args, **kwargs)), seen[-1])[1]
+    for gamma in (0.0, 0.99):
+        model.gamma = gamma
+        model.train(gradient_steps=1, batch_size=100)
+    steps_to_goal = [(obs["desired_goal"] - obs["achieved_goal"])[:, 2] for obs, _ in seen]
+    assert (steps_to_goal[0] == 1).all()
+    assert steps_to_goal[1].mean() > 5
+
+
+def test_metrics_are_logged(tmp_path):
+    model = make_model(verbose=0)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(200, log_interval=4)
+    text = (tmp_path / "progress.csv").read_text()
+    header, last = text.splitlines()[0].split(","), text.splitlines()[-1].split(",")
+    values = dict(zip(header, last, strict=True))
+    for name in (*UPDATE_METRICS, "n_updates", "learning_rate"):
+        assert np.isfinite(float(values[f"train/{name}"])), name
+    assert 0 <= float(values["train/categorical_accuracy"]) <= 1
+    assert float(values["train/logits_pos"]) > float(values["train/logits_neg"])
+    assert {"rollout/success_rate", "rollout/ep_rew_mean", "time/fps", "time/total_timesteps"} <= set(header)
+
+
+def test_tensorboard(tmp_path):
+    make_model(tensorboard_log=str(tmp_path)).learn(50)
+    assert list((tmp_path / "DeepCRL_1").glob("events.out.tfevents.*"))
+
+
+def test_same_seed_same_result():
+    results = []
+    for seed in (1, 1, 2):
+        model = make_model(make_vec_env(GoalReachEnv, 2, seed=seed), seed=seed).learn(150)
+        results.append((parameters_of(model.policy), model.replay_buffer.rewards.copy()))
+    assert all(th.equal(values, results[1][0][name]) for name, values in results[0][0].items())
+    assert (results[0][1] == results[1][1]).all()
+    assert not all(th.equal(values, results[2][0][name]) for name, values in results[0][0].items())
+
+
+def test_predict():
+    model = make_model(make_vec_env(GoalReachEnv, 3, env_kwargs=dict(action_scale=5.0)))
+    obs = model.env.reset()
+    actions, _ = model.predict(obs, deterministic=True)
+    assert actions.shape == (3, 2)
+    assert np.array_equal(actions, model.predict(obs, deterministic=True)[0])
+    assert not np.array_equal(*(model.predict(obs, deterministic=False)[0] for _ in range(2)))
+    single = {key: values[1] for key, values in obs.items()}
+    np.testing.assert_allclose(model.predict(single, deterministic=True)[0], actions[1], rtol=1e-4, atol=1e-5)
+    model.actor.mu.bias.data += 100.0
+    np.testing.assert_allclose(model.predict(single, deterministic=True)[0], [5.0, 5.0])
+
+
+def test_actions_are_stored_scaled():
+    model = make_model(make_vec_env(GoalReachEnv, 2, env_kwargs=dict(action_scale=5.0))).learn(100)
+    assert 0.5 < np.abs(model.replay_buffer.actions).max() <= 1.0
+
+
+def test_goal_is_not_in_the_state():
+    model = make_model()
+    obs, _ = model.policy.obs_to_tensor(model.env.reset())
+    other = {**obs, "desired_goal": obs["desired_goal"] + 1.0}
+    assert th.equal(model.critic.extract_state_features(obs), model.critic.extract_state_features(other))
+    # Both position and observation are in it
+    assert model.critic.extract_state_features(obs).shape == (2, 5)
+    assert model.critic.goal_features_extractor.features_dim == 2
+    assert model.critic(obs, th.zeros(2, 2)).shape == (2, 1)
+    assert not th.equal(model.critic(obs, th.zeros(2, 2)), model.critic(other, th.zeros(2, 2)))
+
+
+class ImageGoalEnv(gym.Env):
+    """The goal is an image."""
+
+    def __init__(self):
+        image = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+        self.observation_space = spaces.Dict(observation=image, achieved_goal=image, desired_goal=image)
+        self.action_space = spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation_space.sample(), 0.0, False, self.steps == 5, {"is_success": False}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        lambda: BitFlippingEnv(n_bits=4, continuous=True),
+        lambda: BitFlippingEnv(n_bits=4, continuous=True, discrete_obs_space=True),
+        ImageGoalEnv,
+        lambda: GoalReachEnv(obs_dtype=np.float32),
+    ],
+)
+def test_other_observation_spaces(env):
+    model = make_model(env(), learning_starts=5, train_freq=5).learn(25)
+    assert model._n_updates > 0
+
+
+def test_env_id():
+    gym.register("DeepCRLTest-v0", GoalReachEnv, max_episode_steps=10)
+    try:
+        assert make_model("DeepCRLTest-v0").learn(48).num_timesteps == 48
+    finally:
+        del gym.registry["DeepCRLTest-v0"]
+
+
+def test_vec_normalize():
+    env = VecNormalize(make_vec_env(GoalReachEnv, 2))
+    model = make_model(env).learn(200)
+    assert model.get_vec_normalize_env() is env
+    # Stored as they came from the env
+    assert np.abs(model.replay_buffer.observations["achieved_goal"]).max() <= 5.0
+    evaluate_policy(model, env, n_eval_episodes=2, warn=False)
+
+
+def test_eval_callback(tmp_path):
+    model = make_model()
+    callback = EvalCallback(make_vec_env(GoalReachEnv, 1), eval_freq=20, best_model_save_path=str(tmp_path), verbose=0)
+    model.learn(100, callback=callback)
+    assert (tmp_path / "best_model.zip").exists()
+    assert DeepCRL.load(tmp_path / "best_model").num_timesteps > 0
+
+
+@pytest.mark.parametrize("stop", [False, np.bool_(False)])
+def test_callback_stops_at_once(stop):
+    model = make_model()
+    model.learn(100, callback=lambda *_: stop)
+    assert model.num_timesteps == 2
+
+
+# Episodes of the counter env, whose observations tell the episode and step they come from
+
+
+def check_goals(model: DeepCRL) -> None:
+    obs, _ = model.replay_buffer.sample_contrastive(3000)
+    assert (obs["desired_goal"][:, :2] == obs["achieved_goal"][:, :2]).all()
+    assert (obs["desired_goal"][:, 2] > obs["achieved_goal"][:, 2]).all()
+
+
+def counter_model(**kwargs) -> DeepCRL:
+    env = DummyVecEnv([lambda index=index: EpisodeCounterEnv(index, (7 + index, 4)) for index in range(2)])
+    return make_model(env, learning_starts=4, **kwargs)
+
+
+def test_goals_stay_in_the_episode_when_learning_twice():
+    model = counter_model().learn(30)
+    check_goals(model)
+    model.learn(30)
+    check_goals(model)
+    model.learn(30, reset_num_timesteps=False)
+    check_goals(model)
+    model.set_env(DummyVecEnv([lambda index=index: EpisodeCounterEnv(index + 10) for index in range(2)]))
+    model.learn(30, reset_num_timesteps=False)
+    check_goals(model)
+
+
+class StopIn(BaseCallback):
+    """Stop or fail in some step of the rollout."""
+
+    def __init__(self, step: int, error: type[BaseException] | None):
+        super().__init__()
+        self.step, self.error = step, error
+
+    def _on_step(self) -> bool:
+        if self.n_calls == self.step and self.error is not None:
+            raise self.error
+        return self.n_calls < self.step
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("step", [3, 4, 7, 8])
+def test_goals_stay_in_the_episode_after_an_interruption(step, error):
+    # Among the steps is the one in which an episode ends, and the one after
+    model = counter_model(train_freq=100)
+    try:
+        model.learn(100, callback=StopIn(step, error))
+    except (KeyboardInterrupt, RuntimeError):
+        pass
+    model.learn(30, reset_num_timesteps=False)
+    check_goals(model)
+    assert model.num_timesteps > 30
+
+
+class NaNEnv(GoalReachEnv):
+    """Gives NaN in one step of one episode, or in a reset."""
+
+    def __init__(self, bad_call: int):
+        super().__init__()
+        self.bad_call, self.calls = bad_call, 0
+
+    def _observation(self):
+        observation = super()._observation()
+        self.calls += 1
+        if self.calls == self.bad_call:
+            observation["observation"][1] = np.nan
+        return observation
+
+
+# Calls 1 and 12 are resets, 11 is the last step of an episode
+@pytest.mark.parametrize("bad_call", [1, 5, 11, 12])
+def test_nan_from_the_env(bad_call):
+    env = DummyVecEnv([lambda: NaNEnv(10**6), lambda: NaNEnv(bad_call)])
+    model = make_model(env)
+    with pytest.raises(ValueError, match="NaN or infinity in `observation` of env 1"):
+        model.learn(100)
+    assert all(th.isfinite(values).all() for values in model.policy.parameters())
+    # Nothing is lost
+    model.learn(100, reset_num_timesteps=False)
+    assert np.isfinite(model.replay_buffer.observations["observation"]).all()
+
+
+# What existing scripts pass
+
+
+def test_her_replay_buffer_is_replaced_with_one_warning():
+    kwargs = dict(
+        replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=4, goal_selection_strategy="future")
+    )
+    with pytest.warns(
+        UserWarning, match=r"in place of HerReplayBuffer.*`n_sampled_goal`, `goal_selection_strategy`"
+    ) as record:
+        model = make_model(**kwargs, tau=0.05, target_update_interval=2)
+    assert len(record) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(60)
+    assert type(model.replay_buffer) is ContrastiveReplayBuffer
+
+
+def test_sac_networks_are_not_used_with_a_warning():
+    with pytest.warns(UserWarning, match=r"`net_arch=\[64, 64\]`, which DeepCRL does not use"):
+        make_model(policy_kwargs=dict(net_arch=[64, 64]))
+    with pytest.warns(UserWarning, match=r"`n_critics=2`"):
+        make_model(policy_kwargs=dict(n_critics=2))
+
+
+def test_policy_kwargs_may_hold_the_architecture():
+    policy_kwargs = dict(depth=8, width=8)
+    model = DeepCRL("MultiInputPolicy", GoalReachEnv(), policy_kwargs=policy_kwargs)
+    assert (model.depth, model.width, len(model.actor.tower.blocks)) == (8, 8, 2)
+    # The dict of the user stays as it was
+    assert policy_kwargs == dict(depth=8, width=8)
+    with pytest.raises(ValueError, match="`depth=12` contradicts `policy_kwargs`, where it is 8"):
+        DeepCRL("MultiInputPolicy", GoalReachEnv(), depth=12, policy_kwargs=policy_kwargs)
+
+
+def test_policy_class_and_subclass_of_the_buffer():
+    class MyBuffer(ContrastiveReplayBuffer):
+        pass
+
+    model = DeepCRL(DeepCRL.policy_aliases["MultiInputPolicy"], GoalReachEnv(), replay_buffer_class=MyBuffer, **SMALL)
+    assert type(model.learn(40).replay_buffer) is MyBuffer
+
+
+# Errors
+
+
+class BoxEnv(gym.Env):
+    observation_space = spaces.Box(-1, 1, (3,))
+    action_space = spaces.Box(-1, 1, (2,))
+
+
+def with_spaces(observation_space=None, action_space=None) -> gym.Env:
+    env = GoalReachEnv()
+    env.observation_space = observation_space or env.observation_space
+    env.action_space = action_space or env.action_space
+    return env
+
+
+BOX2, BOX3 = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (3,))
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (BoxEnv(), r"`achieved_goal`, `desired_goal` missing from Box"),
+        (with_spaces(spaces.Dict(observation=BOX2, achieved_goal=BOX2)), r"but `desired_goal` missing"),
+        (
+            with_spaces(spaces.Dict(observation=BOX2, achieved_goal=BOX2, desired_goal=BOX3)),
+            r"must be of the same space.*\(3,\)",
+        ),
+        (with_spaces(action_space=spaces.Discrete(4)), r"continuous actions.*Discrete\(4\).*Use"),
+        (with_spaces(action_space=spaces.MultiBinary(4)), r"continuous actions.*MultiBinary\(4\)"),
+    ],
+)
+def test_env_that_cannot_be_learned(env, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(env)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(depth=6), r"`depth` must be a positive multiple of 4.*got 6: use 4 or 8"),
+        (dict(critic_depth=0), r"`critic_depth` must be.*got 0"),
+        (dict(actor_depth=-4), r"`actor_depth` must be.*got -4"),
+        (dict(width=-1), r"`width` must be a positive integer, got -1"),
+        (dict(repr_dim=0), r"`repr_dim` must be a positive integer, got 0"),
+        (dict(energy="l2"), r"`energy` must be one of 'norm'.*got 'l2'"),
+        (dict(contrastive_loss="fwd"), r"`contrastive_loss` must be one of.*got 'fwd'"),
+        (dict(batch_size=1), r"`batch_size` must be at least 2, got 1.*negatives"),
+        (dict(gamma=1.5), r"`gamma` must be between 0 and 1, got 1.5"),
+        (dict(random_goals=-0.5), r"`random_goals` must be between 0 and 1, got -0.5"),
+        (dict(logsumexp_coef=-1.0), r"`logsumexp_coef` must not be negative, got -1.0"),
+        (dict(n_steps=3), r"`n_steps` must be 1, got 3"),
+        (dict(optimize_memory_usage=True), r"`optimize_memory_usage=True` is not supported: leave it at False"),
+        (dict(use_sde=True), r"`use_sde=True`.*not supported.*use"),
+        (
+            dict(replay_buffer_class=DictReplayBuffer),
+            r"`replay_buffer_class` must be ContrastiveReplayBuffer.*DictReplayBuffer",
+        ),
+        (dict(policy_kwargs=dict(norm="batch")), r"`norm` must be"),
+    ],
+)
+def test_wrong_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**kwargs)
+
+
+def test_wrong_policies():
+    for policy in ("MlpPolicy", "CnnPolicy"):
+        with pytest.raises(ValueError, match="must use `MultiInputPolicy`"):
+            DeepCRL(policy, GoalReachEnv())
+    with pytest.raises(ValueError, match="Policy MultiPolicy unknown"):
+        DeepCRL("MultiPolicy", GoalReachEnv())
+
+
+def test_buffer_smaller_than_an_episode():
+    env = make_vec_env(lambda: gym.wrappers.TimeLimit(GoalReachEnv(max_steps=50), 50), 2)
+    env.envs[0].unwrapped.spec = env.envs[1].unwrapped.spec = gym.envs.registration.EnvSpec("Reach-v0", max_episode_steps=50)
+    with pytest.raises(ValueError, match=r"`buffer_size=99` leaves 49 transitions.*2 envs.*50 steps.*at least 100"):
+        make_model(env, buffer_size=99)
+    assert make_model(env, buffer_size=100).learn(128).num_timesteps == 128
+    # An env that does not tell: found out while learning
+    with pytest.raises(ValueError, match="longer than the 5 transitions"):
+        make_model(GoalReachEnv(), buffer_size=5).learn(20)
+
+
+def test_batch_of_one_in_train():
+    model = make_model().learn(40)
+    with pytest.raises(ValueError, match="`batch_size` must be at least 2, got 1"):
+        model.train(gradient_steps=1, batch_size=1)

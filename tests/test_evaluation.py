@@ -1,0 +1,129 @@
+import csv
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_deepcrl import GoalEvalCallback, SuccessInfoWrapper, evaluate_goals
+from sb3_deepcrl.common.callbacks import TrainingDisplay
+from sb3_deepcrl.common.evaluation import mean_of_episodes
+from tests.envs import GoalReachEnv
+from tests.test_deepcrl import make_model
+
+
+class ScriptedEnv(GoalReachEnv):
+    """At the goal in steps 3, 4 and 5 of 10, at a distance of the step number otherwise."""
+
+    def __init__(self, key: str = "is_success", rename: bool = False):
+        super().__init__()
+        self.key, self.rename = key, rename
+
+    def step(self, action):
+        self.steps += 1
+        at_goal = self.steps in (3, 4, 5)
+        self.position = self.goal + np.array([0.0 if at_goal else self.steps / 5, 0.0])
+        return self._observation(), float(at_goal), False, self.steps == 10, {self.key: np.float32(at_goal)}
+
+
+class Still:
+    """A policy that does nothing."""
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.zeros((len(observation["observation"]), 2)), state
+
+
+@pytest.mark.parametrize("key", ["is_success", "success"])
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_measures_by_hand(key, n_envs, normalize):
+    env = make_vec_env(ScriptedEnv, n_envs, env_kwargs=dict(key=key))
+    if normalize:
+        env = VecNormalize(env, norm_reward=False)
+    episodes = evaluate_goals(Still(), env, 7)
+    assert len(episodes) == 7
+    assert {episode.env_index for episode in episodes} == set(range(n_envs))
+    for episode in episodes:
+        assert episode.success_any
+        assert not episode.success_last
+        assert episode.time_at_goal == 3
+        assert episode.time_at_goal_fraction == pytest.approx(0.3)
+        assert episode.episode_length == 10
+        assert episode.episode_reward == pytest.approx(3.0)
+        # Steps 1, 2, 6, 7, 8, 9, 10 of 10, a fifth of a metre each
+        assert episode.mean_distance == pytest.approx(43 / 5 / 10, rel=1e-4)
+
+
+def test_single_env_without_monitor():
+    means = mean_of_episodes(evaluate_goals(Still(), ScriptedEnv(), 2))
+    assert means["success_any"] == 1.0
+    assert means["success_last"] == 0.0
+    assert means["episode_reward"] == 3.0
+
+
+def test_evaluate_goals_errors():
+    with pytest.raises(ValueError, match="`n_eval_episodes` must be at least 1, got 0"):
+        evaluate_goals(Still(), ScriptedEnv(), 0)
+    with pytest.raises(KeyError, match="neither `is_success` nor `success`"):
+        evaluate_goals(Still(), ScriptedEnv(key="reached"), 1)
+
+
+def test_success_info_wrapper():
+    env = SuccessInfoWrapper(ScriptedEnv(key="success"))
+    env.reset(seed=0)
+    reported = [env.step(np.zeros(2))[4]["is_success"] for _ in range(10)]
+    assert reported == [step in (3, 4, 5) for step in range(1, 11)]
+    assert all(type(value) is bool for value in reported)
+    with pytest.raises(KeyError, match="no key `success`"):
+        wrapped = SuccessInfoWrapper(ScriptedEnv(key="reached"))
+        wrapped.reset()
+        wrapped.step(np.zeros(2))
+
+
+def test_success_info_wrapper_lets_her_and_sb3_through():
+    env = DummyVecEnv([lambda: SuccessInfoWrapper(GoalReachEnv())])
+    rewards = env.env_method("compute_reward", np.zeros((2, 2)), np.array([[0.0, 0.0], [9.0, 0.0]]), [{}, {}], indices=[0])[0]
+    assert list(rewards) == [1.0, 0.0]
+    model = make_model(make_vec_env(GoalReachEnv, 2, wrapper_class=SuccessInfoWrapper)).learn(60)
+    assert len(model.ep_success_buffer) > 0
+
+
+def test_goal_eval_callback(tmp_path):
+    model = make_model(make_vec_env(ScriptedEnv, 2))
+    logged: list[tuple] = []
+    logger = configure(None, [])
+    logger.record = lambda key, value, *args, **kwargs: logged.append((key, value))  # type: ignore[method-assign]
+    model.set_logger(logger)
+    callback = GoalEvalCallback(
+        make_vec_env(ScriptedEnv, 2), n_eval_episodes=5, eval_freq=20, log_path=str(tmp_path), verbose=0
+    )
+    model.learn(128, callback=callback)
+    values = dict(logged)
+    assert values["eval/success_any"] == 1.0
+    assert values["eval/success_last"] == 0.0
+    assert values["eval/time_at_goal"] == 3.0
+    assert values["eval/time_at_goal_fraction"] == pytest.approx(0.3)
+    assert values["eval/mean_distance"] == pytest.approx(0.86, rel=1e-4)
+    assert values["eval/success_rate"] == 0.0
+    keys = [key for key, _ in logged]
+    # All in one table
+    assert keys.index("eval/success_any") < keys.index("time/total_timesteps", keys.index("eval/success_any"))
+    rows = list(csv.DictReader((tmp_path / "episodes.csv").open()))
+    assert [int(row["timesteps"]) for row in rows] == [40] * 5 + [80] * 5 + [120] * 5
+    assert {row["time_at_goal"] for row in rows} == {"3"}
+    assert (tmp_path / "evaluations.npz").exists()
+
+
+def test_training_display():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    display = TrainingDisplay(console=console)
+    make_model(make_vec_env(ScriptedEnv, 2)).learn(96, callback=display)
+    assert list(display.successes) == [True] * len(display.successes) != []
+    assert display.times_at_goal[0] == pytest.approx(0.3)
+    assert 0.0 < display.accuracy <= 1.0
+    text = console.file.getvalue()
+    for word in ("success", "100 %", "time at goal", "30 %", "contrastive accuracy", "steps/s", "left", "96/96"):
+        assert word in text, word

@@ -1,0 +1,44 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.__main__ import main
+
+
+def test_main_trains_evaluates_and_saves(tmp_path, capsys):
+    args = "--steps 1200 --n-envs 2 --depth 4 --batch-size 16 --eval-episodes 2".split()
+    main([*args, "--output", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert re.search(r"success.*time at goal.*contrastive accuracy.*steps/s", output)
+    assert "2 evaluation episodes after 1200 env steps" in output
+    assert DeepCRL.load(tmp_path / "PointMaze_UMaze-v3.zip").num_timesteps == 1200
+    assert (tmp_path / "PointMaze_UMaze-v3-value.png").stat().st_size > 10_000
+
+
+def test_interrupted_main_saves_what_it_has(tmp_path):
+    args = ["--steps", "1000000", "--n-envs", "2", "--depth", "4", "--batch-size", "16", "--eval-episodes", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sb3_deepcrl", *args, "--output", str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    # Says so before it starts
+    assert "DeepCRL of depth 4" in process.stdout.readline()
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "Interrupted: the model is saved as it is now" in output
+    assert 0 < DeepCRL.load(tmp_path / "PointMaze_UMaze-v3.zip").num_timesteps < 1_000_000
+    assert os.path.exists(tmp_path / "PointMaze_UMaze-v3-value.png")
+
+
+@pytest.mark.parametrize("args", [["--steps", "many"], ["--unknown"]])
+def test_wrong_arguments(args):
+    with pytest.raises(SystemExit):
+        main(args)
