@@ -19,6 +19,17 @@ from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 
 
+def positive_int(text: str) -> int:
+    """
+    :param text: Argument of the command line
+    :return: The number
+    :raises argparse.ArgumentTypeError: if it is not a positive integer
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     :param argv: Arguments of the command line
@@ -26,11 +37,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="python -m sb3_deepcrl", description=__doc__.split("\n")[1])
     parser.add_argument("--env", default="PointMaze_UMaze-v3", help="id of a goal-conditioned env")
-    parser.add_argument("--steps", type=int, default=20_000, help="number of env steps")
+    parser.add_argument("--steps", type=positive_int, default=20_000, help="number of env steps")
     parser.add_argument("--depth", type=int, default=8, help="layers in the residual blocks, a multiple of 4")
     parser.add_argument("--batch-size", type=int, default=256, help="size of a minibatch")
-    parser.add_argument("--n-envs", type=int, default=16, help="number of parallel envs")
-    parser.add_argument("--eval-episodes", type=int, default=50, help="number of evaluation episodes at the end")
+    parser.add_argument("--n-envs", type=positive_int, default=16, help="number of parallel envs")
+    parser.add_argument("--eval-episodes", type=positive_int, default=50, help="number of evaluation episodes at the end")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for the model and the picture")
     return parser.parse_args(argv)
@@ -47,8 +58,11 @@ def main(argv: list[str] | None = None) -> None:
 
     gym.register_envs(gymnasium_robotics)
 
-    env = make_vec_env(args.env, args.n_envs, seed=args.seed, wrapper_class=SuccessInfoWrapper)
-    model = DeepCRL("MultiInputPolicy", env, depth=args.depth, batch_size=args.batch_size, seed=args.seed)
+    try:
+        env = make_vec_env(args.env, args.n_envs, seed=args.seed, wrapper_class=SuccessInfoWrapper)
+        model = DeepCRL("MultiInputPolicy", env, depth=args.depth, batch_size=args.batch_size, seed=args.seed)
+    except (ValueError, gym.error.Error) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
     console.print(f"DeepCRL of depth {args.depth} on {args.env}, {args.n_envs} envs, device {model.device}")
 
     display = TrainingDisplay(console=console)

@@ -38,7 +38,17 @@ def test_interrupted_main_saves_what_it_has(tmp_path):
     assert os.path.exists(tmp_path / "PointMaze_UMaze-v3-value.png")
 
 
-@pytest.mark.parametrize("args", [["--steps", "many"], ["--unknown"]])
-def test_wrong_arguments(args):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--steps", "many"], "argument --steps: must be a positive integer, got 'many'"),
+        (["--n-envs", "0"], "argument --n-envs: must be a positive integer, got '0'"),
+        (["--depth", "6"], "`depth` must be a positive multiple of 4"),
+        (["--env", "PointMaze_UMaz-v3"], "PointMaze_UMaz"),
+        (["--env", "Pendulum-v1"], "`achieved_goal`, `desired_goal` missing"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         main(args)
+    assert message in f"{exit_info.value}{capsys.readouterr().err}"

@@ -159,6 +159,14 @@ def test_policy_and_actor_alone(trained, tmp_path):
     th.testing.assert_close(policy.critic(tensors, th.zeros(5, 2)), trained.critic(tensors, th.zeros(5, 2)))
 
 
+def test_a_thousand_layers(tmp_path):
+    model = make_model(GoalReachEnv(), depth=1024, learning_starts=10, train_freq=12, gradient_steps=2).learn(12)
+    assert model._n_updates == 2
+    assert all(th.isfinite(values).all() for values in model.policy.parameters())
+    model.save(tmp_path / "model")
+    assert same_predictions(DeepCRL.load(tmp_path / "model"), model)
+
+
 def test_state_dict_holds_floats_only(trained):
     # Code that perturbs all entries with noise relies on it
     assert all(values.is_floating_point() for values in trained.policy.state_dict().values())

@@ -83,7 +83,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         )
     assert isinstance(observation_space, spaces.Dict)
     achieved, desired = observation_space["achieved_goal"], observation_space["desired_goal"]
-    if type(achieved) is not type(desired) or achieved.shape != desired.shape or achieved.dtype != desired.dtype:
+    if type(achieved) is not type(desired) or achieved.shape != desired.shape:
         raise ValueError(
             "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabelled with what was "
             f"achieved, got {achieved} and {desired}. Let the env give both in the same form"
@@ -343,10 +343,8 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if it does not
         """
         assert self.env is not None
-        try:
-            specs = self.env.get_attr("spec")
-        except AttributeError:
-            return
+        # Not by get_attr(): not every spec can be sent from another process
+        specs = [getattr(env, "spec", None) for env in getattr(self.env.unwrapped, "envs", [self.env.unwrapped])]
         lengths = [spec.max_episode_steps for spec in specs if spec is not None and spec.max_episode_steps is not None]
         if lengths and self.buffer_size // self.n_envs < max(lengths):
             raise ValueError(
