@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.env_util import make_vec_env
@@ -65,17 +66,17 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     console.print(f"DeepCRL of depth {args.depth} on {args.env}, {args.n_envs} envs, device {model.device}")
 
+    model_path = args.output / f"{args.env}.zip"
     display = TrainingDisplay(console=console)
     start = time.monotonic()
     try:
         model.learn(args.steps, callback=display)
     except KeyboardInterrupt:
-        display.stop()
         console.print("Interrupted: the model is saved as it is now")
-    seconds = time.monotonic() - start
-
-    model_path = args.output / f"{args.env}.zip"
-    model.save(model_path)
+    finally:
+        seconds = time.monotonic() - start
+        display.stop()
+        model.save(model_path)
 
     eval_env = make_vec_env(args.env, args.n_envs, seed=args.seed + 1000, wrapper_class=SuccessInfoWrapper)
     means = mean_of_episodes(evaluate_goals(model, eval_env, args.eval_episodes))
@@ -108,10 +109,13 @@ def save_value_map(model: DeepCRL, env_id: str, path: Path, console: Console) ->
 
     env = gym.make(env_id)
     try:
-        MazeMap.from_env(env)
+        maze = MazeMap.from_env(env)
     except ValueError as error:
         console.print(f"No picture: {error}")
         return None
+    # The first free cell is the end of a corridor in most mazes
+    row, column = np.argwhere(~maze.walls)[0]
+    goal = maze.centers(row, column)
     try:
         import matplotlib
     except ImportError:
@@ -121,7 +125,7 @@ def save_value_map(model: DeepCRL, env_id: str, path: Path, console: Console) ->
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    plot_value_map(model, env, seed=0, ax=ax)
+    plot_value_map(model, env, goal, seed=0, ax=ax)
     ax.set_title(f"{env_id}: learned value and policy")
     figure.savefig(path, dpi=150)
     return path

@@ -79,7 +79,8 @@ def test_oldest_transitions_are_overwritten():
     collect(buffer, env, 100)
     episodes = np.unique(buffer.sample(1000).observations["achieved_goal"][:, 1].numpy())
     assert list(episodes) == [21, 22, 23, 24]
-    assert buffer.size() == 20
+    # 22 slots: the head, the last states of five episodes and the transitions of four
+    assert buffer.size() == 16
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9, 0.99])
@@ -120,6 +121,55 @@ def test_env_reset_behind_the_buffers_back():
         # Starts with a reset, in the middle of an episode
         collect(buffer, env, 4)
         check_samples(buffer, 200)
+
+
+def test_env_reset_to_the_same_achieved_goal():
+    env = counter_env(1, (9,))
+    buffer = make_buffer(env)
+    for episode in range(5):
+        obs = env.reset()
+        for step in range(4):
+            # The object to be moved stays where it is
+            obs["achieved_goal"][:] = 0.0
+            obs["observation"][:] = [[0.0, episode, step]]
+            next_obs = copy.deepcopy(obs)
+            next_obs["observation"][:, 2] += 1
+            buffer.add(obs, next_obs, np.zeros((1, 1)), np.zeros(1), np.zeros(1, dtype=bool), [{}])
+    samples = buffer.sample(500)
+    state, following = samples.observations["observation"], samples.next_observations["observation"]
+    assert (following == state + th.tensor([0.0, 0.0, 1.0])).all()
+    assert (buffer.remaining > 0).sum() == 16
+
+
+@pytest.mark.parametrize("method", ["_advance", "_end_episodes"])
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_interruption_while_adding(method, call, moment, monkeypatch):
+    env = counter_env(2, (4, 6))
+    for n_steps in range(2, 8):
+        buffer = make_buffer(env, 40)
+        obs = collect(buffer, env, 10 + n_steps)
+        original, calls = getattr(buffer, method), []
+
+        def interrupted(envs, original=original, calls=calls):
+            calls.append(1)
+            if moment == "after":
+                original(envs)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            if moment == "before":
+                original(envs)
+
+        monkeypatch.setattr(buffer, method, interrupted)
+        try:
+            collect(buffer, env, 1, obs)
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.undo()
+        buffer.truncate_last_trajectory()
+        for _ in range(15):
+            collect(buffer, env, 3)
+            check_samples(buffer, 300)
 
 
 def test_truncate_last_trajectory():
@@ -235,9 +285,12 @@ def test_sample_from_empty_buffer():
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.01, np.nan])
 def test_wrong_gamma(gamma):
+    with pytest.raises(ValueError, match="`gamma` must be between 0 and 1"):
+        make_buffer(counter_env(), gamma=gamma)
     env = counter_env()
-    buffer = make_buffer(env, gamma=gamma)
+    buffer = make_buffer(env)
     collect(buffer, env, 1)
+    buffer.gamma = gamma
     with pytest.raises(ValueError, match="`gamma` must be between 0 and 1"):
         buffer.sample(1)
 
@@ -245,6 +298,14 @@ def test_wrong_gamma(gamma):
 def test_optimize_memory_usage():
     with pytest.raises(ValueError, match="optimize_memory_usage=True"):
         make_buffer(counter_env(), optimize_memory_usage=True)
+
+
+def test_env_reset_just_when_the_buffer_is_full_of_its_episode():
+    env = counter_env(1, (100,))
+    buffer = make_buffer(env, 8)
+    for _ in range(3):
+        collect(buffer, env, 8)
+    check_samples(buffer)
 
 
 def test_episode_longer_than_the_buffer():

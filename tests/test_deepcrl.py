@@ -15,7 +15,8 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.torch_layers import CombinedExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
 from sb3_deepcrl.deepcrl.deepcrl import UPDATE_METRICS
@@ -82,6 +83,9 @@ def test_train_freq_in_episodes():
         (4, {}, 4, 1),
         (16, {}, 1, 1),
         (64, {}, 1, 4),
+        (10, {}, 8, 5),
+        (24, {}, 2, 3),
+        (1, dict(train_freq=40, gradient_steps=1), 40, 1),
         (2, dict(gradient_steps=3), 24, 3),
         (2, dict(train_freq=32), 32, 4),
         (2, dict(train_freq=1), 1, 1),
@@ -112,17 +116,37 @@ def test_gradient_reaches_every_parameter():
 
 def test_each_update_leaves_the_other_networks_alone():
     model = make_model().learn(50)
-    observations, actions = model.replay_buffer.sample_contrastive(16)
-    for updated, frozen in (("actor", "critic"), ("critic", "actor")):
-        twin = copy.deepcopy(model.policy)
-        model.policy.load_state_dict(twin.state_dict())
-        before = parameters_of(getattr(model, frozen)), parameters_of(getattr(model, updated))
-        step = getattr(model, frozen).optimizer.step
-        getattr(model, frozen).optimizer.step = lambda: None
-        model._update(observations, actions)
-        getattr(model, frozen).optimizer.step = step
-        assert changed(before[0], getattr(model, frozen)) == []
-        assert changed(before[1], getattr(model, updated)) != []
+    before = {name: parameters_of(getattr(model, name)) for name in ("actor", "critic")}
+    step = model.critic.optimizer.step
+    seen = []
+
+    def critic_step() -> None:
+        # Between the two updates: the actor has moved, the critic has not
+        seen.append((changed(before["actor"], model.actor), changed(before["critic"], model.critic)))
+        before["actor"] = parameters_of(model.actor)
+        step()
+
+    model.critic.optimizer.step = critic_step
+    model._update(*model.replay_buffer.sample_contrastive(16))
+    (moved, unmoved), after = seen[0], parameters_of(model.actor)
+    assert set(moved) == set(after)
+    assert unmoved == []
+    assert changed(before["actor"], model.actor) == []
+    assert set(changed(before["critic"], model.critic)) == set(before["critic"])
+
+
+def test_frozen_features_extractor():
+    class Frozen(CombinedExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.scale = th.nn.Parameter(th.ones(1), requires_grad=False)
+
+        def forward(self, observations):
+            return self.scale * super().forward(observations)
+
+    model = make_model(policy_kwargs=dict(features_extractor_class=Frozen)).learn(60)
+    assert model._n_updates > 0
+    assert model.actor.features_extractor.scale.item() == 1.0
 
 
 def test_losses_get_no_foreign_gradient():
@@ -182,7 +206,9 @@ def test_learning_rates_follow_their_schedules():
 
 
 def test_gamma_can_be_changed_between_trainings():
-    model = make_model(EpisodeCounterEnv(lengths=(50,))).learn(60)
+    model = make_model(EpisodeCounterEnv(lengths=(50,)), gamma=0.7)
+    assert model.replay_buffer.gamma == 0.7
+    model.learn(60)
     seen = []
     sample = model.replay_buffer.sample_contrastive
     model.replay_buffer.sample_contrastive = lambda *args, **kwargs: (seen.append(sample(*args, **kwargs)), seen[-1])[1]
@@ -195,13 +221,13 @@ def test_gamma_can_be_changed_between_trainings():
 
 
 def test_metrics_are_logged(tmp_path):
-    model = make_model(verbose=0)
+    model = make_model(learning_rate=3e-3)
     model.set_logger(configure(str(tmp_path), ["csv"]))
-    model.learn(200, log_interval=4)
+    model.learn(600, log_interval=4)
     text = (tmp_path / "progress.csv").read_text()
     header, last = text.splitlines()[0].split(","), text.splitlines()[-1].split(",")
     values = dict(zip(header, last, strict=True))
-    for name in (*UPDATE_METRICS, "n_updates", "learning_rate"):
+    for name in (*UPDATE_METRICS, "ent_coef_loss", "n_updates", "learning_rate"):
         assert np.isfinite(float(values[f"train/{name}"])), name
     assert 0 <= float(values["train/categorical_accuracy"]) <= 1
     assert float(values["train/logits_pos"]) > float(values["train/logits_neg"])
@@ -303,6 +329,44 @@ def test_vec_normalize():
     evaluate_policy(model, env, n_eval_episodes=2, warn=False)
 
 
+def test_vec_normalize_that_clips_the_goals():
+    class FixedGoalEnv(GoalReachEnv):
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            self.goal = np.zeros(2)
+            return self._observation(), {}
+
+    with pytest.warns(UserWarning, match="VecNormalize clips most of the relabelled goals") as record:
+        make_model(VecNormalize(make_vec_env(FixedGoalEnv, 2))).learn(200)
+    assert len(record) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model(VecNormalize(make_vec_env(FixedGoalEnv, 2), norm_obs_keys=["observation"])).learn(100)
+
+
+def test_subprocesses():
+    env = make_vec_env(time_limited, 2, vec_env_cls=SubprocVecEnv)
+    with pytest.raises(ValueError, match="less than one episode of 10 steps"):
+        make_model(env, buffer_size=18)
+    make_model(env).learn(60)
+    env.close()
+
+
+def test_large_samples_are_drawn_in_parts(monkeypatch):
+    model = make_model().learn(40)
+    sample, sizes = model.replay_buffer.sample_contrastive, []
+    model.replay_buffer.sample_contrastive = lambda n, env: (sizes.append(n), sample(n, env))[1]
+    # Observations of 3 + 2 + 2 float32
+    monkeypatch.setattr("sb3_deepcrl.deepcrl.deepcrl.MAX_SAMPLE_BYTES", 2 * 16 * 7 * 4)
+    model.train(gradient_steps=5, batch_size=16)
+    assert sizes == [32, 32, 16]
+    monkeypatch.undo()
+    model.train(gradient_steps=5, batch_size=16)
+    assert sizes[3:] == [80]
+    model.train(gradient_steps=0)
+    assert sizes[4:] == []
+
+
 def test_eval_callback(tmp_path):
     model = make_model()
     callback = EvalCallback(make_vec_env(GoalReachEnv, 1), eval_freq=20, best_model_save_path=str(tmp_path), verbose=0)
@@ -388,15 +452,17 @@ class NaNEnv(GoalReachEnv):
 
 # Calls 1 and 12 are resets, 11 is the last step of an episode
 @pytest.mark.parametrize("bad_call", [1, 5, 11, 12])
-def test_nan_from_the_env(bad_call):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_nan_from_the_env(bad_call, normalize):
     env = DummyVecEnv([lambda: NaNEnv(10**6), lambda: NaNEnv(bad_call)])
-    model = make_model(env)
+    model = make_model(VecNormalize(env) if normalize else env)
     with pytest.raises(ValueError, match="NaN or infinity in `observation` of env 1"):
         model.learn(100)
     assert all(th.isfinite(values).all() for values in model.policy.parameters())
     # Nothing is lost
     model.learn(100, reset_num_timesteps=False)
     assert np.isfinite(model.replay_buffer.observations["observation"]).all()
+    assert all(th.isfinite(values).all() for values in model.policy.parameters())
 
 
 # What existing scripts pass
@@ -411,6 +477,8 @@ def test_her_replay_buffer_is_replaced_with_one_warning():
     ) as record:
         model = make_model(**kwargs, tau=0.05, target_update_interval=2)
     assert len(record) == 1
+    with pytest.warns(UserWarning, match="`n_sampled_goal` not used"):
+        make_model(replay_buffer_kwargs=dict(n_sampled_goal=4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.learn(60)
@@ -420,8 +488,10 @@ def test_her_replay_buffer_is_replaced_with_one_warning():
 def test_sac_networks_are_not_used_with_a_warning():
     with pytest.warns(UserWarning, match=r"`net_arch=\[64, 64\]`, which DeepCRL does not use"):
         make_model(policy_kwargs=dict(net_arch=[64, 64]))
-    with pytest.warns(UserWarning, match=r"`n_critics=2`"):
-        make_model(policy_kwargs=dict(n_critics=2))
+    with pytest.warns(UserWarning, match=r"`n_critics=2`, `log_std_init=-2`"):
+        make_model(policy_kwargs=dict(n_critics=2, log_std_init=-2))
+    with pytest.raises(TypeError, match=r"\['net_arhc'\], which neither DeepCRL nor SAC knows"):
+        make_model(policy_kwargs=dict(net_arhc=[64]))
 
 
 def test_policy_kwargs_may_hold_the_architecture():
@@ -443,6 +513,10 @@ def test_policy_class_and_subclass_of_the_buffer():
 
 
 # Errors
+
+
+def time_limited() -> gym.Env:
+    return gym.wrappers.TimeLimit(GoalReachEnv(max_steps=1000), 10)
 
 
 class BoxEnv(gym.Env):
@@ -469,6 +543,10 @@ BOX2, BOX3 = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (3,))
             with_spaces(spaces.Dict(observation=BOX2, achieved_goal=BOX2, desired_goal=BOX3)),
             r"must be of the same space.*\(3,\)",
         ),
+        (
+            with_spaces(spaces.Dict(achieved_goal=spaces.Discrete(5), desired_goal=spaces.Discrete(4))),
+            r"must be of the same space.*Discrete\(5\)",
+        ),
         (with_spaces(action_space=spaces.Discrete(4)), r"continuous actions.*Discrete\(4\).*Use"),
         (with_spaces(action_space=spaces.MultiBinary(4)), r"continuous actions.*MultiBinary\(4\)"),
     ],
@@ -492,6 +570,8 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(gamma=1.5), r"`gamma` must be between 0 and 1, got 1.5"),
         (dict(random_goals=-0.5), r"`random_goals` must be between 0 and 1, got -0.5"),
         (dict(logsumexp_coef=-1.0), r"`logsumexp_coef` must not be negative, got -1.0"),
+        (dict(gradient_steps="many"), r"`gradient_steps` must be an integer or .auto., got 'many'"),
+        (dict(replay_buffer_kwargs=dict(gamma=0.5)), r"`gamma=0.5`, but the replay buffer takes the `gamma` of DeepCRL"),
         (dict(n_steps=3), r"`n_steps` must be 1, got 3"),
         (dict(optimize_memory_usage=True), r"`optimize_memory_usage=True` is not supported: leave it at False"),
         (dict(use_sde=True), r"`use_sde=True`.*not supported.*use"),
@@ -516,11 +596,10 @@ def test_wrong_policies():
 
 
 def test_buffer_smaller_than_an_episode():
-    env = make_vec_env(lambda: gym.wrappers.TimeLimit(GoalReachEnv(max_steps=50), 50), 2)
-    env.envs[0].unwrapped.spec = env.envs[1].unwrapped.spec = gym.envs.registration.EnvSpec("Reach-v0", max_episode_steps=50)
-    with pytest.raises(ValueError, match=r"`buffer_size=99` leaves 49 transitions.*2 envs.*50 steps.*at least 100"):
-        make_model(env, buffer_size=99)
-    assert make_model(env, buffer_size=100).learn(128).num_timesteps == 128
+    env = make_vec_env(time_limited, 2)
+    with pytest.raises(ValueError, match=r"`buffer_size=19` leaves 9 transitions.*2 envs.*10 steps.*at least 20"):
+        make_model(env, buffer_size=19)
+    assert make_model(env, buffer_size=20).learn(128).num_timesteps == 128
     # An env that does not tell: found out while learning
     with pytest.raises(ValueError, match="longer than the 5 transitions"):
         make_model(GoalReachEnv(), buffer_size=5).learn(20)

@@ -59,6 +59,14 @@ def test_distances_far_from_the_origin_stay_exact():
     th.testing.assert_close(near.double(), exact, atol=1e-4, rtol=1e-5)
 
 
+def test_positives_keep_their_gradient_where_they_nearly_meet():
+    th.manual_seed(0)
+    x = (30 * th.randn(64, 64)).requires_grad_()
+    y = x.detach() + 0.01 * th.nn.functional.normalize(th.randn(64, 64), dim=1)
+    pairwise_energy(x, y).diagonal().sum().backward()
+    th.testing.assert_close(x.grad.norm(dim=1), th.ones(64), rtol=0.02, atol=0.0)
+
+
 LOGITS = th.tensor([[0.0, math.log(3.0)], [math.log(2.0), math.log(2.0)]], dtype=th.float64)
 
 

@@ -1,5 +1,6 @@
 import io
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -7,10 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3 import SAC
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL
@@ -60,6 +60,8 @@ def test_load_with_another_number_of_envs(trained, tmp_path, n_envs):
     n_updates = model._n_updates
     model.learn(100, reset_num_timesteps=False)
     assert model.replay_buffer.n_envs == n_envs
+    # Still one update for 16 transitions
+    assert 16 * model.gradient_steps == model.train_freq.frequency * n_envs
     assert model.num_timesteps >= trained.num_timesteps + 100
     assert model._n_updates > n_updates
 
@@ -81,25 +83,29 @@ def test_everything_is_restored(trained, tmp_path):
 
 @pytest.mark.parametrize("ent_coef", ["auto", 0.2])
 def test_continuing_after_load_is_the_same_as_never_having_stopped(tmp_path, ent_coef):
-    kwargs = dict(ent_coef=ent_coef, train_freq=5)
-    model = make_model(make_vec_env(GoalReachEnv, 2, seed=3), **kwargs).learn(60)
+    model = make_model(make_vec_env(GoalReachEnv, 2, seed=3), ent_coef=ent_coef, train_freq=5).learn(60)
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     loaded = DeepCRL.load(tmp_path / "model", env=make_vec_env(GoalReachEnv, 2))
-    loaded.load_replay_buffer(tmp_path / "buffer", truncate_last_traj=False)
+    loaded.load_replay_buffer(tmp_path / "buffer")
     for one in (model, loaded):
-        one.set_logger(configure(None, []))
-        th.manual_seed(5)
-        np.random.seed(5)
-        one.train(gradient_steps=3, batch_size=16)
+        one.env.seed(9)
+        one.action_space.seed(9)
+        th.manual_seed(9)
+        np.random.seed(9)
+        # Both start new episodes
+        one._last_obs = None
+        one.learn(60, reset_num_timesteps=False)
+    assert loaded.num_timesteps == model.num_timesteps == 120
     for name, state in model.get_parameters().items():
         th.testing.assert_close(loaded.get_parameters()[name], state, rtol=0, atol=0)
 
 
 def test_load_with_other_settings(trained, tmp_path):
     trained.save(tmp_path / "model")
-    model = DeepCRL.load(tmp_path / "model", learning_rate=0.5, gamma=0.9, depth=4, policy_kwargs=dict(width=16))
+    model = DeepCRL.load(tmp_path / "model", learning_rate=0.5, gamma=0.9, depth=4, policy_kwargs=dict(width=16, norm="layer"))
     assert (model.gamma, model.lr_schedule(1.0), model.critic_lr_schedule(1.0)) == (0.9, 0.5, 0.5)
+    assert DeepCRL.load(tmp_path / "model", policy_kwargs=None, train_freq=3, gradient_steps=2).train_freq.frequency == 3
     model = DeepCRL.load(tmp_path / "model", custom_objects=dict(learning_rate=0.0, lr_schedule=lambda _: 0.0))
     assert model.lr_schedule(1.0) == 0.0
 
@@ -111,7 +117,8 @@ def test_load_with_other_settings(trained, tmp_path):
         (dict(actor_depth=8), r"`actor_depth=4`.*`actor_depth=8`"),
         (dict(width=32), r"`width=16`.*`width=32`"),
         (dict(policy_kwargs=dict(repr_dim=3)), r"`repr_dim=8`.*`repr_dim=3`"),
-        (dict(policy_kwargs=dict(norm="none")), r"`norm=None`.*`norm='none'`"),
+        (dict(policy_kwargs=dict(norm="none")), r"`norm='layer'`.*`norm='none'`"),
+        (dict(custom_objects=dict(depth=64)), r"`depth=4`.*`depth=64`"),
     ],
 )
 def test_load_into_other_networks(trained, tmp_path, kwargs, message):
@@ -135,7 +142,7 @@ def test_load_the_zip_of_another_algorithm(tmp_path):
 def test_load_what_is_no_model(tmp_path):
     (tmp_path / "text.zip").write_text("no zip file")
     with pytest.raises(ValueError, match="wasn't a zip-file"):
-        DeepCRL.load(tmp_path / "text.zip")
+        DeepCRL.load(tmp_path / "text.zip", actor_depth=8)
     with pytest.raises(FileNotFoundError):
         DeepCRL.load(tmp_path / "missing")
 
@@ -195,10 +202,15 @@ def test_wrong_replay_buffers(tmp_path):
     make_model().save_replay_buffer(tmp_path / "other_env")
     make_model(EpisodeCounterEnv()).save_replay_buffer(tmp_path / "one_env")
     SAC("MultiInputPolicy", EpisodeCounterEnv(), buffer_size=10).save_replay_buffer(tmp_path / "sac")
+    her = HerReplayBuffer(10, model.observation_space, model.action_space, env=model.env)
+    (tmp_path / "her.pkl").write_bytes(pickle.dumps(her))
+    (tmp_path / "dict.pkl").write_bytes(pickle.dumps({}))
     for name, message in (
         ("other_env", "is of another env"),
         ("one_env", "filled by 1 envs, but the model has 2"),
         ("sac", "holds a DictReplayBuffer"),
+        ("her", "holds a HerReplayBuffer"),
+        ("dict", "holds a dict"),
     ):
         with pytest.raises(ValueError, match=message):
             model.load_replay_buffer(tmp_path / name)

@@ -35,6 +35,10 @@ def test_depth_error_tells_what_to_use(depth, fix):
         check_depth(depth)
 
 
+def test_numpy_integers_are_integers():
+    assert check_depth(np.int64(16)) == 4
+
+
 def test_block_is_four_layers_and_the_identity():
     th.manual_seed(0)
     block = ResidualBlock(8, scale=0.25)

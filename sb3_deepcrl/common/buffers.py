@@ -26,7 +26,8 @@ def check_finite(values: dict[str, np.ndarray], env_indices: np.ndarray | None =
         env_idx = row if env_indices is None else env_indices[row]
         raise ValueError(
             f"NaN or infinity in `{key}` of env {env_idx}: {value[row]}. It was not stored. "
-            "Check the env (diverging physics?), for instance with `stable_baselines3.common.vec_env.VecCheckNan`"
+            "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
+            "`stable_baselines3.common.vec_env.VecCheckNan`"
         )
 
 
@@ -42,9 +43,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     observation of the following one. The last state of an episode has its own slot, from which no transition starts.
     Floating point observations are stored as float32, all others as they are.
 
-    An episode that is still running can be sampled, with the states seen so far as its future. A transition whose
-    achieved goal does not continue where the last transition of its env ended starts a new episode,
-    so that resetting an env behind the buffer's back never mixes two episodes.
+    An episode that is still running can be sampled, with the states seen so far as its future. A transition that does
+    not continue where the last one of its env ended starts a new episode (the desired goal may change within an
+    episode), so that resetting an env behind the buffer's back does not mix two episodes.
 
     :param buffer_size: Max number of states in the buffer, over all envs
     :param observation_space: Observation space, with the keys ``achieved_goal`` and ``desired_goal``
@@ -78,6 +79,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
                 "every state once: leave it at False"
             )
         self.optimize_memory_usage = False
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"`gamma` must be between 0 and 1, got {gamma}")
         self.handle_timeout_termination = handle_timeout_termination
         self.gamma = gamma
 
@@ -102,6 +105,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.episode_steps = np.zeros(n_envs, dtype=np.int64)
         # Number of slots that were ever used, over the envs
         self.n_used = 0
+        # Whether `add` has begun and not ended: it was interrupted
+        self._adding = False
         self._env_indices = np.arange(n_envs)
 
     @staticmethod
@@ -118,6 +123,12 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     def next_observations(self) -> dict[str, np.ndarray]:  # type: ignore[override]
         """Copy of the observations, shifted by one slot: what each transition led to."""
         return {key: np.roll(obs, -1, axis=0) for key, obs in self.observations.items()}
+
+    def size(self) -> int:
+        """
+        :return: The number of transitions that can be sampled, in the mean over the envs
+        """
+        return int(np.count_nonzero(self.remaining)) // self.n_envs
 
     def reset(self) -> None:
         """
@@ -156,15 +167,20 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         done = np.asarray(done, dtype=bool)
         check_finite(obs)
         check_finite({**next_obs, "action": np.asarray(action), "reward": np.asarray(reward)})
-        too_long = np.flatnonzero(self.episode_steps >= self.buffer_size)
+
+        jumped = np.zeros(self.n_envs, dtype=bool)
+        for key, value in obs.items():
+            if key != "desired_goal":
+                stored = self.observations[key][self.head, envs]
+                jumped |= (stored != value.astype(stored.dtype)).reshape(self.n_envs, -1).any(axis=1)
+        too_long = np.flatnonzero((self.episode_steps >= self.buffer_size) & ~jumped)
         if len(too_long) > 0:
             raise ValueError(
                 f"The episode of env {too_long[0]} is longer than the {self.buffer_size} transitions that the replay buffer "
                 f"holds for each env: use `buffer_size` of at least {self.n_envs} envs x the length of an episode"
             )
 
-        stored_goal = self.observations["achieved_goal"][self.head, envs]
-        jumped = (stored_goal != obs["achieved_goal"].astype(stored_goal.dtype)).reshape(self.n_envs, -1).any(axis=1)
+        self._adding = True
         self._end_episodes(np.flatnonzero(jumped & (self.episode_steps > 0)))
 
         slots = self.head.copy()
@@ -182,6 +198,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         for key, value in next_obs.items():
             self.observations[key][self.head, envs] = value
         self._end_episodes(np.flatnonzero(done))
+        self._adding = False
 
         self.pos += 1
         if self.pos == self.buffer_size:
@@ -206,8 +223,15 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def truncate_last_trajectory(self) -> None:
         """
-        End the running episodes: what is added next belongs to new ones.
+        End the running episodes: what is added next belongs to new ones. If the last ``add`` was interrupted,
+        the running episodes are dropped, because nobody knows how much of it was done.
         """
+        if self._adding:
+            self.remaining[self.remaining == RUNNING] = 0
+            self.episode_steps[:] = 0
+            # The newest state may be the last one of an episode that just ended
+            self._advance(self._env_indices)
+            self._adding = False
         running = np.flatnonzero(self.episode_steps > 0)
         # Not an actual timeout, but what the last state is worth does not change by us looking away
         last = (self.head[running] - 1) % self.n_slots

@@ -27,6 +27,7 @@ class TrainingDisplay(BaseCallback):
         self.successes: deque[bool] = deque(maxlen=stats_window_size)
         self.times_at_goal: deque[float] = deque(maxlen=stats_window_size)
         self.accuracy: float | None = None
+        self._live: Live | None = None
 
     def _on_training_start(self) -> None:
         self._steps_at_goal = np.zeros(self.training_env.num_envs)
@@ -66,7 +67,8 @@ class TrainingDisplay(BaseCallback):
         # Right after an update, before the logger is dumped
         self.accuracy = self.logger.name_to_value.get("train/categorical_accuracy", self.accuracy)
         self._progress.update(self._task, completed=min(self.num_timesteps, self.locals["total_timesteps"]))
-        self._live.update(self._render())
+        if self._live is not None:
+            self._live.update(self._render())
 
     def _on_step(self) -> bool:
         infos = self.locals["infos"]
@@ -84,9 +86,12 @@ class TrainingDisplay(BaseCallback):
         """
         Leave the terminal as it was. Called at the end of the training, and to be called when it was interrupted.
         """
+        if self._live is None:
+            return
         self._progress.update(self._task, completed=min(self.num_timesteps, self.locals["total_timesteps"]))
         self._live.update(self._render())
         self._live.stop()
+        self._live = None
 
     def _on_training_end(self) -> None:
         self.stop()

@@ -24,6 +24,7 @@ class GoalEpisode:
     :param time_at_goal: Number of steps at the goal (the paper's measure, section 4.1)
     :param time_at_goal_fraction: The same divided by the episode length
     :param mean_distance: Euclidean distance between achieved and desired goal, averaged over the steps, in their units
+        (with ``VecNormalize`` over all steps but the last one)
     """
 
     env_index: int
@@ -61,11 +62,10 @@ class GoalEpisodeRecorder:
         self._distances: list[list[float]] = [[] for _ in range(env.num_envs)]
         self._rewards: list[float] = [0.0] * env.num_envs
 
-    def _distance(self, observation: dict[str, np.ndarray]) -> float:
-        if self.vec_normalize is not None:
-            observation = self.vec_normalize.unnormalize_obs(observation)  # type: ignore[assignment]
+    @staticmethod
+    def _distance(observation: Any, index: int | None = None) -> float:
         achieved, desired = (np.asarray(observation[key], dtype=np.float64) for key in ("achieved_goal", "desired_goal"))
-        return float(np.linalg.norm(achieved - desired))
+        return float(np.linalg.norm((achieved - desired)[() if index is None else index]))
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """
@@ -80,13 +80,18 @@ class GoalEpisodeRecorder:
                 "The info dict of the evaluation env has neither `is_success` nor `success`, "
                 f"only {sorted(info)}: wrap the env so that `step` reports one of them"
             )
-        if done:
-            observation = info["terminal_observation"]
-        else:
-            observation = {key: values[index] for key, values in locals_["new_observations"].items()}
         successes, distances = self._successes[index], self._distances[index]
         successes.append(bool(success))
-        distances.append(self._distance(observation))
+        if not done:
+            observations = locals_["new_observations"]
+            # What VecNormalize gave may be clipped
+            original = observations if self.vec_normalize is None else self.vec_normalize.get_original_obs()
+            distances.append(self._distance(original, index))
+        elif self.vec_normalize is None:
+            distances.append(self._distance(info["terminal_observation"]))
+        elif not distances:
+            # Of the last observation there is only the normalised one: do without it unless it is all there is
+            distances.append(self._distance(self.vec_normalize.unnormalize_obs(info["terminal_observation"])))
         self._rewards[index] += float(locals_["reward"])
         if done:
             self.episodes.append(
@@ -179,6 +184,7 @@ class GoalEvalCallback(EvalCallback):
             warn,
         )
         self.episodes_path = None if log_path is None else os.path.join(log_path, "episodes.csv")
+        self._has_rows = False
         self.last_means: dict[str, float] = {}
         self._recorder = GoalEpisodeRecorder(self.eval_env)
 
@@ -201,9 +207,10 @@ class GoalEvalCallback(EvalCallback):
             self.logger.record(f"eval/{name}", self.last_means[name])
         if self.episodes_path is None:
             return
-        is_new = not os.path.exists(self.episodes_path)
-        with open(self.episodes_path, "a", newline="") as file:
+        # Like evaluations.npz, the file belongs to this callback
+        with open(self.episodes_path, "a" if self._has_rows else "w", newline="") as file:
             writer = csv.writer(file)
-            if is_new:
+            if not self._has_rows:
+                self._has_rows = True
                 writer.writerow(["timesteps", *asdict(episodes[0])])
             writer.writerows([self.num_timesteps, *astuple(episode)] for episode in episodes)

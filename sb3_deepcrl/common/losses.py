@@ -23,8 +23,11 @@ def _pairwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:
     # on the origin, so put it in the middle of the points first.
     center = y.mean(dim=0, keepdim=True).detach()
     x, y = x - center, y - center
-    squared = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0)
-    return squared.clamp(min=0.0)
+    squared = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0).clamp(min=0.0)
+    if len(x) != len(y):
+        return squared
+    # The positives may come so near to each other that what is left after cancellation is rounding
+    return th.diagonal_scatter(squared, _rowwise_squared_distance(x, y))
 
 
 def _rowwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:

@@ -1,3 +1,5 @@
+from numbers import Integral, Real
+
 import torch as th
 from torch import nn
 
@@ -13,8 +15,8 @@ def check_depth(depth: int, name: str = "depth") -> int:
     :return: The number of residual blocks, ``depth / 4``
     :raises ValueError: if ``depth`` is not a positive multiple of 4
     """
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
-        if isinstance(depth, (int, float)) and depth > 0:
+    if isinstance(depth, bool) or not isinstance(depth, Integral) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
+        if isinstance(depth, Real) and depth > 0:
             below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK
             fix = f"use {below or LAYERS_PER_BLOCK}" + (f" or {below + LAYERS_PER_BLOCK}" if below else "")
         else:
@@ -23,7 +25,7 @@ def check_depth(depth: int, name: str = "depth") -> int:
             f"`{name}` must be a positive multiple of {LAYERS_PER_BLOCK}, because a residual block holds "
             f"{LAYERS_PER_BLOCK} Dense layers, got {depth!r}: {fix}"
         )
-    return depth // LAYERS_PER_BLOCK
+    return int(depth) // LAYERS_PER_BLOCK
 
 
 def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
@@ -188,6 +190,6 @@ def check_positive_int(value: int, name: str) -> int:
     :return: The same number
     :raises ValueError: if it is not a positive integer
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
     return value

@@ -1,9 +1,14 @@
+import contextlib
+import inspect
 import io
 import json
+import math
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -14,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import json_to_data, open_path
+from stable_baselines3.common.save_util import json_to_data, load_from_pkl, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -51,7 +56,10 @@ ARCHITECTURE = dict(depth=16, actor_depth=None, critic_depth=None, width=256, re
 # Keyword arguments that only HerReplayBuffer knows
 HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
 
-# What `_update` returns, in order
+# A train() call holds no more sampled transitions than that at a time, in bytes
+MAX_SAMPLE_BYTES = 2**28
+
+# What `_update` returns, in order, followed by "ent_coef_loss" where the coefficient is learned
 UPDATE_METRICS = (
     "actor_loss",
     "critic_loss",
@@ -83,7 +91,13 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         )
     assert isinstance(observation_space, spaces.Dict)
     achieved, desired = observation_space["achieved_goal"], observation_space["desired_goal"]
-    if type(achieved) is not type(desired) or achieved.shape != desired.shape:
+    same_box = (
+        isinstance(achieved, spaces.Box)
+        and isinstance(desired, spaces.Box)
+        and achieved.shape == desired.shape
+        and achieved.dtype.kind == desired.dtype.kind
+    )
+    if achieved != desired and not same_box:
         raise ValueError(
             "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabelled with what was "
             f"achieved, got {achieved} and {desired}. Let the env give both in the same form"
@@ -119,11 +133,11 @@ class DeepCRL(OffPolicyAlgorithm):
     :param gamma: the discount factor: the goal of a transition is the state ``k`` steps later with probability
         proportional to ``gamma^k``
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
-        like ``(5, "step")`` or ``(2, "episode")``. By default one gradient step is done for 16 transitions
+        like ``(5, "step")`` or ``(2, "episode")``. By default such that one gradient step is done for 16 transitions,
         whatever the number of envs.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``).
         Set to ``-1`` means to do as many gradient steps as steps done in the environment during the rollout.
-        By default one for 16 transitions.
+        By default one for 16 transitions (one, if ``train_freq`` is in episodes).
     :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
         Cf common.noise for the different action noise type.
     :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it.
@@ -277,8 +291,13 @@ class DeepCRL(OffPolicyAlgorithm):
         self.random_goals = random_goals
         self.critic_learning_rate = critic_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
+        # What to choose anew when the model is loaded with another number of envs
+        self._auto_settings = [
+            name for name, value in (("train_freq", train_freq), ("gradient_steps", gradient_steps)) if value == "auto"
+        ]
         # Whether the last rollout stopped before its transition was stored
         self._rollout_interrupted = False
+        self._warned_of_clipped_goals = False
 
         if self.env is not None:
             check_spaces(self.observation_space, self.action_space)
@@ -310,6 +329,8 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if a value is out of its range
         """
         check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
+        if not isinstance(self.gradient_steps, Integral) and self.gradient_steps != "auto":
+            raise ValueError(f'`gradient_steps` must be an integer or "auto", got {self.gradient_steps!r}')
         if self.batch_size < 2:
             raise ValueError(
                 f"`batch_size` must be at least 2, got {self.batch_size}: the negatives of the contrastive loss are the "
@@ -343,9 +364,9 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if it does not
         """
         assert self.env is not None
-        # Not by get_attr(): not every spec can be sent from another process
-        specs = [getattr(env, "spec", None) for env in getattr(self.env.unwrapped, "envs", [self.env.unwrapped])]
-        lengths = [spec.max_episode_steps for spec in specs if spec is not None and spec.max_episode_steps is not None]
+        # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
+        name = "_max_episode_steps"
+        lengths = self.env.get_attr(name) if self.env.has_attr(name) else []
         if lengths and self.buffer_size // self.n_envs < max(lengths):
             raise ValueError(
                 f"`buffer_size={self.buffer_size}` leaves {self.buffer_size // self.n_envs} transitions for each of the "
@@ -366,19 +387,24 @@ class DeepCRL(OffPolicyAlgorithm):
 
         :raises ValueError: if the user asks for a class whose samples hold no future goals
         """
-        if self.replay_buffer_class is None:
-            self.replay_buffer_class = ContrastiveReplayBuffer
-        elif issubclass(self.replay_buffer_class, HerReplayBuffer):
-            ignored = [name for name in HER_KWARGS if name in self.replay_buffer_kwargs]
-            self.replay_buffer_kwargs = {
-                name: value for name, value in self.replay_buffer_kwargs.items() if name not in HER_KWARGS
-            }
+        is_her = self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, HerReplayBuffer)
+        ignored = [name for name in HER_KWARGS if name in self.replay_buffer_kwargs]
+        if is_her or ignored:
             warnings.warn(
                 "DeepCRL uses its ContrastiveReplayBuffer in place of HerReplayBuffer, whose batches hold real goals, which "
                 "are no positives for the contrastive loss"
                 + (f"; {', '.join(f'`{name}`' for name in ignored)} not used" if ignored else "")
-                + ". Leave `replay_buffer_class` out to get rid of this warning"
+                + ". Leave `replay_buffer_class` and its arguments out to get rid of this warning"
             )
+            self.replay_buffer_kwargs = {
+                name: value for name, value in self.replay_buffer_kwargs.items() if name not in HER_KWARGS
+            }
+        if "gamma" in self.replay_buffer_kwargs:
+            raise ValueError(
+                f"`replay_buffer_kwargs` has `gamma={self.replay_buffer_kwargs['gamma']}`, but the replay buffer takes the "
+                "`gamma` of DeepCRL: set that one"
+            )
+        if self.replay_buffer_class is None or is_her:
             self.replay_buffer_class = ContrastiveReplayBuffer
         elif not issubclass(self.replay_buffer_class, ContrastiveReplayBuffer):
             raise ValueError(
@@ -390,10 +416,13 @@ class DeepCRL(OffPolicyAlgorithm):
         """
         Replace "auto" by numbers.
         """
-        if self.train_freq == "auto":
-            gradient_steps = 1 if isinstance(self.gradient_steps, str) else max(self.gradient_steps, 1)
-            self.train_freq = max(1, round(TRANSITIONS_PER_GRADIENT_STEP * gradient_steps / self.n_envs))  # type: ignore[assignment]
-        if self.gradient_steps == "auto":
+        if self.train_freq == "auto" and self.gradient_steps == "auto":
+            divisor = math.gcd(TRANSITIONS_PER_GRADIENT_STEP, self.n_envs)
+            self.train_freq, self.gradient_steps = TRANSITIONS_PER_GRADIENT_STEP // divisor, self.n_envs // divisor
+        elif self.train_freq == "auto":
+            transitions = TRANSITIONS_PER_GRADIENT_STEP * max(self.gradient_steps, 1)
+            self.train_freq = max(1, round(transitions / self.n_envs))
+        elif self.gradient_steps == "auto":
             self._convert_train_freq()
             assert isinstance(self.train_freq, TrainFreq)
             # The length of an episode is not known here
@@ -405,6 +434,8 @@ class DeepCRL(OffPolicyAlgorithm):
         self._setup_replay_buffer_class()
         self._setup_train_freq()
         super()._setup_model()
+        assert self.replay_buffer is not None
+        self.replay_buffer.gamma = self.gamma
         self._create_aliases()
         # Target entropy is used when learning the entropy coefficient
         if self.target_entropy == "auto":
@@ -451,22 +482,47 @@ class DeepCRL(OffPolicyAlgorithm):
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
-        result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        assert isinstance(self._last_obs, dict)
-        first_obs, self._last_obs = self._last_obs, None
-        # Raises with no observation left behind, so that the next call resets the envs again
-        check_finite(first_obs)
-        self._last_obs = first_obs
+        with self._normalization_kept_on_error():
+            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+            last_obs, self._last_obs = self._last_obs, None
+            # Raises with no observation left behind, so that the next call resets the envs again
+            check_finite(self._original_obs(last_obs))
+            self._last_obs = last_obs
         return result
+
+    def _original_obs(self, obs: Any) -> dict[str, np.ndarray]:
+        """
+        :param obs: The last observation of the env
+        :return: The same without normalisation
+        """
+        return obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def _normalization_kept_on_error(self) -> Iterator[None]:
+        """
+        Put the running statistics of VecNormalize back if a value from the env is not a number: it is in them already.
+        """
+        vec_normalize = self._vec_normalize_env
+        statistics = None if vec_normalize is None else deepcopy((vec_normalize.obs_rms, vec_normalize.ret_rms))
+        try:
+            yield
+        except ValueError:
+            if vec_normalize is not None and statistics is not None:
+                vec_normalize.obs_rms, vec_normalize.ret_rms = statistics
+            raise
 
     def collect_rollouts(self, *args, **kwargs) -> RolloutReturn:
         """
         Collect experiences and store them into the replay buffer,
         see :meth:`~stable_baselines3.common.off_policy_algorithm.OffPolicyAlgorithm.collect_rollouts`.
+
+        :return: How much was collected and whether to go on
+        :raises ValueError: if a value from the env is NaN or infinite
         """
         # Stays true when a callback, an exception or Ctrl-C stops the rollout
         self._rollout_interrupted = True
-        rollout = super().collect_rollouts(*args, **kwargs)
+        with self._normalization_kept_on_error():
+            rollout = super().collect_rollouts(*args, **kwargs)
         self._rollout_interrupted = not rollout.continue_training
         return rollout
 
@@ -481,8 +537,8 @@ class DeepCRL(OffPolicyAlgorithm):
     ) -> None:
         # The replay buffer checks the last observation of an episode, but does not see the first one of the next
         if dones.any():
-            assert isinstance(new_obs, dict)
-            check_finite({key: value[dones] for key, value in new_obs.items()}, np.flatnonzero(dones))
+            first_obs = self._original_obs(new_obs)
+            check_finite({key: value[dones] for key, value in first_obs.items()}, np.flatnonzero(dones))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -495,6 +551,8 @@ class DeepCRL(OffPolicyAlgorithm):
         """
         if batch_size < 2:
             raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
+        if gradient_steps < 1:
+            return
         assert self.replay_buffer is not None
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
@@ -505,19 +563,40 @@ class DeepCRL(OffPolicyAlgorithm):
             update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
 
         self.replay_buffer.gamma = self.gamma
-        observations, actions = self.replay_buffer.sample_contrastive(gradient_steps * batch_size, env=self._vec_normalize_env)
-        minibatches = zip(
-            *(values.split(batch_size) for values in observations.values()), actions.split(batch_size), strict=True
-        )
-        metrics = [
-            self._update(dict(zip(observations, minibatch[:-1], strict=True)), minibatch[-1]) for minibatch in minibatches
-        ]
+        transition_bytes = sum(values[0, 0].nbytes for values in self.replay_buffer.observations.values())
+        steps_at_once = max(1, MAX_SAMPLE_BYTES // (transition_bytes * batch_size))
+        metrics: list[th.Tensor] = []
+        while len(metrics) < gradient_steps:
+            n_steps = min(steps_at_once, gradient_steps - len(metrics))
+            observations, actions = self.replay_buffer.sample_contrastive(n_steps * batch_size, env=self._vec_normalize_env)
+            self._warn_of_clipped_goals(observations[GOAL_KEY])
+            for start in range(0, n_steps * batch_size, batch_size):
+                rows = slice(start, start + batch_size)
+                metrics.append(self._update({key: values[rows] for key, values in observations.items()}, actions[rows]))
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
         # The only time that the host waits for the device
-        for name, value in zip(UPDATE_METRICS, th.stack(metrics).mean(dim=0).tolist(), strict=True):
+        for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
+
+    def _warn_of_clipped_goals(self, goals: th.Tensor) -> None:
+        """
+        Warn once if VecNormalize makes the goals useless, as it does when the desired goal never changes: its variance
+        is zero then, and all other goals end at the limits.
+
+        :param goals: Normalised goals
+        """
+        vec_normalize = self._vec_normalize_env
+        if vec_normalize is None or self._warned_of_clipped_goals:
+            return
+        if (goals.abs() >= vec_normalize.clip_obs).float().mean() > 0.5:
+            self._warned_of_clipped_goals = True
+            warnings.warn(
+                "VecNormalize clips most of the relabelled goals, because the env's own `desired_goal` varies too little: "
+                "exclude it, for instance with `VecNormalize(env, norm_obs_keys=['observation'])`"
+            )
 
     def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
@@ -534,11 +613,12 @@ class DeepCRL(OffPolicyAlgorithm):
         actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
         self.actor.optimizer.zero_grad()
         # The critic is differentiated with respect to the actions only
-        actor_loss.backward(inputs=list(self.actor.parameters()))
+        actor_loss.backward(inputs=[parameter for parameter in self.actor.parameters() if parameter.requires_grad])
         self.actor.optimizer.step()
 
         # Optimize entropy coefficient, also called
         # entropy temperature or alpha in the paper
+        ent_coef_losses = []
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             assert isinstance(self.target_entropy, float)
             entropy_gap = (log_prob + self.target_entropy).mean()
@@ -546,6 +626,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self.ent_coef_optimizer.zero_grad()
             ent_coef_loss.backward()
             self.ent_coef_optimizer.step()
+            ent_coef_losses.append(ent_coef_loss.detach())
 
         state_action_repr = self.critic.encode_state_action(state_features, actions)
         logits = pairwise_energy(state_action_repr, goal_repr, self.critic.energy)
@@ -555,9 +636,8 @@ class DeepCRL(OffPolicyAlgorithm):
         critic_loss.backward()
         self.critic.optimizer.step()
 
-        return th.stack(
-            [actor_loss.detach(), critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean(), *contrastive_metrics(logits)]
-        )
+        losses = [actor_loss.detach(), critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
+        return th.stack([*losses, *contrastive_metrics(logits), *ent_coef_losses])
 
     def _actor_loss(
         self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor
@@ -592,6 +672,19 @@ class DeepCRL(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfDeepCRL:
+        """
+        Return a trained model.
+
+        :param total_timesteps: The total number of samples (env steps) to train on
+        :param callback: callback(s) called at every step with state of the algorithm.
+        :param log_interval: for off-policy algos, the number of episodes before logging.
+        :param tb_log_name: the name of the run for TensorBoard logging
+        :param reset_num_timesteps: whether or not to reset the current timestep number (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich.
+        :return: the trained model
+        :raises ValueError: if a value from the env is NaN or infinite (naming the env and the key),
+            or if an episode is longer than the replay buffer
+        """
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
@@ -628,9 +721,14 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if the file is the one of another algorithm,
             or if ``kwargs`` ask for other networks than the stored ones
         """
-        stored = cls._stored_policy_kwargs(path)
-        asked = {**kwargs.pop("policy_kwargs", {}), **{name: kwargs.pop(name) for name in ARCHITECTURE if name in kwargs}}
-        for name, value in asked.items():
+        stored, auto_settings = cls._stored_settings(path, custom_objects)
+        asked = dict(kwargs.pop("policy_kwargs", None) or {})
+        for name in ARCHITECTURE:
+            for source in (custom_objects or {}, kwargs):
+                if name in source:
+                    asked[name] = source[name]
+            kwargs.pop(name, None)
+        for name, value in asked.items() if stored else ():
             found = stored.get(name)
             if name in ("actor_depth", "critic_depth"):
                 value, found = (depth or stored["depth"] for depth in (value, found))
@@ -639,13 +737,19 @@ class DeepCRL(OffPolicyAlgorithm):
                     f"The model in {path} was saved with `{name}={found!r}`, so that it cannot be loaded with "
                     f"`{name}={value!r}`: leave `{name}` out, or train a new model"
                 )
+        for name in auto_settings:
+            kwargs.setdefault(name, "auto")
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     @staticmethod
-    def _stored_policy_kwargs(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
+    def _stored_settings(
+        path: str | pathlib.Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None
+    ) -> tuple[dict[str, Any], list[str]]:
         """
         :param path: path to the file (or a file-like) of a saved model
-        :return: The policy kwargs that it was saved with; none if it is not a saved model at all
+        :param custom_objects: Dictionary of objects to replace upon loading
+        :return: The policy kwargs that it was saved with, defaults included, and the names of the settings that were left
+            at "auto"; nothing if it is not a saved model at all
         :raises ValueError: if the model is the one of another algorithm
         """
         file = open_path(path, "r", suffix="zip")
@@ -654,7 +758,7 @@ class DeepCRL(OffPolicyAlgorithm):
                 data = json.loads(archive.read("data"))
         except (zipfile.BadZipFile, KeyError):
             # Stable-Baselines3 has its own error messages for these
-            return {}
+            return {}, []
         finally:
             if file is path:
                 file.seek(0)
@@ -666,7 +770,13 @@ class DeepCRL(OffPolicyAlgorithm):
                 f"{path} was not saved by DeepCRL, but by an algorithm whose policy is in `{saved_by}`: "
                 "load it with that algorithm"
             )
-        return json_to_data(json.dumps({"policy_kwargs": data["policy_kwargs"]}))["policy_kwargs"]
+        stored = json_to_data(json.dumps({"policy_kwargs": data["policy_kwargs"]}), custom_objects).get("policy_kwargs", {})
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(DeepCRLPolicy).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+        return {**defaults, **stored}, data["_auto_settings"]
 
     def save(
         self,
@@ -715,10 +825,7 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if it is another kind of buffer or one of another env or number of envs;
             the buffer in use is kept then
         """
-        current = self.replay_buffer
-        super().load_replay_buffer(path)
-        loaded: ReplayBuffer | None = self.replay_buffer
-        self.replay_buffer = current
+        loaded = load_from_pkl(path, self.verbose)
         if not isinstance(loaded, ContrastiveReplayBuffer):
             raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
         if loaded.observation_space != self.observation_space or loaded.action_space != self.action_space:
@@ -733,6 +840,8 @@ class DeepCRL(OffPolicyAlgorithm):
             )
         if truncate_last_traj:
             loaded.truncate_last_trajectory()
+        # Update saved replay buffer device to match current setting
+        loaded.device = self.device
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:

@@ -18,6 +18,17 @@ LOG_STD_MIN = -5
 
 GOAL_KEY = "desired_goal"
 
+# What SAC's policies take and DeepCRL's have no use for
+SAC_POLICY_KWARGS = (
+    "net_arch",
+    "n_critics",
+    "share_features_extractor",
+    "use_sde",
+    "log_std_init",
+    "use_expln",
+    "clip_mean",
+)
+
 
 def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict, spaces.Dict]:
     """
@@ -196,7 +207,8 @@ class ContrastiveCritic(BaseModel):
 
     def forward(self, obs: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
-        Value of actions: the log-probability of reaching the desired goal, up to a term that depends on the goal only.
+        Value of actions: how likely they lead to the desired goal. With InfoNCE it is the log-ratio of the probability
+        of reaching that goal from here and of reaching it at all, up to a constant that the penalty fixes.
 
         :param obs: Observations
         :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
@@ -232,9 +244,10 @@ class DeepCRLPolicy(BasePolicy):
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
-    :param net_arch: Accepted for compatibility with SAC and not used (with a warning): see ``depth`` and ``width``
-    :param n_critics: Accepted for compatibility with SAC and not used (with a warning): there is one critic
+    :param sac_kwargs: What only SAC's policies use (``net_arch``, ``n_critics``, ``share_features_extractor``,
+        ``use_sde``, ``log_std_init``, ``use_expln``, ``clip_mean``): accepted with a warning, so that existing scripts run
     :raises ValueError: if an argument is out of its range
+    :raises TypeError: if there is no such argument
     """
 
     observation_space: spaces.Dict
@@ -261,8 +274,7 @@ class DeepCRLPolicy(BasePolicy):
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        n_critics: int | None = None,
+        **sac_kwargs: Any,
     ):
         super().__init__(
             observation_space,
@@ -281,12 +293,14 @@ class DeepCRLPolicy(BasePolicy):
             check_depth(critic_depth, "critic_depth")
         check_positive_int(repr_dim, "repr_dim")
         check_choice(energy, ENERGIES, "energy")
-        for name, value in (("net_arch", net_arch), ("n_critics", n_critics)):
-            if value is not None:
-                warnings.warn(
-                    f"`policy_kwargs` has `{name}={value}`, which DeepCRL does not use: "
-                    "its networks are residual towers, set by `depth` and `width`, and its critic is a single one"
-                )
+        unknown = [name for name in sac_kwargs if name not in SAC_POLICY_KWARGS]
+        if unknown:
+            raise TypeError(f"`policy_kwargs` has {unknown}, which neither DeepCRL nor SAC knows: check the spelling")
+        if sac_kwargs:
+            warnings.warn(
+                f"`policy_kwargs` has {', '.join(f'`{name}={value}`' for name, value in sac_kwargs.items())}, which DeepCRL "
+                "does not use: its networks are residual towers, set by `depth` and `width`, with one critic and no gSDE"
+            )
 
         self.depth = depth
         self.actor_depth = actor_depth
@@ -336,6 +350,10 @@ class DeepCRLPolicy(BasePolicy):
         return data
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        """
+        :param features_extractor: Features extractor of the actor, a new one by default
+        :return: A new actor
+        """
         actor_kwargs = dict(
             observation_space=self.observation_space,
             action_space=self.action_space,
@@ -345,6 +363,9 @@ class DeepCRLPolicy(BasePolicy):
         return Actor(**self._update_features_extractor(actor_kwargs, features_extractor)).to(self.device)
 
     def make_critic(self) -> ContrastiveCritic:
+        """
+        :return: A new critic, with features extractors of its own
+        """
         state_space, goal_space = split_observation_space(self.observation_space)
         return ContrastiveCritic(
             self.observation_space,
@@ -358,6 +379,11 @@ class DeepCRLPolicy(BasePolicy):
         ).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :param obs: Observations
+        :param deterministic: Whether to return the squashed mean instead of a sample
+        :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        """
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
