@@ -1,0 +1,65 @@
+import mujoco
+import numpy as np
+
+from sb3_deepcrl.envs.robot import Robot, State, gymnasium_spec
+
+FOOT_RADIUS = 0.08
+
+
+class Ant(Robot):
+    """
+    Gymnasium's ant with the contacts, integrator and thresholds of the paper's ant mazes.
+
+    Observation (29): position xyz, quaternion, 8 joint angles, linear and angular velocity, 8 joint velocities.
+    Action (8): motor torque / 150 Nm. Goal (2): x and y of the torso.
+    A control step is 0.05 s: 5 Euler steps of 0.01 s.
+
+    Only four spheres at the feet touch the floor and each other; feet, hips and torso touch walls, while legs and ankles
+    pass through them, as in the released code.
+
+    :param on_field: Whether the ant acts on the open field, where the released model lets nothing but the feet
+        collide with the floor
+    """
+
+    name = "ant"
+    observation_dim = 29
+    action_dim = 8
+    goal_dim = 2
+    frame_skip = 5
+    healthy_z_range = (0.2, 1.0)
+    reset_noise_scale = 0.1
+    extra_thresholds = {"success_easy": 2.0}  # noqa: RUF012 (declared ClassVar in the base class)
+    radius = 0.25
+    follow_body = "torso"
+    follow_distance = 9.0
+
+    def __init__(self, on_field: bool = False):
+        self.on_field = on_field
+
+    def make_spec(self) -> mujoco.MjSpec:
+        spec = gymnasium_spec("ant.xml")
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
+        spec.option.iterations = 4
+        for geom in spec.geoms:
+            solid = geom.name == "floor" or (not self.on_field and (geom.name == "torso_geom" or geom.name.startswith("aux")))
+            geom.contype, geom.conaffinity = 0, int(solid)
+            geom.margin = 0
+        for joint in spec.joints:
+            if joint.name.startswith("ankle"):
+                leg = joint.parent
+                tip = leg.geoms[0].fromto[3:]
+                # Massless, so the ant weighs what Gymnasium's does
+                foot = leg.add_geom(name=f"foot{joint.name[-2:]}", type=mujoco.mjtGeom.mjGEOM_SPHERE, pos=tip, mass=0)
+                foot.size = [FOOT_RADIUS, 0, 0]
+                foot.contype, foot.conaffinity = 1, int(not self.on_field)
+                foot.margin = 0
+        return spec
+
+    def home(self) -> np.ndarray:
+        return np.array([0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1], dtype=np.float64)
+
+    def observation(self, state: State) -> np.ndarray:
+        observation = np.empty((len(state["qpos"]), self.observation_dim), dtype=np.float32)
+        observation[:, :15] = state["qpos"]
+        observation[:, 15:] = state["qvel"]
+        return observation
