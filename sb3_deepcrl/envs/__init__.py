@@ -1,0 +1,27 @@
+"""
+Goal-reaching tasks in MuJoCo, as Gymnasium environments and in native batches for Stable-Baselines3.
+
+Importing this package loads neither the simulator nor Stable-Baselines3; the first use of a name below does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sb3_deepcrl.envs.registration import register_envs
+
+if TYPE_CHECKING:
+    from sb3_deepcrl.envs.batch_vec_env import BatchVecEnv
+    from sb3_deepcrl.envs.goal_env import GoalEnv
+
+_HOMES = {
+    "BatchVecEnv": "batch_vec_env",
+    "GoalEnv": "goal_env",
+}
+
+__all__ = ["BatchVecEnv", "GoalEnv", "register_envs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -4,11 +4,14 @@ import numpy as np
 from sb3_deepcrl.envs.robot import Robot, State, gymnasium_spec
 
 FOOT_RADIUS = 0.08
+# Mass of a link in kg. The physics of the released code gives 1 kg to each of the 9 links that have a joint between them;
+# Gymnasium's ant weighs 0.9 kg as a whole, and with the same motors a random action throws it a metre into the air.
+LINK_MASS = 1.0
 
 
 class Ant(Robot):
     """
-    Gymnasium's ant with the contacts, integrator and thresholds of the paper's ant mazes.
+    Gymnasium's ant with the contacts, masses and thresholds of the paper's ant mazes.
 
     Observation (29): position xyz, quaternion, 8 joint angles, linear and angular velocity, 8 joint velocities.
     Action (8): motor torque / 150 Nm. Goal (2): x and y of the torso.
@@ -48,11 +51,11 @@ class Ant(Robot):
             if joint.name.startswith("ankle"):
                 leg = joint.parent
                 tip = leg.geoms[0].fromto[3:]
-                # Massless, so the ant weighs what Gymnasium's does
                 foot = leg.add_geom(name=f"foot{joint.name[-2:]}", type=mujoco.mjtGeom.mjGEOM_SPHERE, pos=tip, mass=0)
                 foot.size = [FOOT_RADIUS, 0, 0]
                 foot.contype, foot.conaffinity = 1, int(not self.on_field)
                 foot.margin = 0
+        _set_link_masses(spec)
         return spec
 
     def home(self) -> np.ndarray:
@@ -63,3 +66,18 @@ class Ant(Robot):
         observation[:, :15] = state["qpos"]
         observation[:, 15:] = state["qvel"]
         return observation
+
+
+def _set_link_masses(spec: mujoco.MjSpec) -> None:
+    """
+    Give every link the same mass. Bodies without a joint are part of the link that carries them.
+
+    :param spec: The model to edit
+    """
+    model = spec.compile()
+    # body_weldid names the first body of a link
+    link_mass = np.bincount(model.body_weldid, weights=model.body_mass)
+    for body in spec.bodies:
+        for geom in body.geoms:
+            if body.id > 0:
+                geom.density *= LINK_MASS / link_mass[model.body_weldid[body.id]]

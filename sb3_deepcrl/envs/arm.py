@@ -203,7 +203,7 @@ class Arm(Robot):
             objtype=mujoco.mjtObj.mjOBJ_JOINT,
             name1="left_finger",
             name2="right_finger",
-            data=[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            data=[0, 1] + [0] * 10,
             solref=[0.005, 1],
             solimp=[0.95, 0.99, 0.001, 0.5, 2],
         )

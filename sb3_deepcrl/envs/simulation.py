@@ -151,6 +151,15 @@ class Simulation:
             info,
         )
 
+    def data(self, index: int) -> mujoco.MjData:
+        """
+        :param index: Index of the environment
+        :return: A copy of its simulation with computed kinematics, for rendering or any other function of MuJoCo
+        """
+        data = self.batch.get_data(index)
+        mujoco.mj_forward(self.task.model, data)
+        return data
+
     def _check_actions(self, actions: np.ndarray) -> np.ndarray:
         actions = np.asarray(actions)
         expected = (self.n_envs, self.task.robot.action_dim)

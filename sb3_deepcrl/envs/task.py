@@ -63,8 +63,6 @@ class GoalTask:
     :param wall_height: Height of the walls in metres. None takes half a cell
     """
 
-    metadata: dict[str, Any]
-
     def __init__(
         self,
         robot: str,
