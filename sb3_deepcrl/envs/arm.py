@@ -119,13 +119,13 @@ class Arm(Robot):
         spec.default.geom.contype = 0
         spec.default.geom.conaffinity = 0
         world = spec.worldbody
-        world.add_light(pos=[0, 0, 2], dir=[0, 0, -1])
+        world.add_light(pos=[0, 0, 2], dir=[0.3, 0.3, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, diffuse=[0.6] * 3)
         world.add_geom(
             name="table",
             type=mujoco.mjtGeom.mjGEOM_PLANE,
             size=[2.8, 2.4, 0.1],
             friction=[0.2, 0.005, 0.0001],
-            rgba=[0.75, 0.77, 0.8, 1],
+            rgba=[0.6, 0.62, 0.65, 1],
         )
         world.add_geom(name="base", type=CAPSULE, fromto=[0, 0, 0.04, 0, 0, 0.2], size=[0.07, 0, 0], rgba=[0.9, 0.9, 0.92, 1])
         body = world
@@ -271,7 +271,7 @@ class Table(Scene):
     :param name: Key in ``TABLES``
     """
 
-    bounds = ((-0.2, -0.8), (1.1, 0.8))
+    bounds = ((-0.7, -0.2), (0.7, 1.1))
     n_uniform = 4
     # Nothing but the cube has a start position, and it gets no noise
     exact_start = True

@@ -40,12 +40,12 @@ class Point(Robot):
             width=100,
             height=100,
         )
-        material = spec.add_material(name="floor", texrepeat=[60, 60])
+        material = spec.add_material(name="floor", texrepeat=[0.5, 0.5], texuniform=True)
         material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "checker"
         spec.worldbody.add_light(pos=[0, 0, 3], dir=[0, 0, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
         # The slides hold the ball up, so the floor is for the eye only
         spec.worldbody.add_geom(
-            name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[40, 40, 40], material="floor", contype=0, conaffinity=0
+            name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[0, 0, 1], material="floor", contype=0, conaffinity=0
         )
         ball = spec.worldbody.add_body(name="ball", pos=[0, 0, self.radius])
         ball.add_geom(

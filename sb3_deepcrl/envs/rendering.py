@@ -37,7 +37,7 @@ class TaskRenderer:
         self.follows = camera == "follow"
         if self.follows:
             self.camera.distance = task.robot.follow_distance
-            self.camera.azimuth, self.camera.elevation = 160, -35
+            self.camera.azimuth, self.camera.elevation = 160, -50
         else:
             (low_x, low_y), (high_x, high_y) = task.scene.bounds
             self.camera.lookat[:] = (low_x + high_x) / 2, (low_y + high_y) / 2, 0

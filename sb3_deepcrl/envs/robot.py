@@ -78,6 +78,11 @@ class Robot(ABC):
 def gymnasium_spec(file_name: str) -> mujoco.MjSpec:
     """
     :param file_name: Name of a model that comes with Gymnasium
-    :return: The editable model
+    :return: The editable model, whose floor is drawn without an end
     """
-    return mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / file_name))
+    spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / file_name))
+    # Gymnasium draws 80 m of floor at most, less than the widest maze with its texture in metres
+    floor, material = spec.geom("floor"), spec.material("MatPlane")
+    floor.size = [0, 0, 1]
+    material.texuniform, material.texrepeat, material.reflectance = True, [0.5, 0.5], 0
+    return spec
