@@ -87,8 +87,8 @@ class Arm(Robot):
     """
     A 7-joint arm with two fingers and a cube on a table, built from primitive shapes with the Panda's published figures.
 
-    Observation (17): cube position xyz, 7 joint angles, position xyz and velocity xyz of the last link, opening of the gripper.
-    Action (5): target angles of joints 1, 2, 4 and 6 within their ranges, and the fingers: above 0 closes them, else they open.
+    Observation (17): cube position xyz, 7 joint angles, position xyz and velocity xyz of the last link, gripper opening.
+    Action (5): target angles of joints 1, 2, 4 and 6 within their ranges, and the fingers: above 0 closes, else opens them.
     Goal (3): position of the cube. A control step is 0.05 s: 25 steps of 0.002 s.
 
     Cube, fingers, hand, table and bins touch each other; the links pass through everything. An episode never terminates.
@@ -111,11 +111,13 @@ class Arm(Robot):
     def make_spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
         spec.modelname = "arm"
+        spec.compiler.degree = False
         spec.option.timestep = 0.002
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
         spec.option.iterations = 6
         spec.option.ls_iterations = 12
-        # Nothing collides but the pairs named below
+        # Nothing collides but the pairs named below, all with MuJoCo's friction for pairs (1), as in the released model: its
+        # friction values of table and fingers have no effect on pairs
         spec.default.geom.contype = 0
         spec.default.geom.conaffinity = 0
         world = spec.worldbody
@@ -124,7 +126,6 @@ class Arm(Robot):
             name="table",
             type=mujoco.mjtGeom.mjGEOM_PLANE,
             size=[2.8, 2.4, 0.1],
-            friction=[0.2, 0.005, 0.0001],
             rgba=[0.6, 0.62, 0.65, 1],
         )
         world.add_geom(name="base", type=CAPSULE, fromto=[0, 0, 0.04, 0, 0, 0.2], size=[0.07, 0, 0], rgba=[0.9, 0.9, 0.92, 1])
@@ -162,7 +163,12 @@ class Arm(Robot):
         hand.explicitinertial = True
         hand.mass, hand.ipos, hand.inertia = 0.73, [-0.01, 0, 0.03], [0.001, 0.0025, 0.0017]
         hand.add_geom(
-            name="hand", type=CAPSULE, fromto=[0, -0.06, 0.035, 0, 0.06, 0.035], size=[0.04, 0, 0], mass=0, rgba=[0.95, 0.95, 0.95, 1]
+            name="hand",
+            type=CAPSULE,
+            fromto=[0, -0.06, 0.035, 0, 0.06, 0.035],
+            size=[0.04, 0, 0],
+            mass=0,
+            rgba=[0.95, 0.95, 0.95, 1],
         )
         for side, quat in (("left", [1, 0, 0, 0]), ("right", [0, 0, 0, 1])):
             finger = hand.add_body(name=f"{side}_finger", pos=[0, 0, 0.0584], quat=quat)
@@ -182,7 +188,6 @@ class Arm(Robot):
                 type=BOX,
                 pos=[0, 0.0055, 0.035],
                 size=[0.015, 0.005, 0.04],
-                friction=[10, 0.005, 0.0001],
                 mass=0,
                 rgba=[0.25, 0.25, 0.25, 1],
             )

@@ -107,8 +107,9 @@ class BatchVecEnv(VecEnv):
     seed, seed + 1, ... for any number of threads.
 
     Finished episodes are reset in the same step, as in SB3's own vectorized environments: the infos hold
-    ``terminal_observation``, ``TimeLimit.truncated`` and the ``episode`` statistics of ``Monitor``. An environment whose physics
-    diverges is truncated and reset; it is counted in ``n_diverged`` and its info holds ``diverged=True``.
+    ``terminal_observation``, ``TimeLimit.truncated`` and the ``episode`` statistics of ``Monitor``. An environment whose
+    physics diverges is truncated and reset; it is counted in ``n_diverged`` and its info holds ``diverged=True``. MuJoCo itself
+    then prints a warning and appends it to its log file, MUJOCO_LOG.TXT.
 
     It is made from an id, ``BatchVecEnv("AntU4Maze-v0", n_envs=64)``, or the way ``make_vec_env`` makes it,
     ``make_vec_env("AntU4Maze-v0", n_envs=64, vec_env_cls=BatchVecEnv)``.
@@ -205,7 +206,9 @@ class BatchVecEnv(VecEnv):
                     writer, self._info_keywords = layer.results_writer, layer.info_keywords
                 layer = layer.env
             if not isinstance(layer, GoalEnv):
-                raise ValueError(f"Env {i} is a {type(layer).__name__}. BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv.")
+                raise ValueError(
+                    f"Env {i} is a {type(layer).__name__}. BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv."
+                )
             read.append((layer.task_kwargs, limit, {"render_mode": layer.render_mode, **layer.render_arguments}))
             if read[-1] != read[0]:
                 raise ValueError(f"Env {i} differs from env 0: {read[-1]} is not {read[0]}. All of them must be alike.")
@@ -309,7 +312,9 @@ class BatchVecEnv(VecEnv):
             for i in chosen:
                 setattr(self._views[i], attr_name, value)
 
-    def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
         return [getattr(self._views[i], method_name)(*method_args, **method_kwargs) for i in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:

@@ -18,8 +18,8 @@ class GoalEnv(gym.Env, EzPickle):
     ``TimeLimit``: set it with ``gym.make(id, max_episode_steps=...)``.
 
     The info of a step holds ``is_success`` and ``success`` (the distance is below the threshold), ``distance`` in metres,
-    ``success_easy`` and ``success_hard`` where the robot defines them, ``is_healthy`` where it can fall, and ``diverged`` in the
-    rare step in which the physics broke down.
+    ``success_easy`` and ``success_hard`` where the robot defines them, ``is_healthy`` where it can fall, and ``diverged`` in
+    the rare step in which the physics broke down.
 
     ``reset(options={"start": ..., "goal": ...})`` sets the start (x and y of the robot, or of the arm's cube) and the goal of
     an episode, in metres.

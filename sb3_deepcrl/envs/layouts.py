@@ -317,7 +317,8 @@ def make_layout(maze: str | Sequence[str] | Layout) -> Layout:
     if isinstance(maze, str):
         if maze not in LAYOUTS:
             raise ValueError(
-                f"Unknown maze {maze!r}. Known mazes: {', '.join(LAYOUTS)}; or pass a maze as text, a list with one string a row."
+                f"Unknown maze {maze!r}. Known mazes: {', '.join(LAYOUTS)}; "
+                "or pass a maze as text, a list with one string a row."
             )
         return Layout(maze, LAYOUTS[maze])
     return Layout("custom", tuple(maze))

@@ -32,7 +32,7 @@ class Robot(ABC):
     frame_skip: ClassVar[int]
     #: Side of a maze cell in metres
     cell_size: ClassVar[float] = 4.0
-    #: Lowest and highest ``qpos[2]``, the height of the torso in metres, at which an episode goes on (None: it never terminates)
+    #: Lowest and highest ``qpos[2]``, the height of the torso in metres, at which an episode goes on (None: no limits)
     healthy_z_range: ClassVar[tuple[float, float] | None] = None
     #: Spread of the start state: uniform on positions, normal on velocities
     reset_noise_scale: ClassVar[float] = 0.0

@@ -25,6 +25,7 @@ class Scene(ABC):
     #: Whether a drawn start is exact, i.e. gets none of the robot's start noise
     exact_start: bool = False
 
+    @abstractmethod
     def build(self, spec: mujoco.MjSpec) -> None:
         """
         Add the scene's geometry to a robot's model.
@@ -39,18 +40,16 @@ class Scene(ABC):
         :return: Start positions of shape (n, 2) and goals of shape (n, goal_dim), in metres
         """
 
-    def check_start(self, start: np.ndarray, radius: float) -> None:
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
         """
-        :param start: x and y in metres
-        :param radius: Distance to walls that the robot needs, in metres
-        :raises ValueError: If the robot would stand in a wall
-        """
+        Scenes without walls accept every start and goal.
 
-    def check_goal(self, goal: np.ndarray) -> None:
+        :param start: x and y of a given start in metres
+        :param goal: A given goal in metres
+        :param radius: Distance to walls that the robot needs, in metres
+        :raises ValueError: If one of them lies in a wall
         """
-        :param goal: Goal in metres
-        :raises ValueError: If the goal lies in a wall
-        """
+        return None
 
 
 class Maze(Scene):
@@ -125,23 +124,25 @@ class Maze(Scene):
         row, column = np.floor(np.asarray(position)[:2] / self.cell_size + 0.5).astype(int)
         return int(row), int(column)
 
-    def check_start(self, start: np.ndarray, radius: float) -> None:
-        self._check_cell("start", start)
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
+        if start is not None:
+            self._check_cell("start", start)
+            self._check_clearance(start, radius)
+        if goal is not None:
+            self._check_cell("goal", goal)
+
+    def _check_clearance(self, start: np.ndarray, radius: float) -> None:
         row, column = self.cell_of(start)
         for i in range(row - 1, row + 2):
             for j in range(column - 1, column + 2):
-                if self.layout.is_wall(i, j):
-                    outside = np.abs(start - np.array([i, j]) * self.cell_size) - self.cell_size / 2
-                    distance = math.hypot(*np.maximum(outside, 0))
-                    if distance < radius:
-                        raise ValueError(
-                            f"The start {start.tolist()} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
-                            f"robot needs {radius} m. The centre of the cell in row {row}, column {column} is at "
-                            f"{[row * self.cell_size, column * self.cell_size]}."
-                        )
-
-    def check_goal(self, goal: np.ndarray) -> None:
-        self._check_cell("goal", goal)
+                outside = np.abs(start - np.array([i, j]) * self.cell_size) - self.cell_size / 2
+                distance = math.hypot(*np.maximum(outside, 0))
+                if self.layout.is_wall(i, j) and distance < radius:
+                    raise ValueError(
+                        f"The start {start.tolist()} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
+                        f"robot needs {radius} m. The centre of the cell in row {row}, column {column} is at "
+                        f"{[row * self.cell_size, column * self.cell_size]}."
+                    )
 
     def _check_cell(self, kind: str, position: np.ndarray) -> None:
         row, column = self.cell_of(position)
@@ -167,6 +168,9 @@ class OpenField(Scene):
         reach = distance[1] + 1
         self.bounds = ((-reach, -reach), (reach, reach))
         self.n_uniform = 2
+
+    def build(self, spec: mujoco.MjSpec) -> None:
+        """Nothing is added: the robots' models come with a floor."""
 
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = self.distance

@@ -92,7 +92,12 @@ class GoalTask:
         if reset_noise_scale is not None and not 0 <= reset_noise_scale < np.inf:
             raise ValueError(f"reset_noise_scale={reset_noise_scale}: expected a finite number that is not negative.")
         if maze is None:
-            given = {"goal_set": goal_set != "train", "stitching": stitching, "cell_size": cell_size, "wall_height": wall_height}
+            given = {
+                "goal_set": goal_set != "train",
+                "stitching": stitching,
+                "cell_size": cell_size,
+                "wall_height": wall_height,
+            }
             for name, value in given.items():
                 if value:
                     raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
@@ -144,7 +149,9 @@ class GoalTask:
             raise ValueError(f"stitching={stitching}: starts and goals must be at least one cell apart.")
         size = self.robot.cell_size if cell_size is None else cell_size
         if size / 2 < self.robot.radius:
-            raise ValueError(f"cell_size={size} m is too narrow for the {self.robot.name}: use at least {2 * self.robot.radius} m.")
+            raise ValueError(
+                f"cell_size={size} m is too narrow for the {self.robot.name}: use at least {2 * self.robot.radius} m."
+            )
         # Half a cell is the released code's choice: 2 m for the ant, 1 m for the humanoid
         height = size / 2 if wall_height is None else wall_height
         return Maze(make_layout(maze), size, height, goal_set, stitching, tail)
@@ -218,10 +225,7 @@ class GoalTask:
                 raise ValueError(f"The {name} {value!r}{where} must be {size} finite numbers in metres.")
             checked.append(array)
         start, goal = checked
-        if start is not None:
-            self.scene.check_start(start, self.robot.radius)
-        if goal is not None:
-            self.scene.check_goal(goal)
+        self.scene.check(start, goal, self.robot.radius)
         return start, goal
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
