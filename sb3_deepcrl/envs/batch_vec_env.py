@@ -108,8 +108,8 @@ class BatchVecEnv(VecEnv):
 
     Finished episodes are reset in the same step, as in SB3's own vectorized environments: the infos hold
     ``terminal_observation``, ``TimeLimit.truncated`` and the ``episode`` statistics of ``Monitor``. An environment whose
-    physics diverges is truncated and reset; it is counted in ``n_diverged`` and its info holds ``diverged=True``. MuJoCo itself
-    then prints a warning and appends it to its log file, MUJOCO_LOG.TXT.
+    physics diverges is truncated and reset; it is counted in ``n_diverged`` and its info holds ``diverged=True``. MuJoCo
+    itself then prints a warning and appends it to its log file, MUJOCO_LOG.TXT.
 
     It is made from an id, ``BatchVecEnv("AntU4Maze-v0", n_envs=64)``, or the way ``make_vec_env`` makes it,
     ``make_vec_env("AntU4Maze-v0", n_envs=64, vec_env_cls=BatchVecEnv)``.

@@ -23,7 +23,7 @@ class Point(Robot):
     extra_thresholds = {"success_easy": 2.0}  # noqa: RUF012 (declared ClassVar in the base class)
     radius = 0.25
     follow_body = "ball"
-    follow_distance = 9.0
+    follow_distance = 6.0
 
     def make_spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
