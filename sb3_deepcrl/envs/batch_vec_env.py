@@ -2,6 +2,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import gymnasium as gym
@@ -146,7 +147,7 @@ class BatchVecEnv(VecEnv):
             self.spec = _own_spec(env)
             arguments = {**self.spec.kwargs, **task_kwargs}
             limit = self.spec.max_episode_steps
-            picture = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
+            picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
             n_envs = 1 if n_envs is None else n_envs
         else:
             if task_kwargs or render_mode is not None:
@@ -354,8 +355,8 @@ def _rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
     :param columns: Lists of equal length by name
     :return: One dict a position
     """
-    names = tuple(columns)
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    # No Python code runs for the single row: this is called in every step
+    return list(map(dict, map(zip, repeat(tuple(columns)), zip(*columns.values(), strict=True))))
 
 
 def _own_spec(env_id: str) -> EnvSpec:

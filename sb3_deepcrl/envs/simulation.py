@@ -128,16 +128,16 @@ class Simulation:
         except SimulationError as error:
             failed = error.ids
         observation = task.robot.observation(self._state)
-        # A comparison with NaN is false, so this also finds NaN
-        diverged = ~(np.abs(observation).max(axis=1) < MAX_OBSERVATION)
-        diverged |= self._warnings.any(axis=1)
-        diverged[failed] = True
+        diverged = np.zeros(self.n_envs, dtype=bool)
         healthy = self._is_healthy(self._state["qpos"])
-        if diverged.any():
+        # A comparison with NaN is false, so this also finds NaN
+        if len(failed) or self._warnings.any() or not np.abs(observation).max() < MAX_OBSERVATION:
+            diverged |= ~(np.abs(observation).max(axis=1) < MAX_OBSERVATION) | self._warnings.any(axis=1)
+            diverged[failed] = True
             self._report(diverged)
             # The last sound observation stands in for the broken one
             observation[diverged] = self._observation[diverged]
-            healthy = healthy | diverged
+            healthy |= diverged
         self._observation[:] = observation
         achieved = observation[:, : task.robot.goal_dim].copy()
         goals = self.goals.copy()

@@ -118,6 +118,10 @@ class GoalTask:
         self.model: mujoco.MjModel = spec.compile()
         self.dt = self.frame_skip * self.model.opt.timestep
         self._home = self.robot.home()
+        free = int(mujoco.mjtJoint.mjJNT_FREE)
+        self._quaternions = [
+            int(joint.qposadr[0]) + 3 for joint in map(self.model.joint, range(self.model.njnt)) if int(joint.type[0]) == free
+        ]
 
         def box(n: int) -> spaces.Box:
             return spaces.Box(-np.inf, np.inf, (n,), np.float32)
@@ -192,16 +196,12 @@ class GoalTask:
             noise = self.reset_noise_scale * (2 * draw.position - 1)
             noise[exact, self.robot.start_address] = 0
             qpos += noise
+            for address in self._quaternions:
+                quaternion = qpos[:, address : address + 4]
+                quaternion /= np.sqrt((quaternion * quaternion).sum(axis=1, keepdims=True))
             qvel += self.reset_noise_scale * draw.velocity
         qpos[:, self.robot.start_address] += starts
-        for address in self._quaternions():
-            quaternion = qpos[:, address : address + 4]
-            quaternion /= np.sqrt((quaternion * quaternion).sum(axis=1, keepdims=True))
         return qpos, qvel
-
-    def _quaternions(self) -> list[int]:
-        free = int(mujoco.mjtJoint.mjJNT_FREE)
-        return [int(self.model.jnt_qposadr[i]) + 3 for i in range(self.model.njnt) if int(self.model.jnt_type[i]) == free]
 
     def check_options(self, options: Mapping[str, Any] | None, where: str = "") -> tuple[np.ndarray | None, np.ndarray | None]:
         """
@@ -297,7 +297,7 @@ def _make_robot(robot: str, maze: Any, table: str | None) -> Robot:
     if robot == "arm":
         if table is None or maze is not None:
             raise ValueError(f"The arm works on a table, not in a maze: pass table= one of {', '.join(TABLES)}, and no maze.")
-        _check_choice("table", table, TABLES)
+        _check_choice("table", table, tuple(TABLES))
         return Arm()
     if table is not None:
         raise ValueError(f"table={table!r} is for the arm, but the robot is {robot!r}. Leave table out.")
