@@ -357,6 +357,9 @@ def test_goal_functions_are_batch_safe(reward_type):
     terminated, truncated = env.compute_terminated(achieved, desired, infos), env.compute_truncated(achieved, desired, infos)
     assert terminated.tolist() == [True, False, True, False, True]
     assert truncated.tolist() == [False] * 5
+    assert (
+        env.compute_truncated(achieved, desired, [{}, {"diverged": True}, {}, {}, {}]).tolist() == [False, True] + [False] * 3
+    )
     for i in range(5):
         assert env.compute_reward(achieved[i], desired[i], infos[i]) == rewards[i]
         assert bool(env.compute_terminated(achieved[i], desired[i], infos[i])) == terminated[i]
@@ -482,10 +485,11 @@ def test_pickled_env_starts_afresh():
         ({"robot": "ant", "maze": "u", "goal": "moving"}, "Unknown goal 'moving'"),
         ({"robot": "ant", "maze": "u", "reward_type": "shaped"}, "Unknown reward_type 'shaped'"),
         ({"robot": "ant", "maze": "u", "cell_size": 0}, "cell_size=0"),
-        ({"robot": "ant", "maze": "u", "cell_size": 0.4}, "too narrow for the ant"),
+        ({"robot": "ant", "maze": "u", "cell_size": 1.0}, "too narrow for the ant"),
         ({"robot": "ant", "maze": "u", "wall_height": -1.0}, "wall_height=-1.0"),
         ({"robot": "ant", "maze": "u", "success_threshold": float("nan")}, "success_threshold=nan"),
         ({"robot": "ant", "maze": "u", "frame_skip": 0}, "frame_skip=0"),
+        ({"robot": "ant", "maze": "u", "frame_skip": 2.5}, "frame_skip=2.5: expected an integer"),
         ({"robot": "ant", "maze": "u", "reset_noise_scale": -0.1}, "reset_noise_scale=-0.1"),
         ({"robot": "ant", "maze": "u", "healthy_z_range": (1.0, 0.2)}, "first height must be below"),
         ({"robot": "point", "maze": "u", "healthy_z_range": (0.0, 1.0)}, "point cannot fall"),
@@ -513,7 +517,7 @@ def test_bad_arguments(kwargs, message):
     [
         ({"start": [8.0, 8.0]}, r"start \[8.0, 8.0\] lies in the wall at row 2, column 2"),
         ({"start": [400.0, 8.0]}, "wall at row 100, column 2"),
-        ({"start": [5.9, 8.0]}, r"0.100 m from the wall at row 2, column 2, but the robot needs 0.25"),
+        ({"start": [5.9, 8.0]}, r"0.100 m from the wall at row 2, column 2, but the robot needs 0.7"),
         ({"goal": [0.0, 4.0]}, "goal .* lies in the wall at row 0, column 1"),
         ({"goal": [4.0, 4.0, 1.25]}, "must be 2 finite numbers"),
         ({"start": [np.nan, 4.0]}, "must be 2 finite numbers"),
@@ -524,6 +528,18 @@ def test_bad_reset_options(options, message):
     env = gym.make("AntU4Maze-v0")
     with pytest.raises(ValueError, match=message):
         env.reset(options=options)
+
+
+def test_bad_reset_options_of_the_arm():
+    with pytest.raises(ValueError, match=r"start \[3.0, 0.6\] is out of the arm's reach"):
+        gym.make("ArmPushEasy-v0").reset(options={"start": [3.0, 0.6]})
+
+
+def test_bad_attributes():
+    task = gym.make("AntU4Maze-v0").unwrapped.task
+    with pytest.raises(ValueError, match="Unknown reward_type 'shaped'"):
+        task.reward_type = "shaped"
+    assert task.reward_type == "sparse"
 
 
 def test_bad_actions():

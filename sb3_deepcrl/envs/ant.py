@@ -1,3 +1,6 @@
+from collections.abc import Mapping
+from typing import ClassVar
+
 import mujoco
 import numpy as np
 
@@ -17,8 +20,8 @@ class Ant(Robot):
     Action (8): motor torque / 150 Nm. Goal (2): x and y of the torso.
     A control step is 0.05 s: 5 Euler steps of 0.01 s.
 
-    Only four spheres at the feet touch the floor and each other; feet, hips and torso touch walls, while legs and ankles
-    pass through them, as in the released code.
+    Contacts are those of the released code: the feet touch the floor, walls, each other, hips and torso; hips and torso touch
+    walls, but not the floor; legs and ankles pass through everything.
 
     :param on_field: Whether the ant acts on the open field, where the released model lets nothing but the feet
         collide with the floor
@@ -31,8 +34,8 @@ class Ant(Robot):
     frame_skip = 5
     healthy_z_range = (0.2, 1.0)
     reset_noise_scale = 0.1
-    extra_thresholds = {"success_easy": 2.0}  # noqa: RUF012 (declared ClassVar in the base class)
-    radius = 0.25
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
+    radius = 0.7
     follow_body = "torso"
     follow_distance = 9.0
 

@@ -1,4 +1,5 @@
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import mujoco
 import numpy as np
@@ -101,7 +102,7 @@ class Arm(Robot):
     derived_fields = ("sensordata",)
     frame_skip = 25
     success_threshold = 0.1
-    extra_thresholds = {"success_easy": 0.3, "success_hard": 0.03}  # noqa: RUF012 (declared ClassVar in the base class)
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 0.3, "success_hard": 0.03}
     radius = CUBE_HALF
     follow_body = "link7"
     follow_distance = 1.8
@@ -302,6 +303,15 @@ class Table(Scene):
                 body.add_geom(name=wall, type=BOX, pos=[x, y, BIN_HALF_HEIGHT], size=size, rgba=color)
                 for other in ("cube", "hand", "left_finger", "right_finger"):
                     spec.add_pair(geomname1=wall, geomname2=other)
+
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
+        (low_x, low_y), (high_x, high_y) = self.bounds
+        for kind, point in (("start", start), ("goal", goal)):
+            if point is not None and not (low_x <= point[0] <= high_x and low_y <= point[1] <= high_y):
+                raise ValueError(
+                    f"The {kind} {point.tolist()}{where} is out of the arm's reach: choose x from {low_x} to {high_x} and "
+                    f"y from {low_y} to {high_y}."
+                )
 
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start, goal = (

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 from sb3_deepcrl.envs.goal_env import GoalEnv
 from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation, Transition
-from sb3_deepcrl.envs.task import GoalTask
+from sb3_deepcrl.envs.task import GoalTask, check_count
 
 # Wrappers whose work BatchVecEnv does itself
 ABSORBED_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker)
@@ -140,6 +140,8 @@ class BatchVecEnv(VecEnv):
         height: int = 480,
         **task_kwargs: Any,
     ):
+        for name, value in (("n_envs", n_envs), ("n_threads", n_threads), ("max_episode_steps", max_episode_steps)):
+            check_count(name, value)
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
         self._writers: list[ResultsWriter | None] = []
         self._info_keywords: tuple[str, ...] = ()
@@ -160,13 +162,8 @@ class BatchVecEnv(VecEnv):
             n_envs = len(env)
             arguments, limit, picture = self._read_envs(env)
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        n_threads = min(usable, max(n_envs, 1)) if n_threads is None else n_threads
-        for name, value in (("n_envs", n_envs), ("n_threads", n_threads)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: at least 1 is needed.")
+        n_threads = min(usable, n_envs) if n_threads is None else n_threads
         self.max_episode_steps = limit if max_episode_steps is None else max_episode_steps
-        if self.max_episode_steps is not None and self.max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps={self.max_episode_steps}: an episode needs at least one step.")
         self.render_mode = picture.pop("render_mode")
         self._render_arguments = check_render_arguments(self.render_mode, **picture)
         self._renderer: TaskRenderer | None = None
@@ -335,7 +332,7 @@ class BatchVecEnv(VecEnv):
             return None
         if self._renderer is None:
             self._renderer = TaskRenderer(self.task, **self._render_arguments)
-        return self._renderer.render(self.simulation.data(index), self.simulation.goals[index])
+        return self._renderer.render(self.simulation, index)
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         return [self.picture(i) for i in range(self.num_envs)]

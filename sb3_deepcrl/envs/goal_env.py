@@ -113,7 +113,7 @@ class GoalEnv(gym.Env, EzPickle):
             return None
         if self._renderer is None:
             self._renderer = TaskRenderer(self.task, **self.render_arguments)
-        return self._renderer.render(self.simulation.data(0), self.simulation.goals[0])
+        return self._renderer.render(self.simulation, 0)
 
     def close(self) -> None:
         """Free the rendering context."""

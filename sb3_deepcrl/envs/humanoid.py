@@ -1,3 +1,6 @@
+from collections.abc import Mapping
+from typing import ClassVar
+
 import mujoco
 import numpy as np
 
@@ -32,8 +35,8 @@ class Humanoid(Robot):
     frame_skip = 5
     cell_size = 2.0
     healthy_z_range = (1.0, 2.0)
-    extra_thresholds = {"success_easy": 2.0}  # noqa: RUF012 (declared ClassVar in the base class)
-    radius = 0.25
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
+    radius = 0.4
     follow_body = "torso"
     follow_distance = 5.0
 

@@ -1,3 +1,6 @@
+from collections.abc import Mapping
+from typing import ClassVar
+
 import mujoco
 import numpy as np
 
@@ -20,7 +23,7 @@ class Point(Robot):
     frame_skip = 2
     cell_size = 2.0
     reset_noise_scale = 0.1
-    extra_thresholds = {"success_easy": 2.0}  # noqa: RUF012 (declared ClassVar in the base class)
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
     radius = 0.25
     follow_body = "ball"
     follow_distance = 6.0

@@ -3,6 +3,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from sb3_deepcrl.envs.simulation import Simulation
 from sb3_deepcrl.envs.task import GoalTask
 
 CAMERAS = ("follow", "top_down")
@@ -32,6 +33,7 @@ class TaskRenderer:
             self.renderer = mujoco.Renderer(task.model, height, width)
         except Exception as error:
             raise RuntimeError(f"MuJoCo could not open a rendering context. {HEADLESS_HINT}") from error
+        self.data = mujoco.MjData(task.model)
         self.camera = mujoco.MjvCamera()
         self.follow_id = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_BODY, task.robot.follow_body)
         self.follows = camera == "follow"
@@ -47,12 +49,13 @@ class TaskRenderer:
             # Looking down with -x up in the picture
             self.camera.azimuth, self.camera.elevation = 180, -90
 
-    def render(self, data: mujoco.MjData, goal: np.ndarray) -> np.ndarray:
+    def render(self, simulation: Simulation, index: int) -> np.ndarray:
         """
-        :param data: State of one simulation with computed kinematics
-        :param goal: Its goal in metres
+        :param simulation: The simulations of the task
+        :param index: Index of the one to draw
         :return: RGB picture of shape (height, width, 3)
         """
+        data = simulation.data(index, self.data)
         if self.follows:
             self.camera.lookat[:] = data.xpos[self.follow_id]
         self.renderer.update_scene(data, self.camera)
@@ -63,7 +66,7 @@ class TaskRenderer:
             marker,
             mujoco.mjtGeom.mjGEOM_SPHERE,
             np.full(3, self.task.success_threshold),
-            np.array([*goal, 0.0])[:3].astype(np.float64),
+            np.array([*simulation.goals[index], 0.0])[:3].astype(np.float64),
             np.eye(3).ravel(),
             np.array(GOAL_COLOR, dtype=np.float32),
         )

@@ -40,16 +40,17 @@ class Scene(ABC):
         :return: Start positions of shape (n, 2) and goals of shape (n, goal_dim), in metres
         """
 
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
         """
-        Scenes without walls accept every start and goal.
+        An open floor accepts every start and goal.
 
         :param start: x and y of a given start in metres
         :param goal: A given goal in metres
         :param radius: Distance to walls that the robot needs, in metres
+        :param where: Place for the messages, e.g. the env index
         :raises ValueError: If one of them lies in a wall
         """
-        return None
+        return
 
 
 class Maze(Scene):
@@ -124,14 +125,14 @@ class Maze(Scene):
         row, column = np.floor(np.asarray(position)[:2] / self.cell_size + 0.5).astype(int)
         return int(row), int(column)
 
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
         if start is not None:
-            self._check_cell("start", start)
-            self._check_clearance(start, radius)
+            self._check_cell("start", start, where)
+            self._check_clearance(start, radius, where)
         if goal is not None:
-            self._check_cell("goal", goal)
+            self._check_cell("goal", goal, where)
 
-    def _check_clearance(self, start: np.ndarray, radius: float) -> None:
+    def _check_clearance(self, start: np.ndarray, radius: float, where: str) -> None:
         row, column = self.cell_of(start)
         for i in range(row - 1, row + 2):
             for j in range(column - 1, column + 2):
@@ -139,16 +140,17 @@ class Maze(Scene):
                 distance = math.hypot(*np.maximum(outside, 0))
                 if self.layout.is_wall(i, j) and distance < radius:
                     raise ValueError(
-                        f"The start {start.tolist()} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
+                        f"The start {start.tolist()}{where} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
                         f"robot needs {radius} m. The centre of the cell in row {row}, column {column} is at "
                         f"{[row * self.cell_size, column * self.cell_size]}."
                     )
 
-    def _check_cell(self, kind: str, position: np.ndarray) -> None:
+    def _check_cell(self, kind: str, position: np.ndarray, where: str) -> None:
         row, column = self.cell_of(position)
         if self.layout.is_wall(row, column):
             raise ValueError(
-                f"The {kind} {position.tolist()} lies in the wall at row {row}, column {column} of maze {self.layout.name!r}. "
+                f"The {kind} {position.tolist()}{where} lies in the wall at row {row}, column {column} of maze "
+                f"{self.layout.name!r}. "
                 f"Cell (i, j) spans {self.cell_size} m around x = {self.cell_size} i, y = {self.cell_size} j: "
                 "choose a free cell."
             )

@@ -151,12 +151,13 @@ class Simulation:
             info,
         )
 
-    def data(self, index: int) -> mujoco.MjData:
+    def data(self, index: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
         """
         :param index: Index of the environment
+        :param data: Where to write; None makes a new one
         :return: A copy of its simulation with computed kinematics, for rendering or any other function of MuJoCo
         """
-        data = self.batch.get_data(index)
+        data = self.batch.get_data(index, data)
         mujoco.mj_forward(self.task.model, data)
         return data
 

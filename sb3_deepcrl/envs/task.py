@@ -13,6 +13,8 @@ from sb3_deepcrl.envs.point import Point
 from sb3_deepcrl.envs.robot import Robot
 from sb3_deepcrl.envs.scenes import Maze, OpenField, Scene
 
+# Allowed values of attributes that may be set on a running task
+CHOICES = {"reward_type": ("sparse", "dense"), "goal_mode": ("resample", "fixed")}
 ROBOTS = ("point", "ant", "humanoid", "arm")
 # Goals of the open field: the ant's lie on a circle, the humanoid's in a ring (metres)
 FIELDS = {"ant": (10.0, 10.0), "humanoid": (1.0, 5.0)}
@@ -82,13 +84,13 @@ class GoalTask:
     ):
         _check_choice("robot", robot, ROBOTS)
         _check_choice("goal_set", goal_set, ("train", "eval"))
-        _check_choice("goal", goal, ("resample", "fixed"))
-        _check_choice("reward_type", reward_type, ("sparse", "dense"))
+        _check_choice("goal", goal, CHOICES["goal_mode"])
+        _check_choice("reward_type", reward_type, CHOICES["reward_type"])
         _check_positive("success_threshold", success_threshold)
         _check_positive("cell_size", cell_size)
         _check_positive("wall_height", wall_height)
-        if frame_skip is not None and frame_skip < 1:
-            raise ValueError(f"frame_skip={frame_skip}: an env step needs at least one physics step.")
+        check_count("frame_skip", frame_skip)
+        check_count("stitching", stitching)
         if reset_noise_scale is not None and not 0 <= reset_noise_scale < np.inf:
             raise ValueError(f"reset_noise_scale={reset_noise_scale}: expected a finite number that is not negative.")
         if maze is None:
@@ -99,7 +101,7 @@ class GoalTask:
                 "wall_height": wall_height,
             }
             for name, value in given.items():
-                if value:
+                if value is not None and value is not False:
                     raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
 
         self.robot = _make_robot(robot, maze, table)
@@ -149,8 +151,6 @@ class GoalTask:
             return Table(table)
         if maze is None:
             return OpenField(FIELDS[self.robot.name], tail)
-        if stitching is not None and stitching < 1:
-            raise ValueError(f"stitching={stitching}: starts and goals must be at least one cell apart.")
         size = self.robot.cell_size if cell_size is None else cell_size
         if size / 2 < self.robot.radius:
             raise ValueError(
@@ -169,6 +169,12 @@ class GoalTask:
         if not low < high:
             raise ValueError(f"healthy_z_range={healthy_z_range}: the first height must be below the second one.")
         return low, high
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Also reached by set_attr of a vectorized environment
+        if name in CHOICES:
+            _check_choice(name, value, CHOICES[name])
+        super().__setattr__(name, value)
 
     # --- Start and goal -----------------------------------------------------------------------------------------------
 
@@ -225,7 +231,7 @@ class GoalTask:
                 raise ValueError(f"The {name} {value!r}{where} must be {size} finite numbers in metres.")
             checked.append(array)
         start, goal = checked
-        self.scene.check(start, goal, self.robot.radius)
+        self.scene.check(start, goal, self.robot.radius, where)
         return start, goal
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
@@ -273,19 +279,31 @@ class GoalTask:
 
     def compute_truncated(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         """
-        No goal truncates an episode; the time limit is kept outside of the task.
+        No goal truncates an episode, diverging physics does; the time limit is kept outside of the task.
 
         :param achieved_goal: Goals reached, shape (..., goal_dim)
         :param desired_goal: Goals wanted, shape (..., goal_dim)
-        :param info: Unused
-        :return: False, shape (...)
+        :param info: Info of the step, or a sequence of them
+        :return: Whether the episode is truncated, shape (...)
         """
-        return np.zeros(np.broadcast_shapes(np.shape(achieved_goal), np.shape(desired_goal))[:-1], dtype=bool)
+        shape = np.broadcast_shapes(np.shape(achieved_goal), np.shape(desired_goal))[:-1]
+        flags = info.get("diverged", False) if isinstance(info, Mapping) else [step.get("diverged", False) for step in info]
+        return np.broadcast_to(np.asarray(flags, dtype=bool), shape).copy()
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(choices)}.")
+
+
+def check_count(name: str, value: int | None) -> None:
+    """
+    :param name: Name of an argument
+    :param value: Its value; None is accepted
+    :raises ValueError: If it is not an integer from 1 on
+    """
+    if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+        raise ValueError(f"{name}={value!r}: expected an integer that is at least 1.")
 
 
 def _check_positive(name: str, value: float | None) -> None:
