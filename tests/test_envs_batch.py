@@ -286,6 +286,8 @@ def test_list_of_functions_must_be_alike():
         BatchVecEnv([])
     with pytest.raises(ValueError, match="cannot be changed on envs that functions return"):
         BatchVecEnv([make("AntU4Maze-v0")], goal="fixed")
+    with pytest.raises(ValueError, match=r"\['camera', 'render_mode'\] cannot be changed"):
+        BatchVecEnv([make("AntU4Maze-v0")], render_mode="rgb_array", camera="top_down")
     with pytest.raises(ValueError, match="n_envs=2, but 1 functions"):
         BatchVecEnv([make("AntU4Maze-v0")], n_envs=2)
 

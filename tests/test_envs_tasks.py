@@ -204,6 +204,15 @@ def test_several_starts_are_uniform():
     assert np.abs(counts - N / 2).max() < 5 * np.sqrt(N / 4)
 
 
+def test_a_registered_id_takes_any_maze():
+    env = gym.make("AntUMaze-v0", maze=["####", "#rg#", "####"], cell_size=3.0, wall_height=0.7)
+    observation, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(observation["desired_goal"], [3, 6])
+    task = env.unwrapped.task
+    assert task.model.geom("wall_0_0").size[2] * 2 == pytest.approx(0.7)
+    assert task.scene.cell_of(observation["achieved_goal"]) == (1, 1)
+
+
 def test_open_field_goals():
     _, ant = drawn(GoalTask("ant"))
     np.testing.assert_allclose(np.hypot(*ant.T), 10)

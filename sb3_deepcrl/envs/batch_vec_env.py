@@ -18,6 +18,7 @@ from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation, Transition
 from sb3_deepcrl.envs.task import GoalTask, check_count
 
+DEFAULT_PICTURE = {"render_mode": None, "camera": "follow", "width": 480, "height": 480}
 # Wrappers whose work BatchVecEnv does itself
 ABSORBED_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker)
 
@@ -145,16 +146,17 @@ class BatchVecEnv(VecEnv):
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
         self._writers: list[ResultsWriter | None] = []
         self._info_keywords: tuple[str, ...] = ()
+        picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
         if isinstance(env, str):
             self.spec = _own_spec(env)
             arguments = {**self.spec.kwargs, **task_kwargs}
             limit = self.spec.max_episode_steps
-            picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
             n_envs = 1 if n_envs is None else n_envs
         else:
-            if task_kwargs or render_mode is not None:
+            given = {name for name, value in picture.items() if value != DEFAULT_PICTURE[name]} | set(task_kwargs)
+            if given:
                 raise ValueError(
-                    f"{sorted({**task_kwargs, 'render_mode': render_mode})} cannot be changed on envs that functions return. "
+                    f"{sorted(given)} cannot be changed on envs that functions return. "
                     "Pass them where the envs are made, e.g. make_vec_env(..., env_kwargs={...})."
                 )
             if n_envs not in (None, len(env)):

@@ -44,6 +44,7 @@ class Simulation:
     def __init__(self, task: GoalTask, n_envs: int, n_threads: int):
         self.task = task
         self.n_envs = n_envs
+        # Not persistent: one MjData a thread, instead of one an environment, stays in the cache and was faster for every robot
         self.batch = Batch(task.model, n_envs, n_threads)
         self.generators: list[np.random.Generator] = [seeding.np_random()[0] for _ in range(n_envs)]
         #: Goals in metres, shape (n_envs, goal_dim)
