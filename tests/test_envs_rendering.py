@@ -92,6 +92,7 @@ def test_no_picture_without_render_mode():
         assert env.render() is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Other systems need no display server")
 def test_headless_error_names_the_fix():
     code = (
         "import gymnasium as gym; from sb3_deepcrl.envs import register_envs; register_envs();"
