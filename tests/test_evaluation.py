@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_deepcrl import GoalEvalCallback, SuccessInfoWrapper, evaluate_goals
+from sb3_deepcrl import GoalEvalCallback, evaluate_goals
 from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.common.evaluation import mean_of_episodes
 from tests.envs import GoalReachEnv
@@ -69,28 +69,8 @@ def test_single_env_without_monitor():
 def test_evaluate_goals_errors():
     with pytest.raises(ValueError, match="`n_eval_episodes` must be at least 1, got 0"):
         evaluate_goals(Still(), ScriptedEnv(), 0)
-    with pytest.raises(KeyError, match="neither `is_success` nor `success`"):
+    with pytest.raises(ValueError, match="neither `is_success` nor `success`"):
         evaluate_goals(Still(), ScriptedEnv(key="reached"), 1)
-
-
-def test_success_info_wrapper():
-    env = SuccessInfoWrapper(ScriptedEnv(key="success"))
-    env.reset(seed=0)
-    reported = [env.step(np.zeros(2))[4]["is_success"] for _ in range(10)]
-    assert reported == [step in (3, 4, 5) for step in range(1, 11)]
-    assert all(type(value) is bool for value in reported)
-    with pytest.raises(KeyError, match="no key `success`"):
-        wrapped = SuccessInfoWrapper(ScriptedEnv(key="reached"))
-        wrapped.reset()
-        wrapped.step(np.zeros(2))
-
-
-def test_success_info_wrapper_lets_her_and_sb3_through():
-    env = DummyVecEnv([lambda: SuccessInfoWrapper(GoalReachEnv())])
-    rewards = env.env_method("compute_reward", np.zeros((2, 2)), np.array([[0.0, 0.0], [9.0, 0.0]]), [{}, {}], indices=[0])[0]
-    assert list(rewards) == [1.0, 0.0]
-    model = make_model(make_vec_env(GoalReachEnv, 2, wrapper_class=SuccessInfoWrapper)).learn(60)
-    assert len(model.ep_success_buffer) > 0
 
 
 def test_goal_eval_callback(tmp_path):

@@ -36,7 +36,9 @@ def test_import_adds_nothing_heavy_to_stable_baselines3():
 
 
 def test_rooms_import_downwards_only():
-    result = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout
 
 

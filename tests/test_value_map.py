@@ -34,6 +34,19 @@ def test_walls_are_where_the_env_has_them(maze_env):
     assert maze.is_wall(np.array([[100.0, 0.0], [0.0, -4.1]])).all()
 
 
+def test_walls_of_our_own_mazes():
+    env = gym.make("PointU4Maze-v0")
+    maze, scene = MazeMap.from_env(env), env.unwrapped.task.scene
+    assert maze.walls.shape == (7, 5)
+    for seed in range(20):
+        observation, _ = env.reset(seed=seed)
+        assert not maze.is_wall(observation["desired_goal"])
+        assert not maze.is_wall(observation["achieved_goal"])
+    # Row 3, column 2 is a wall
+    assert maze.is_wall(scene.cell_size * np.array([3.0, 2.0]))
+    assert not maze.is_wall(scene.cell_size * np.array([3.0, 3.0]))
+
+
 def test_env_without_a_maze():
     with pytest.raises(ValueError, match="has no maze to draw"):
         MazeMap.from_env(GoalReachEnv())

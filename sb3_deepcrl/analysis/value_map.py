@@ -7,6 +7,8 @@ import numpy as np
 import torch as th
 
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.envs.goal_env import GoalEnv
+from sb3_deepcrl.envs.scenes import Maze
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,10 +35,16 @@ class MazeMap:
     @classmethod
     def from_env(cls, env: gym.Env) -> "MazeMap":
         """
-        :param env: A maze of gymnasium-robotics, wrapped or not
+        :param env: A maze of this package or of gymnasium-robotics, wrapped or not
         :return: Its map
         :raises ValueError: if the env has no maze
         """
+        scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
+        if isinstance(scene, Maze):
+            n_rows, n_columns = scene.layout.shape
+            walls = [[scene.layout.is_wall(row, column) for column in range(n_columns)] for row in range(n_rows)]
+            size = scene.cell_size
+            return cls(np.array(walls), size, np.zeros(2), column_step=np.array([0.0, size]), row_step=np.array([size, 0.0]))
         maze = getattr(env.unwrapped, "maze", None)
         if maze is None:
             raise ValueError(f"{env} has no maze to draw: value maps need a maze env such as PointMaze_UMaze-v3")

@@ -71,12 +71,12 @@ class GoalEpisodeRecorder:
         """
         :param locals_: Local variables of ``evaluate_policy``
         :param globals_: Its global variables
-        :raises KeyError: if the info dict tells nothing about success
+        :raises ValueError: if the info dict tells nothing about success
         """
         index, info, done = locals_["i"], locals_["info"], bool(locals_["done"])
         success = info.get("is_success", info.get("success"))
         if success is None:
-            raise KeyError(
+            raise ValueError(
                 "The info dict of the evaluation env has neither `is_success` nor `success`, "
                 f"only {sorted(info)}: wrap the env so that `step` reports one of them"
             )
@@ -124,8 +124,7 @@ def evaluate_goals(
     :param n_eval_episodes: Number of episodes
     :param deterministic: Whether to use deterministic or stochastic actions
     :return: One row for each episode
-    :raises ValueError: if the number of episodes is not positive
-    :raises KeyError: if the env does not report success
+    :raises ValueError: if the number of episodes is not positive or the env does not report success
     """
     if n_eval_episodes < 1:
         raise ValueError(f"`n_eval_episodes` must be at least 1, got {n_eval_episodes}")

@@ -366,7 +366,7 @@ class DeepCRL(OffPolicyAlgorithm):
         assert self.env is not None
         # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
         name = "_max_episode_steps"
-        lengths = self.env.get_attr(name) if self.env.has_attr(name) else []
+        lengths = [length for length in (self.env.get_attr(name) if self.env.has_attr(name) else []) if length is not None]
         if lengths and self.buffer_size // self.n_envs < max(lengths):
             raise ValueError(
                 f"`buffer_size={self.buffer_size}` leaves {self.buffer_size // self.n_envs} transitions for each of the "

@@ -1,3 +1,43 @@
-from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
+"""
+Goal-reaching tasks in MuJoCo, as Gymnasium environments and in native batches for Stable-Baselines3.
 
-__all__ = ["SuccessInfoWrapper"]
+Importing this package loads neither the simulator nor Stable-Baselines3; the first use of a name below does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sb3_deepcrl.envs.registration import register_envs
+
+if TYPE_CHECKING:
+    from sb3_deepcrl.envs.batch_vec_env import BatchVecEnv
+    from sb3_deepcrl.envs.compat import patch_gymnasium_robotics
+    from sb3_deepcrl.envs.goal_env import GoalEnv
+    from sb3_deepcrl.envs.ogbench_adapter import OGBenchGoalWrapper
+    from sb3_deepcrl.envs.plotting import plot_maze
+    from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
+
+_HOMES = {
+    "BatchVecEnv": "batch_vec_env",
+    "GoalEnv": "goal_env",
+    "OGBenchGoalWrapper": "ogbench_adapter",
+    "SuccessInfoWrapper": "wrappers",
+    "patch_gymnasium_robotics": "compat",
+    "plot_maze": "plotting",
+}
+
+__all__ = [
+    "BatchVecEnv",
+    "GoalEnv",
+    "OGBenchGoalWrapper",
+    "SuccessInfoWrapper",
+    "patch_gymnasium_robotics",
+    "plot_maze",
+    "register_envs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -6,7 +6,9 @@ import gymnasium as gym
 class SuccessInfoWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """
     Report ``info["success"]``, the key of the mazes of gymnasium-robotics, as ``info["is_success"]`` too,
-    the key that Stable-Baselines3 logs as success rate.
+    the key that Stable-Baselines3 and RL Zoo log as success rate. Envs that report the latter stay as they are.
+
+    In a config of RL Zoo: ``env_wrapper: sb3_deepcrl.envs.wrappers.SuccessInfoWrapper``.
 
     :param env: The environment to wrap
     """
@@ -19,11 +21,13 @@ class SuccessInfoWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         """
         :param action: Action for the env
         :return: What the env returned
-        :raises KeyError: if the info dict tells nothing about success
+        :raises ValueError: if the info dict tells nothing about success
         """
         observation, reward, terminated, truncated, info = self.env.step(action)
         if "is_success" not in info:
             if "success" not in info:
-                raise KeyError(f"The info dict of {self.env} has no key `success`, only {sorted(info)}: do not wrap this env")
+                raise ValueError(
+                    f"The info dict of {self.env} has no key `success`, only {sorted(info)}: do not wrap this env"
+                )
             info["is_success"] = bool(info["success"])
         return observation, reward, terminated, truncated, info

@@ -1,0 +1,210 @@
+"""
+Env steps per second of ``BatchVecEnv``, beside what limits it and what it replaces, in one run:
+
+- the bare ``mujoco.batch.Batch.step`` of the same model, on states that occur in episodes (the ceiling),
+- ``DummyVecEnv`` and ``SubprocVecEnv`` over the single environment,
+- ``DummyVecEnv`` over gymnasium-robotics' ``AntMaze_UMaze-v5``.
+
+All of them get the same kind of random actions. Everything is measured in turn, in several rounds, and the median of the
+rounds is reported, so that a disturbance hits all alike. Run it on an idle machine::
+
+    python benchmarks/envs.py --output docs/results/envs.md
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import gymnasium as gym
+import gymnasium_robotics
+import numpy as np
+from mujoco.batch import Batch
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from sb3_deepcrl.envs import BatchVecEnv, register_envs
+
+register_envs()
+gym.register_envs(gymnasium_robotics)
+
+REFERENCE = "AntMaze_UMaze-v5"
+PACKAGES = ("mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "numpy")
+# Steps between two snapshots of running episodes that the ceiling is measured on
+SNAPSHOT_EVERY, N_SNAPSHOTS = 5, 8
+
+
+def rate(step: Callable[[], None], n_envs: int, seconds: float) -> float:
+    """
+    :param step: One step of all environments
+    :param n_envs: Number of environments
+    :param seconds: Time to spend
+    :return: Env steps per second
+    """
+    steps = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        step()
+        steps += n_envs
+    return steps / (time.perf_counter() - start)
+
+
+def vec_env_stepper(vec_env: VecEnv) -> Callable[[], None]:
+    """
+    :param vec_env: Any vectorized environment
+    :return: A function that takes one random step
+    """
+    shape = (64, vec_env.num_envs, *(vec_env.action_space.shape or ()))
+    actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    vec_env.seed(0)
+    vec_env.reset()
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        vec_env.step(actions[count % len(actions)])
+        count += 1
+
+    return step
+
+
+def ceiling_rate(vec_env: BatchVecEnv, n_threads: int, seconds: float) -> float:
+    """
+    :param vec_env: Environment whose model and running episodes are used
+    :param n_threads: Number of native threads
+    :param seconds: Time to spend
+    :return: Env steps per second of the bare engine
+    """
+    task, rng = vec_env.task, np.random.default_rng(0)
+    advance = vec_env_stepper(vec_env)
+    snapshots = []
+    for _ in range(N_SNAPSHOTS):
+        for _ in range(SNAPSHOT_EVERY):
+            advance()
+        snapshots.append(vec_env.simulation.batch.state.copy())
+    batch = Batch(task.model, vec_env.num_envs, n_threads)
+    ctrl = batch.bind("ctrl")
+    controls = [
+        task.robot.control(rng.uniform(-1, 1, (vec_env.num_envs, task.robot.action_dim))) for _ in range(SNAPSHOT_EVERY)
+    ]
+    steps, spent = 0, 0.0
+    while spent < seconds:
+        for snapshot in snapshots:
+            batch.state[:] = snapshot
+            for control in controls:
+                ctrl[:] = control
+                start = time.perf_counter()
+                batch.step(nstep=task.frame_skip)
+                spent += time.perf_counter() - start
+                steps += vec_env.num_envs
+    return steps / spent
+
+
+def measure(env_id: str, n_envs: int, n_threads: int, baseline_envs: int, seconds: float) -> dict[str, float]:
+    """
+    :param env_id: Id of the environment
+    :param n_envs: Number of environments of the batch
+    :param n_threads: Number of native threads
+    :param baseline_envs: Number of environments of the baselines, 0 leaves them out
+    :param seconds: Time to spend on each measurement
+    :return: Env steps per second by what was measured
+    """
+    batch = BatchVecEnv(env_id, n_envs, n_threads)
+    rates = {"batch": rate(vec_env_stepper(batch), n_envs, seconds), "ceiling": ceiling_rate(batch, n_threads, seconds)}
+    if baseline_envs:
+        for name, cls, other_id in (
+            ("dummy", DummyVecEnv, env_id),
+            ("subproc", SubprocVecEnv, env_id),
+            ("reference", DummyVecEnv, REFERENCE),
+        ):
+            vec_env = make_vec_env(other_id, n_envs=baseline_envs, seed=0, vec_env_cls=cls)
+            rates[name] = rate(vec_env_stepper(vec_env), baseline_envs, seconds)
+            vec_env.close()
+    return rates
+
+
+def machine() -> str:
+    """
+    :return: Processor, number of CPUs and versions
+    """
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), name)
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    return f"{name}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}"
+
+
+def report(results: dict[tuple[str, int], dict[str, float]], arguments: argparse.Namespace) -> str:
+    """
+    :param results: Env steps per second by id, number of environments and what was measured
+    :param arguments: Command line
+    :return: Tables in Markdown
+    """
+    lines = [
+        "# Env steps per second",
+        "",
+        f"{machine()}. {arguments.n_threads} native threads, random actions, median of {arguments.rounds} rounds of "
+        f"{arguments.seconds:g} s each. One env step is one action, whatever the number of physics steps.",
+        "",
+        f"Printed by `python benchmarks/envs.py {' '.join(sys.argv[1:])}`.",
+        "",
+        "| env | envs | BatchVecEnv | bare Batch.step | share of it |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for (env_id, n_envs), rates in results.items():
+        share = rates["batch"] / rates["ceiling"]
+        lines.append(f"| {env_id} | {n_envs} | {rates['batch']:,.0f} | {rates['ceiling']:,.0f} | {share:.0%} |")
+    n = arguments.baseline_envs
+    lines += [
+        "",
+        f"Baselines with {n} envs, and how many times faster BatchVecEnv with {arguments.compare_envs} envs is:",
+        "",
+        f"| env | DummyVecEnv | SubprocVecEnv ({n} processes) | DummyVecEnv over {REFERENCE} |",
+        "|---|---:|---:|---:|",
+    ]
+    for (env_id, n_envs), rates in results.items():
+        if n_envs == arguments.compare_envs:
+            cells = [f"{rates[name]:,.0f} ({rates['batch'] / rates[name]:.1f}x)" for name in ("dummy", "subproc", "reference")]
+            lines.append(f"| {env_id} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-ids", nargs="+", default=["AntUMaze-v0", "HumanoidUMaze-v0", "PointUMaze-v0", "ArmPushEasy-v0"])
+    parser.add_argument("--n-envs", nargs="+", type=int, default=[1, 16, 64, 256])
+    parser.add_argument("--n-threads", type=int, default=os.cpu_count())
+    parser.add_argument("--baseline-envs", type=int, default=16, help="number of envs of the baselines")
+    parser.add_argument(
+        "--compare-envs", type=int, default=64, help="number of envs of the batch that baselines are compared to"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0, help="time of one measurement")
+    parser.add_argument("--output", type=Path, help="file for the tables (they are always printed)")
+    arguments = parser.parse_args()
+    if arguments.compare_envs not in arguments.n_envs:
+        parser.error(f"--compare-envs {arguments.compare_envs} must be one of --n-envs {arguments.n_envs}")
+
+    rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for _ in range(arguments.rounds):
+        for env_id in arguments.env_ids:
+            for n_envs in arguments.n_envs:
+                baseline_envs = arguments.baseline_envs if n_envs == arguments.compare_envs else 0
+                rates = measure(env_id, n_envs, arguments.n_threads, baseline_envs, arguments.seconds)
+                rounds.setdefault((env_id, n_envs), []).append(rates)
+    results = {key: {name: statistics.median(r[name] for r in runs) for name in runs[0]} for key, runs in rounds.items()}
+    text = report(results, arguments)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+from collections.abc import Mapping
+from typing import ClassVar
+
+import mujoco
+import numpy as np
+
+from sb3_deepcrl.envs.robot import Robot, State, gymnasium_spec
+
+FOOT_RADIUS = 0.08
+# Mass of a link in kg. The physics of the released code gives 1 kg to each of the 9 links that have a joint between them;
+# Gymnasium's ant weighs 0.9 kg as a whole, and with the same motors a random action throws it a metre into the air.
+LINK_MASS = 1.0
+
+
+class Ant(Robot):
+    """
+    Gymnasium's ant with the contacts, masses and thresholds of the paper's ant mazes.
+
+    Observation (29): position xyz, quaternion, 8 joint angles, linear and angular velocity, 8 joint velocities.
+    Action (8): motor torque / 150 Nm. Goal (2): x and y of the torso.
+    A control step is 0.05 s: 5 Euler steps of 0.01 s.
+
+    Contacts are those of the released code: the feet touch the floor, walls, each other, hips and torso; hips and torso touch
+    walls, but not the floor; legs and ankles pass through everything.
+
+    :param on_field: Whether the ant acts on the open field, where the released model lets nothing but the feet
+        collide with the floor
+    """
+
+    name = "ant"
+    observation_dim = 29
+    action_dim = 8
+    goal_dim = 2
+    frame_skip = 5
+    healthy_z_range = (0.2, 1.0)
+    reset_noise_scale = 0.1
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
+    radius = 0.7
+    follow_body = "torso"
+    follow_distance = 9.0
+
+    def __init__(self, on_field: bool = False):
+        self.on_field = on_field
+
+    def make_spec(self) -> mujoco.MjSpec:
+        spec = gymnasium_spec("ant.xml")
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
+        spec.option.iterations = 4
+        for geom in spec.geoms:
+            solid = geom.name == "floor" or (not self.on_field and (geom.name == "torso_geom" or geom.name.startswith("aux")))
+            geom.contype, geom.conaffinity = 0, int(solid)
+            geom.margin = 0
+        for joint in spec.joints:
+            if joint.name.startswith("ankle"):
+                leg = joint.parent
+                tip = leg.geoms[0].fromto[3:]
+                foot = leg.add_geom(name=f"foot{joint.name[-2:]}", type=mujoco.mjtGeom.mjGEOM_SPHERE, pos=tip, mass=0)
+                foot.size = [FOOT_RADIUS, 0, 0]
+                foot.contype, foot.conaffinity = 1, int(not self.on_field)
+                foot.margin = 0
+        _set_link_masses(spec)
+        return spec
+
+    def home(self) -> np.ndarray:
+        return np.array([0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1], dtype=np.float64)
+
+    def observation(self, state: State) -> np.ndarray:
+        observation = np.empty((len(state["qpos"]), self.observation_dim), dtype=np.float32)
+        observation[:, :15] = state["qpos"]
+        observation[:, 15:] = state["qvel"]
+        return observation
+
+
+def _set_link_masses(spec: mujoco.MjSpec) -> None:
+    """
+    Give every link the same mass. Bodies without a joint are part of the link that carries them.
+
+    :param spec: The model to edit
+    """
+    model = spec.compile()
+    # body_weldid names the first body of a link
+    link_mass = np.bincount(model.body_weldid, weights=model.body_mass)
+    for body in spec.bodies:
+        for geom in body.geoms:
+            if body.id > 0:
+                geom.density *= LINK_MASS / link_mass[model.body_weldid[body.id]]

@@ -1,0 +1,321 @@
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+import mujoco
+import numpy as np
+
+from sb3_deepcrl.envs.robot import Robot, State
+from sb3_deepcrl.envs.scenes import Scene
+
+CUBE_HALF = 0.03
+# The cube starts above the table and falls onto it (metres)
+CUBE_DROP_HEIGHT = 0.07
+# Stroke of one finger in metres
+FINGER_STROKE = 0.04
+CAPSULE, BOX = mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_BOX
+QUARTER_TURN = np.sqrt(0.5)
+
+
+class Link(NamedTuple):
+    """
+    One link of the arm, with the kinematic and inertial figures published for the Panda.
+
+    :param pos: Position in the parent's frame in metres
+    :param turn: Quarter turns about the parent's x axis
+    :param limits: Joint limits in radians
+    :param stiffness: Servo stiffness in Nm/rad, a tenth of it is the damping in Nms/rad
+    :param torque: Torque limit in Nm
+    :param mass: Mass in kg
+    :param com: Centre of mass in metres
+    :param inertia: xx, yy, zz, xy, xz, yz in kg m^2
+    :param shape: End points of the capsule that is drawn, in metres
+    """
+
+    pos: tuple[float, float, float]
+    turn: int
+    limits: tuple[float, float]
+    stiffness: float
+    torque: float
+    mass: float
+    com: tuple[float, float, float]
+    inertia: tuple[float, float, float, float, float, float]
+    shape: tuple[float, float, float, float, float, float]
+
+
+LINKS = (
+    Link(
+        (0, 0, 0.333), 0, (-2.8973, 2.8973), 4500, 87, 4.970684, (0.003875, 0.002081, -0.04762),
+        (0.70337, 0.70661, 0.009117, -0.000139, 0.006772, 0.019169), (0, 0, -0.19, 0, 0, 0),
+    ),
+    Link(
+        (0, 0, 0), -1, (-1.7628, 1.7628), 4500, 87, 0.646926, (-0.003141, -0.02872, 0.003495),
+        (0.007962, 0.02811, 0.025995, -0.003925, 0.010254, 0.000704), (0, 0, 0, 0, -0.19, 0),
+    ),
+    Link(
+        (0, -0.316, 0), 1, (-2.8973, 2.8973), 3500, 87, 3.228604, (0.027518, 0.039252, -0.066502),
+        (0.037242, 0.036155, 0.01083, -0.004761, -0.011396, -0.012805), (0, 0, -0.12, 0.0825, 0, 0),
+    ),
+    Link(
+        (0.0825, 0, 0), 1, (-3.0718, -0.0698), 3500, 87, 3.587895, (-0.05317, 0.104419, 0.027454),
+        (0.025853, 0.019552, 0.028323, 0.007796, -0.001332, 0.008641), (0, 0, 0, -0.0825, 0.12, 0),
+    ),
+    Link(
+        (-0.0825, 0.384, 0), -1, (-2.8973, 2.8973), 2000, 12, 1.225946, (-0.011953, 0.041065, -0.038437),
+        (0.035549, 0.029474, 0.008627, -0.002117, -0.004037, 0.000229), (0, 0, -0.26, 0, 0, 0),
+    ),
+    Link(
+        (0, 0, 0), 1, (-0.0175, 3.7525), 2000, 12, 1.666555, (0.060149, -0.014117, -0.010517),
+        (0.001964, 0.004354, 0.005433, 0.000109, -0.001158, 0.000341), (0, 0, 0, 0.088, 0, 0),
+    ),
+    Link(
+        (0.088, 0, 0), 1, (-2.8973, 2.8973), 2000, 12, 0.735522, (0.010517, -0.004252, 0.061597),
+        (0.012516, 0.010027, 0.004815, -0.000428, -0.001196, -0.000741), (0, 0, 0, 0, 0, 0.1),
+    ),
+)  # fmt: skip
+
+# Joints that an action moves, and the angles that -1 and 1 stand for (radians). The servos of the released model have a gain
+# that differs from their stiffness, so a joint settles at a share of the commanded angle; written out here as the angles that
+# it settles at: 2000/3500 of joint 4's command and half of joint 6's and 7's. The torques are the same.
+MOVED_JOINTS = (0, 1, 3, 5)
+TARGET_LOW = np.array([0.3491, 0.0, -3.0718 * 2000 / 3500, 2.3562 / 2])
+TARGET_HIGH = np.array([2.7925, 1.48353, -0.0698 * 2000 / 3500, 3.7525 / 2])
+HELD_TARGETS = {2: 0.0, 4: 0.0, 6: 1.4487 / 2}
+# Angles at the start of an episode (radians)
+START_ANGLES = (1.571, 0.742, 0.0, -1.571, 0.0, 3.054, 1.449)
+
+
+class Arm(Robot):
+    """
+    A 7-joint arm with two fingers and a cube on a table, built from primitive shapes with the Panda's published figures.
+
+    Observation (17): cube position xyz, 7 joint angles, position xyz and velocity xyz of the last link, gripper opening.
+    Action (5): target angles of joints 1, 2, 4 and 6 within their ranges, and the fingers: above 0 closes, else opens them.
+    Goal (3): position of the cube. A control step is 0.05 s: 25 steps of 0.002 s.
+
+    Cube, fingers, hand, table and bins touch each other; the links pass through everything. An episode never terminates.
+    """
+
+    name = "arm"
+    observation_dim = 17
+    action_dim = 5
+    goal_dim = 3
+    derived_fields = ("sensordata",)
+    frame_skip = 25
+    success_threshold = 0.1
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 0.3, "success_hard": 0.03}
+    radius = CUBE_HALF
+    follow_body = "link7"
+    follow_distance = 1.8
+    # qpos holds 7 arm joints, 2 fingers, then the cube
+    start_address = slice(9, 11)
+
+    def make_spec(self) -> mujoco.MjSpec:
+        spec = mujoco.MjSpec()
+        spec.modelname = "arm"
+        spec.compiler.degree = False
+        spec.option.timestep = 0.002
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+        spec.option.iterations = 6
+        spec.option.ls_iterations = 12
+        # Nothing collides but the pairs named below, all with MuJoCo's friction for pairs (1), as in the released model: its
+        # friction values of table and fingers have no effect on pairs
+        spec.default.geom.contype = 0
+        spec.default.geom.conaffinity = 0
+        world = spec.worldbody
+        world.add_light(pos=[0, 0, 2], dir=[0.3, 0.3, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, diffuse=[0.6] * 3)
+        world.add_geom(
+            name="table",
+            type=mujoco.mjtGeom.mjGEOM_PLANE,
+            size=[2.8, 2.4, 0.1],
+            rgba=[0.6, 0.62, 0.65, 1],
+        )
+        world.add_geom(name="base", type=CAPSULE, fromto=[0, 0, 0.04, 0, 0, 0.2], size=[0.07, 0, 0], rgba=[0.9, 0.9, 0.92, 1])
+        body = world
+        for number, link in enumerate(LINKS, start=1):
+            quat = [QUARTER_TURN, QUARTER_TURN * link.turn, 0, 0] if link.turn else [1, 0, 0, 0]
+            body = body.add_body(name=f"link{number}", pos=link.pos, quat=quat)
+            body.explicitinertial = True
+            body.mass, body.ipos, body.fullinertia = link.mass, link.com, link.inertia
+            body.add_joint(
+                name=f"joint{number}",
+                type=mujoco.mjtJoint.mjJNT_HINGE,
+                axis=[0, 0, 1],
+                range=link.limits,
+                limited=mujoco.mjtLimited.mjLIMITED_TRUE,
+                armature=0.1,
+                damping=[5, 0, 0],
+            )
+            color = [0.95, 0.95, 0.95, 1] if number % 2 else [0.6, 0.65, 0.7, 1]
+            body.add_geom(type=CAPSULE, fromto=link.shape, size=[0.055, 0, 0], mass=0, rgba=color)
+        self._add_hand(body)
+        self._add_cube(world)
+        for number, link in enumerate(LINKS, start=1):
+            _add_servo(spec, f"joint{number}", link.stiffness, link.torque, link.limits)
+        for side in ("left", "right"):
+            _add_servo(spec, f"{side}_finger", 500, 500, (0, FINGER_STROKE))
+        self._add_contacts(spec)
+        for name, kind in (("position", mujoco.mjtSensor.mjSENS_FRAMEPOS), ("velocity", mujoco.mjtSensor.mjSENS_FRAMELINVEL)):
+            spec.add_sensor(name=name, type=kind, objtype=mujoco.mjtObj.mjOBJ_XBODY, objname="link7")
+        return spec
+
+    def _add_hand(self, link: mujoco.MjsBody) -> None:
+        eighth_turn = np.pi / 8
+        hand = link.add_body(name="hand", pos=[0, 0, 0.107], quat=[np.cos(eighth_turn), 0, 0, -np.sin(eighth_turn)])
+        hand.explicitinertial = True
+        hand.mass, hand.ipos, hand.inertia = 0.73, [-0.01, 0, 0.03], [0.001, 0.0025, 0.0017]
+        hand.add_geom(
+            name="hand",
+            type=CAPSULE,
+            fromto=[0, -0.06, 0.035, 0, 0.06, 0.035],
+            size=[0.04, 0, 0],
+            mass=0,
+            rgba=[0.95, 0.95, 0.95, 1],
+        )
+        for side, quat in (("left", [1, 0, 0, 0]), ("right", [0, 0, 0, 1])):
+            finger = hand.add_body(name=f"{side}_finger", pos=[0, 0, 0.0584], quat=quat)
+            finger.explicitinertial = True
+            finger.mass, finger.inertia = 0.015, [2.375e-6, 2.375e-6, 7.5e-7]
+            finger.add_joint(
+                name=f"{side}_finger",
+                type=mujoco.mjtJoint.mjJNT_SLIDE,
+                axis=[0, 1, 0],
+                range=[0, FINGER_STROKE],
+                limited=mujoco.mjtLimited.mjLIMITED_TRUE,
+                armature=0.1,
+                damping=[5, 0, 0],
+            )
+            finger.add_geom(
+                name=f"{side}_finger",
+                type=BOX,
+                pos=[0, 0.0055, 0.035],
+                size=[0.015, 0.005, 0.04],
+                mass=0,
+                rgba=[0.25, 0.25, 0.25, 1],
+            )
+
+    def _add_cube(self, world: mujoco.MjsBody) -> None:
+        cube = world.add_body(name="cube", pos=[0, 0, CUBE_DROP_HEIGHT])
+        cube.add_freejoint(name="cube")
+        cube.add_geom(name="cube", type=BOX, size=[CUBE_HALF] * 3, rgba=[0.1, 0.45, 0.2, 1])
+
+    def _add_contacts(self, spec: mujoco.MjSpec) -> None:
+        pairs = [("cube", "table"), ("table", "hand"), ("left_finger", "right_finger"), ("cube", "hand")]
+        pairs += [(other, f"{side}_finger") for other in ("cube", "table") for side in ("left", "right")]
+        for first, second in pairs:
+            spec.add_pair(geomname1=first, geomname2=second)
+        # Both fingers move alike
+        spec.add_equality(
+            type=mujoco.mjtEq.mjEQ_JOINT,
+            objtype=mujoco.mjtObj.mjOBJ_JOINT,
+            name1="left_finger",
+            name2="right_finger",
+            data=[0, 1] + [0] * 10,
+            solref=[0.005, 1],
+            solimp=[0.95, 0.99, 0.001, 0.5, 2],
+        )
+
+    def home(self) -> np.ndarray:
+        return np.array([*START_ANGLES, FINGER_STROKE, FINGER_STROKE, 0, 0, CUBE_DROP_HEIGHT, 1, 0, 0, 0])
+
+    def observation(self, state: State) -> np.ndarray:
+        qpos = state["qpos"]
+        observation = np.empty((len(qpos), self.observation_dim), dtype=np.float32)
+        observation[:, :3] = qpos[:, 9:12]
+        observation[:, 3:10] = qpos[:, :7]
+        observation[:, 10:16] = state["sensordata"]
+        observation[:, 16] = qpos[:, 7] + qpos[:, 8]
+        return observation
+
+    def control(self, actions: np.ndarray) -> np.ndarray:
+        control = np.empty((len(actions), 9))
+        control[:, MOVED_JOINTS] = TARGET_LOW + (TARGET_HIGH - TARGET_LOW) * (actions[:, :4] + 1) / 2
+        for joint, target in HELD_TARGETS.items():
+            control[:, joint] = target
+        control[:, 7:] = np.where(actions[:, 4:] > 0, 0, FINGER_STROKE)
+        return control
+
+
+def _add_servo(spec: mujoco.MjSpec, joint: str, stiffness: float, limit: float, target_range: tuple[float, float]) -> None:
+    """
+    :param spec: The model to edit
+    :param joint: Joint that the servo moves to the commanded position
+    :param stiffness: Force per unit of error
+    :param limit: Largest force
+    :param target_range: Lowest and highest command
+    """
+    servo = spec.add_actuator(name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    servo.set_to_position(kp=stiffness, kv=stiffness / 10)
+    servo.forcelimited, servo.forcerange = mujoco.mjtLimited.mjLIMITED_TRUE, [-limit, limit]
+    servo.ctrllimited, servo.ctrlrange = mujoco.mjtLimited.mjLIMITED_TRUE, target_range
+
+
+class Box(NamedTuple):
+    """
+    :param center: x and y of the middle in metres
+    :param half: Half the side in metres
+    """
+
+    center: tuple[float, float]
+    half: float
+
+
+# Where the cube starts and where its goals lie
+TABLES: dict[str, tuple[Box, Box]] = {
+    "push_easy": (Box((-0.1, 0.6), 0.1), Box((0.1, 0.6), 0.1)),
+    "push_hard": (Box((-0.25, 0.65), 0.25), Box((0.25, 0.65), 0.25)),
+    "binpick_hard": (Box((-0.3, 0.6), 0.15), Box((0.3, 0.6), 0.15)),
+}
+# Half the inner side of a bin, half its height and half the thickness of its walls, in metres
+BIN_HALF, BIN_HALF_HEIGHT, BIN_HALF_THICKNESS = 0.19, 0.033, 0.005
+
+
+class Table(Scene):
+    """
+    The arm's table: the cube starts in one square and its goals lie in a second one, 3 cm above the table, i.e. where the cube
+    lies flat. Coloured tiles mark the squares; in the bin-picking task they are bins with walls.
+
+    :param name: Key in ``TABLES``
+    """
+
+    bounds = ((-0.7, -0.2), (0.7, 1.1))
+    n_uniform = 4
+    # Nothing but the cube has a start position, and it gets no noise
+    exact_start = True
+
+    def __init__(self, name: str):
+        self.name = name
+        self.squares = TABLES[name]
+
+    def build(self, spec: mujoco.MjSpec) -> None:
+        colors = ([0.2, 0.4, 0.8, 1], [0.8, 0.3, 0.2, 1])
+        for label, color, (center, half) in zip(("start", "goal"), colors, self.squares, strict=True):
+            body = spec.worldbody.add_body(name=f"{label}_square", pos=[*center, 0])
+            if self.name != "binpick_hard":
+                body.add_geom(type=BOX, pos=[0, 0, 0.0005], size=[half, half, 0.0005], rgba=color)
+                continue
+            spec.option.impratio = 10
+            across = [BIN_HALF + BIN_HALF_THICKNESS, BIN_HALF_THICKNESS, BIN_HALF_HEIGHT]
+            along = [BIN_HALF_THICKNESS, BIN_HALF - BIN_HALF_THICKNESS, BIN_HALF_HEIGHT]
+            for i, (x, y, size) in enumerate(
+                ((0, -BIN_HALF, across), (0, BIN_HALF, across), (-BIN_HALF, 0, along), (BIN_HALF, 0, along))
+            ):
+                wall = f"{label}_bin{i}"
+                body.add_geom(name=wall, type=BOX, pos=[x, y, BIN_HALF_HEIGHT], size=size, rgba=color)
+                for other in ("cube", "hand", "left_finger", "right_finger"):
+                    spec.add_pair(geomname1=wall, geomname2=other)
+
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
+        (low_x, low_y), (high_x, high_y) = self.bounds
+        for kind, point in (("start", start), ("goal", goal)):
+            if point is not None and not (low_x <= point[0] <= high_x and low_y <= point[1] <= high_y):
+                raise ValueError(
+                    f"The {kind} {point.tolist()}{where} is out of the arm's reach: choose x from {low_x} to {high_x} and "
+                    f"y from {low_y} to {high_y}."
+                )
+
+    def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        start, goal = (
+            np.array(square.center) + square.half * (2 * uniform[:, 2 * i : 2 * i + 2] - 1)
+            for i, square in enumerate(self.squares)
+        )
+        return start, np.concatenate((goal, np.full((len(goal), 1), CUBE_HALF)), axis=1)

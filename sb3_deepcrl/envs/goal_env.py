@@ -1,0 +1,122 @@
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import EzPickle
+
+from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
+from sb3_deepcrl.envs.simulation import Simulation
+from sb3_deepcrl.envs.task import GoalTask
+
+
+class GoalEnv(gym.Env, EzPickle):
+    """
+    A goal-reaching task as a Gymnasium environment: the batch of one.
+
+    Observations are dicts with "observation", "achieved_goal" and "desired_goal" in float32; nothing in "observation" depends
+    on the goal. An episode never ends at the goal: the paper counts the steps spent there. The time limit is Gymnasium's
+    ``TimeLimit``: set it with ``gym.make(id, max_episode_steps=...)``.
+
+    The info of a step holds ``is_success`` and ``success`` (the distance is below the threshold), ``distance`` in metres,
+    ``success_easy`` and ``success_hard`` where the robot defines them, ``is_healthy`` where it can fall, and ``diverged`` in
+    the rare step in which the physics broke down.
+
+    ``reset(options={"start": ..., "goal": ...})`` sets the start (x and y of the robot, or of the arm's cube) and the goal of
+    an episode, in metres.
+
+    An env is pickled as its arguments: a copy starts afresh.
+
+    :param render_mode: None or "rgb_array"
+    :param camera: "follow" or "top_down"
+    :param width: Width of a picture in pixels
+    :param height: Height of a picture in pixels
+    :param task_kwargs: Arguments of :class:`~sb3_deepcrl.envs.task.GoalTask`, e.g. ``robot="ant", maze="u4"``
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}  # type: ignore[misc]
+
+    def __init__(
+        self,
+        render_mode: str | None = None,
+        camera: str = "follow",
+        width: int = 480,
+        height: int = 480,
+        **task_kwargs: Any,
+    ):
+        EzPickle.__init__(self, render_mode=render_mode, camera=camera, width=width, height=height, **task_kwargs)
+        self.render_mode = render_mode
+        self.render_arguments = check_render_arguments(render_mode, camera, width, height)
+        self.task_kwargs = task_kwargs
+        self.task = GoalTask(**task_kwargs)
+        self.observation_space = self.task.observation_space
+        self.action_space = self.task.action_space
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.task.dt)}  # type: ignore[misc]
+        self.simulation = Simulation(self.task, n_envs=1, n_threads=1)
+        self._renderer: TaskRenderer | None = None
+        self._first = np.zeros(1, dtype=np.int64)
+
+    @property
+    def goal(self) -> np.ndarray:
+        """The goal of the running episode in metres. It may be set."""
+        return self.simulation.goals[0].copy()
+
+    @goal.setter
+    def goal(self, goal: np.ndarray) -> None:
+        self.simulation.goals[0] = self.task.check_options({"goal": goal})[1]
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """
+        :param seed: Seed of the random numbers; None goes on with the present ones
+        :param options: "start" and "goal" in metres, both optional
+        :return: Observation and info
+        """
+        super().reset(seed=seed)
+        if seed is not None or self.simulation.generators[0] is not self.np_random:
+            self.simulation.seed(0, self.np_random)
+        start, goal = self.task.check_options(options)
+        observation, info = self.simulation.reset(self._first, [start], [goal])
+        return {key: value[0] for key, value in observation.items()}, {key: value[0] for key, value in info.items()}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """
+        :param action: Action in [-1, 1]
+        :return: Observation, reward, terminated, truncated (only if the physics diverged) and info
+        """
+        result = self.simulation.step(np.asarray(action)[None])
+        diverged = bool(result.diverged[0])
+        info = {key: value[0] for key, value in result.info.items()}
+        if diverged:
+            info["diverged"] = True
+        observation = {key: value[0] for key, value in result.observation.items()}
+        return observation, float(result.reward[0]), bool(result.terminated[0]), diverged, info
+
+    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
+        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
+        return self.task.compute_reward(achieved_goal, desired_goal, info)
+
+    def compute_terminated(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
+        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_terminated`."""
+        return self.task.compute_terminated(achieved_goal, desired_goal, info)
+
+    def compute_truncated(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
+        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_truncated`."""
+        return self.task.compute_truncated(achieved_goal, desired_goal, info)
+
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        """
+        :return: RGB picture of shape (height, width, 3), None without a render mode
+        """
+        if self.render_mode is None:
+            gym.logger.warn("render() was called without a render mode. Pass render_mode='rgb_array' to gym.make().")
+            return None
+        if self._renderer is None:
+            self._renderer = TaskRenderer(self.task, **self.render_arguments)
+        return self._renderer.render(self.simulation, 0)
+
+    def close(self) -> None:
+        """Free the rendering context."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None

@@ -1,0 +1,88 @@
+from collections.abc import Mapping
+from typing import ClassVar
+
+import mujoco
+import numpy as np
+
+from sb3_deepcrl.envs.robot import Robot, State, gymnasium_spec
+
+# Height of every goal in metres (the released code's constant): reaching one takes an upright torso
+GOAL_HEIGHT = 1.25
+# Torque limit of the motors as a share of their gear, Gymnasium's ctrlrange
+CTRL_LIMIT = 0.4
+# MuJoCo's bodies that have no joint of their own: rigid parts of their parents, which already stand for them
+WELDED = ("right_foot", "left_foot")
+
+
+class Humanoid(Robot):
+    """
+    Gymnasium's humanoid with the contacts, integrator and thresholds of the paper's humanoid tasks.
+
+    Observation (246): position xyz, quaternion, 17 joint angles, linear and angular velocity, 17 joint velocities,
+    MuJoCo's centre-of-mass based inertia (10) and velocity (6) of each of the 11 moving bodies, actuator forces on all
+    23 degrees of freedom. Nothing in it depends on the goal: the released code's 268 numbers also hold the goal's position.
+    Action (17): motor torque as a share of its limit. Goal (3): x, y and z of the torso, with z fixed at 1.25 m.
+    A control step in a maze is 0.015 s: 5 Euler steps of 0.003 s.
+
+    Bodies touch floor and walls but not each other. The motors have Gymnasium's gears.
+    """
+
+    name = "humanoid"
+    observation_dim = 246
+    action_dim = 17
+    goal_dim = 3
+    derived_fields = ("cinert", "cvel")
+    frame_skip = 5
+    cell_size = 2.0
+    healthy_z_range = (1.0, 2.0)
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
+    radius = 0.4
+    follow_body = "torso"
+    follow_distance = 5.0
+
+    def __init__(self) -> None:
+        model = self.make_spec().compile()
+        self.bodies = [i for i in range(1, model.nbody) if model.body(i).name not in WELDED]
+        # The same as runs of neighbours, (first, last + 1), which are copied faster than single bodies
+        gaps = np.flatnonzero(np.diff(self.bodies) > 1) + 1
+        self._runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(np.array(self.bodies), gaps)]
+        # A motor drives one joint, so the actuator force on that degree of freedom is its gear times its control
+        driven = [model.joint(model.actuator_trnid[k, 0]).dofadr[0] for k in range(model.nu)]
+        self._force_columns = 223 + np.array(driven)
+        self.gear = model.actuator_gear[:, 0].copy()
+
+    def make_spec(self) -> mujoco.MjSpec:
+        spec = gymnasium_spec("humanoid.xml")
+        spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
+        spec.option.solver = mujoco.mjtSolver.mjSOL_NEWTON
+        spec.option.iterations = 8
+        for geom in spec.geoms:
+            geom.contype, geom.conaffinity = (0, 1) if geom.name == "floor" else (1, 0)
+            geom.condim = 3
+            geom.margin = 0
+        return spec
+
+    def home(self) -> np.ndarray:
+        qpos = np.zeros(24)
+        qpos[2:4] = 1.4, 1
+        return qpos
+
+    def observation(self, state: State) -> np.ndarray:
+        n = len(state["qpos"])
+        # The forces on the root, which no motor drives, stay 0
+        observation = np.zeros((n, self.observation_dim), dtype=np.float32)
+        observation[:, :24] = state["qpos"]
+        observation[:, 24:47] = state["qvel"]
+        inertia = observation[:, 47:157].reshape(n, 11, 10)
+        velocity = observation[:, 157:223].reshape(n, 11, 6)
+        done = 0
+        for first, end in self._runs:
+            place = slice(done, done + end - first)
+            inertia[:, place] = state["cinert"][:, first:end]
+            velocity[:, place] = state["cvel"][:, first:end]
+            done = place.stop
+        observation[:, self._force_columns] = self.gear * state["ctrl"]
+        return observation
+
+    def control(self, actions: np.ndarray) -> np.ndarray:
+        return CTRL_LIMIT * actions

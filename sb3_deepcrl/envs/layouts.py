@@ -1,0 +1,324 @@
+"""
+Mazes as text.
+
+A maze is a list of strings, one string a row:
+
+==== ==================================================================
+``#`` wall
+``.`` free cell that is never a goal
+``r`` start cell (several are allowed, each is drawn equally often)
+``g`` goal cell of the training set
+``G`` goal cell of the training set and of the evaluation set
+==== ==================================================================
+
+The centre of the cell in row ``i`` and column ``j`` lies at ``x = i * cell_size``, ``y = j * cell_size``,
+the convention of the paper's mazes. Pictures of a maze (``plot_maze`` and the top-down camera) show it as the text reads:
+rows run down, columns run to the right.
+
+The grids, their starts and both goal sets are those of the code released with the paper (https://arxiv.org/abs/2503.14858).
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+WALL, FREE, START, GOAL, EVAL_GOAL = "#", ".", "r", "g", "G"
+CELLS = {WALL: "wall", FREE: "free", START: "start", GOAL: "training goal", EVAL_GOAL: "training and evaluation goal"}
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "u": (
+        "#####",
+        "#rgg#",
+        "###g#",
+        "#GGG#",
+        "#####",
+    ),
+    "u2": (
+        "######",
+        "#rggg#",
+        "####g#",
+        "#GGGG#",
+        "######",
+    ),
+    "u3": (
+        "#######",
+        "#rgggg#",
+        "#####g#",
+        "#GGGGG#",
+        "#######",
+    ),
+    "u4": (
+        "#####",
+        "#ggg#",
+        "#r#g#",
+        "###g#",
+        "#G#g#",
+        "#GGG#",
+        "#####",
+    ),
+    "u5": (
+        "########",
+        "#gggggg#",
+        "#r####g#",
+        "######g#",
+        "#G####G#",
+        "#GGGGGG#",
+        "########",
+    ),
+    "u6": (
+        "#######",
+        "#ggggg#",
+        "#r###g#",
+        "#####g#",
+        "#G###G#",
+        "#GGGGG#",
+        "#######",
+    ),
+    "u7": (
+        "######",
+        "#gggg#",
+        "#r##g#",
+        "####g#",
+        "#G##G#",
+        "#GGGG#",
+        "######",
+    ),
+    "big": (
+        "########",
+        "#rg##GG#",
+        "#gg#ggG#",
+        "##ggg###",
+        "#gg#ggg#",
+        "#g#Gg#G#",
+        "#gGG#GG#",
+        "########",
+    ),
+    # The humanoid's evaluation set of the same maze has one goal more: row 2, column 5
+    "big_humanoid": (
+        "########",
+        "#rg##GG#",
+        "#gg#gGG#",
+        "##ggg###",
+        "#gg#ggg#",
+        "#g#Gg#G#",
+        "#gGG#GG#",
+        "########",
+    ),
+    # No evaluation set exists: the paper trains and evaluates on the same goals
+    "hardest": (
+        "############",
+        "#rggg#ggggg#",
+        "#g##g#g#g#g#",
+        "#gggggg#ggg#",
+        "#g####g###g#",
+        "#gg#g#ggggg#",
+        "##g#g#g#g###",
+        "#gg#ggg#ggg#",
+        "############",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    A checked maze. Build one with :func:`make_layout`.
+
+    :param name: Key in ``LAYOUTS``, or "custom" for a maze given as text
+    :param rows: The text, one string a row
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    # (n, 2) integer arrays of (row, column)
+    starts: np.ndarray = field(init=False, repr=False, compare=False)
+    goals: np.ndarray = field(init=False, repr=False, compare=False)
+    eval_goals: np.ndarray = field(init=False, repr=False, compare=False)
+    free: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, self.rows)
+        object.__setattr__(self, "starts", self.cells(START))
+        object.__setattr__(self, "goals", self.cells(GOAL + EVAL_GOAL))
+        # A maze without an evaluation set of its own is evaluated on its training goals
+        object.__setattr__(self, "eval_goals", self.cells(EVAL_GOAL) if len(self.cells(EVAL_GOAL)) else self.goals)
+        object.__setattr__(self, "free", self.cells(FREE + START + GOAL + EVAL_GOAL))
+        for start in self.starts:
+            distances = self.distances(start)
+            for row, column in self.goals:
+                if distances[row, column] < 0:
+                    raise ValueError(
+                        f"Maze {self.name!r}: the goal at row {row}, column {column} cannot be reached from the start at "
+                        f"row {start[0]}, column {start[1]}. Open a way ({FREE!r}) or remove the goal."
+                    )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows and columns."""
+        return len(self.rows), len(self.rows[0])
+
+    def is_wall(self, row: int, column: int) -> bool:
+        """
+        :param row: Row of the cell
+        :param column: Column of the cell
+        :return: Whether the cell is a wall; everything outside the maze counts as wall
+        """
+        n_rows, n_columns = self.shape
+        return not (0 <= row < n_rows and 0 <= column < n_columns) or self.rows[row][column] == WALL
+
+    def cells(self, kinds: str) -> np.ndarray:
+        """
+        :param kinds: One or several cell characters
+        :return: Row and column of every such cell, in reading order, shape (n, 2)
+        """
+        found = [(i, j) for i, row in enumerate(self.rows) for j, kind in enumerate(row) if kind in kinds]
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    def distances(self, cell: Sequence[int] | np.ndarray) -> np.ndarray:
+        """
+        Length of the shortest way from one cell to every other one.
+
+        :param cell: Row and column
+        :return: Number of steps between neighbouring cells, shape (rows, columns); -1 where no way leads
+        """
+        steps = np.full(self.shape, -1, dtype=np.int64)
+        steps[cell[0], cell[1]] = 0
+        queue = deque([(int(cell[0]), int(cell[1]))])
+        while queue:
+            row, column = queue.popleft()
+            for neighbour in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+                if not self.is_wall(*neighbour) and steps[neighbour] < 0:
+                    steps[neighbour] = steps[row, column] + 1
+                    queue.append(neighbour)
+        return steps
+
+    def wall_boxes(self) -> list[tuple[int, int, int, int]]:
+        """
+        Cover the walls with few rectangles. Every box costs the collision detection time, so neighbouring wall cells are
+        merged: first along rows, then equal runs of neighbouring rows.
+
+        :return: First row, first column, number of rows and number of columns of each rectangle
+        """
+        n_columns = self.shape[1]
+        finished: list[tuple[int, int, int, int]] = []
+        # (first column, number of columns) -> (first row, number of rows) of the runs that reach into the last row
+        growing: dict[tuple[int, int], tuple[int, int]] = {}
+        for i, row in enumerate(self.rows):
+            runs, j = [], 0
+            while j < n_columns:
+                width = 0
+                while j + width < n_columns and row[j + width] == WALL:
+                    width += 1
+                if width:
+                    runs.append((j, width))
+                j += max(width, 1)
+            for run in [run for run in growing if run not in runs]:
+                finished.append((growing[run][0], run[0], growing[run][1], run[1]))
+                del growing[run]
+            for run in runs:
+                first, height = growing.get(run, (i, 0))
+                growing[run] = (first, height + 1)
+        return finished + [(first, run[0], height, run[1]) for run, (first, height) in growing.items()]
+
+    def training_pairs(self, max_distance: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Start and goal cells of the stitching study (figure 11 of the paper): all pairs at most ``max_distance`` cells apart
+        that lead away from the start cell, i.e. the first cell lies on a shortest way from the start to the second one.
+        Every distance is equally likely, and so is every pair of one distance.
+
+        :param max_distance: Largest number of cells between start and goal
+        :return: Pairs of shape (n, 2, 2) (start or goal, row or column) and their probabilities of shape (n,)
+        """
+        origin = self._single_start("stitching")
+        from_origin = self.distances(origin)
+        cells = [cell for cell in self.free if from_origin[tuple(cell)] >= 0]
+        pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {k: [] for k in range(1, max_distance + 1)}
+        for first in cells:
+            from_first = self.distances(first)
+            for second in cells:
+                steps = int(from_first[tuple(second)])
+                forward = from_origin[tuple(first)] + steps == from_origin[tuple(second)]
+                if forward and steps in pairs:
+                    pairs[steps].append((first, second))
+        for steps, found in pairs.items():
+            if not found:
+                raise ValueError(
+                    f"Maze {self.name!r}: no two cells are {steps} cells apart, so stitching={max_distance} cannot be built. "
+                    f"The farthest cell is {int(from_origin.max())} cells from the start: choose a smaller number."
+                )
+        chosen = np.array([pair for found in pairs.values() for pair in found])
+        weights = np.concatenate([np.full(len(found), 1 / len(found) / max_distance) for found in pairs.values()])
+        return chosen, weights
+
+    def far_goals(self, min_distance: int) -> np.ndarray:
+        """
+        Goals of the stitching evaluation: every cell farther from the start cell than the training pairs were apart.
+
+        :param min_distance: The goals are more than this number of cells from the start
+        :return: Row and column of each goal, shape (n, 2)
+        """
+        from_origin = self.distances(self._single_start("stitching"))
+        far = np.argwhere(from_origin > min_distance)
+        if not len(far):
+            raise ValueError(
+                f"Maze {self.name!r}: no cell is more than {min_distance} cells from the start, so stitching={min_distance} "
+                f"leaves nothing to evaluate on. Choose a number below {int(from_origin.max())}."
+            )
+        return far
+
+    def _single_start(self, purpose: str) -> np.ndarray:
+        if len(self.starts) != 1:
+            raise ValueError(
+                f"Maze {self.name!r} has {len(self.starts)} start cells, but {purpose} measures distances from one: "
+                f"keep a single {START!r}."
+            )
+        return self.starts[0]
+
+
+def _check_text(name: str, rows: tuple[str, ...]) -> None:
+    """
+    :param name: Name for the messages
+    :param rows: The maze as text
+    :raises ValueError: With row and column, if the text is no closed maze with a start and a goal
+    """
+    where = f"Maze {name!r}"
+    if not rows or not all(isinstance(row, str) and row for row in rows):
+        raise ValueError(f"{where}: expected a list of non-empty strings, one a row, got {rows!r}.")
+    for i, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(
+                f"{where}: row {i} has {len(row)} cells but row 0 has {len(rows[0])}. Give all rows the same length."
+            )
+        for j, kind in enumerate(row):
+            if kind not in CELLS:
+                known = ", ".join(f"{key!r} {meaning}" for key, meaning in CELLS.items())
+                raise ValueError(f"{where}: unknown character {kind!r} at row {i}, column {j}. Known characters: {known}.")
+            if kind != WALL and (i in (0, len(rows) - 1) or j in (0, len(row) - 1)):
+                raise ValueError(
+                    f"{where}: the border is open at row {i}, column {j} ({kind!r}). Surround the maze with walls ({WALL!r})."
+                )
+    text = "".join(rows)
+    if START not in text:
+        raise ValueError(f"{where}: no start cell in {len(rows)} rows. Mark at least one cell with {START!r}.")
+    if GOAL not in text and EVAL_GOAL not in text:
+        raise ValueError(f"{where}: no goal cell in {len(rows)} rows. Mark at least one cell with {GOAL!r} or {EVAL_GOAL!r}.")
+
+
+def make_layout(maze: str | Sequence[str] | Layout) -> Layout:
+    """
+    :param maze: Name of a maze in ``LAYOUTS``, a maze as text (one string a row), or a checked layout
+    :return: The checked layout
+    :raises ValueError: If the name is unknown or the text is no closed maze with a start and a goal
+    """
+    if isinstance(maze, Layout):
+        return maze
+    if isinstance(maze, str):
+        if maze not in LAYOUTS:
+            raise ValueError(
+                f"Unknown maze {maze!r}. Known mazes: {', '.join(LAYOUTS)}; "
+                "or pass a maze as text, a list with one string a row."
+            )
+        return Layout(maze, LAYOUTS[maze])
+    return Layout("custom", tuple(maze))

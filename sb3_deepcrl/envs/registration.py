@@ -1,0 +1,62 @@
+"""
+The Gymnasium ids of this package. This module imports nothing but Gymnasium: the simulator is loaded by ``gym.make``.
+
+============================================ ===============================================================================
+``{Robot}{Layout}Maze-v0``                   Point, Ant or Humanoid in the maze U, U2, ..., U7, Big or Hardest, with the
+                                             training goals, e.g. ``AntU4Maze-v0``
+``{Robot}{Layout}MazeEval-v0``               The same maze with the evaluation goals (Hardest has none of its own)
+``{Robot}UMazeStitch-v0``                    Starts and goals at most 3 cells apart (figure 11 of the paper)
+``{Robot}UMazeStitchEval-v0``                From the start cell to goals more than 3 cells away
+``AntGoal-v0``, ``HumanoidGoal-v0``          Open field
+``ArmPushEasy-v0``, ``ArmPushHard-v0``,      Arm and cube on a table
+``ArmBinpickHard-v0``
+============================================ ===============================================================================
+
+The names have no slash and no colon, so RL Zoo can use them as folder names and as keys of its config files.
+"""
+
+from typing import Any
+
+from gymnasium.envs.registration import register, registry
+
+ENTRY_POINT = "sb3_deepcrl.envs.goal_env:GoalEnv"
+# Steps of an episode in the paper (appendix B)
+EPISODE_LENGTH = 1000
+# The point is fast: crossing the largest maze takes it about 150 steps
+POINT_EPISODE_LENGTH = 300
+STITCHING_DISTANCE = 3
+
+
+def _env_table() -> dict[str, dict[str, Any]]:
+    """
+    :return: Arguments of the task by Gymnasium id
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for robot in ("point", "ant", "humanoid"):
+        for layout in ("u", "u2", "u3", "u4", "u5", "u6", "u7", "big", "hardest"):
+            name = f"{robot.capitalize()}{layout.capitalize()}Maze"
+            # The released code evaluates the humanoid on one goal more in this maze
+            maze = "big_humanoid" if (robot, layout) == ("humanoid", "big") else layout
+            table[f"{name}-v0"] = {"robot": robot, "maze": maze}
+            if layout != "hardest":
+                table[f"{name}Eval-v0"] = {"robot": robot, "maze": maze, "goal_set": "eval"}
+        stitching = {"robot": robot, "maze": "u", "stitching": STITCHING_DISTANCE}
+        table[f"{robot.capitalize()}UMazeStitch-v0"] = stitching
+        table[f"{robot.capitalize()}UMazeStitchEval-v0"] = {**stitching, "goal_set": "eval"}
+    table["AntGoal-v0"] = {"robot": "ant"}
+    table["HumanoidGoal-v0"] = {"robot": "humanoid"}
+    table["ArmPushEasy-v0"] = {"robot": "arm", "table": "push_easy"}
+    table["ArmPushHard-v0"] = {"robot": "arm", "table": "push_hard"}
+    table["ArmBinpickHard-v0"] = {"robot": "arm", "table": "binpick_hard"}
+    return table
+
+
+ENV_TABLE = _env_table()
+
+
+def register_envs() -> None:
+    """Register all ids with Gymnasium. Calling it again changes nothing."""
+    for env_id, kwargs in ENV_TABLE.items():
+        if env_id not in registry:
+            length = POINT_EPISODE_LENGTH if kwargs["robot"] == "point" else EPISODE_LENGTH
+            register(env_id, entry_point=ENTRY_POINT, max_episode_steps=length, kwargs=kwargs)

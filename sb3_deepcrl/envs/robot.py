@@ -1,0 +1,88 @@
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import gymnasium
+import mujoco
+import numpy as np
+
+# The simulation's arrays by MjData name, each with a leading batch axis
+State = Mapping[str, np.ndarray]
+
+
+class Robot(ABC):
+    """
+    The physical half of a task: a model, its home state, what is observed and what an action does.
+    Everything works on arrays with a leading batch axis and knows nothing of mazes and goals.
+
+    The observation starts with the coordinates that a goal is compared to, so the achieved goal is always
+    ``observation[:, :goal_dim]``.
+    """
+
+    #: Name under which a task asks for the robot
+    name: ClassVar[str]
+    #: Size of observation, action and goal
+    observation_dim: ClassVar[int]
+    action_dim: ClassVar[int]
+    goal_dim: ClassVar[int]
+    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``
+    derived_fields: ClassVar[tuple[str, ...]] = ()
+    #: Physics steps of one env step
+    frame_skip: ClassVar[int]
+    #: Side of a maze cell in metres
+    cell_size: ClassVar[float] = 4.0
+    #: Lowest and highest ``qpos[2]``, the height of the torso in metres, at which an episode goes on (None: no limits)
+    healthy_z_range: ClassVar[tuple[float, float] | None] = None
+    #: Spread of the start state: uniform on positions, normal on velocities
+    reset_noise_scale: ClassVar[float] = 0.0
+    #: Distance to the goal in metres below which a step counts as a success
+    success_threshold: ClassVar[float] = 0.5
+    #: Name of further measures of success and their thresholds in metres
+    extra_thresholds: ClassVar[Mapping[str, float]] = {}
+    #: Distance from walls that a start position must keep, in metres
+    radius: ClassVar[float]
+    #: Where ``qpos`` holds the two coordinates that a start position sets
+    start_address: ClassVar[slice] = slice(0, 2)
+    #: Body that the follow camera looks at, and the camera's distance in metres
+    follow_body: ClassVar[str]
+    follow_distance: ClassVar[float]
+
+    @abstractmethod
+    def make_spec(self) -> mujoco.MjSpec:
+        """
+        :return: A new editable model of the robot on an open floor
+        """
+
+    @abstractmethod
+    def home(self) -> np.ndarray:
+        """
+        :return: The ``qpos`` at which the robot stands at the origin
+        """
+
+    @abstractmethod
+    def observation(self, state: State) -> np.ndarray:
+        """
+        :param state: The simulation's arrays
+        :return: Observations in float32, shape (n, observation_dim)
+        """
+
+    def control(self, actions: np.ndarray) -> np.ndarray:
+        """
+        :param actions: Actions in [-1, 1], shape (n, action_dim)
+        :return: ``ctrl``, shape (n, nu)
+        """
+        return actions
+
+
+def gymnasium_spec(file_name: str) -> mujoco.MjSpec:
+    """
+    :param file_name: Name of a model that comes with Gymnasium
+    :return: The editable model, whose floor is drawn without an end
+    """
+    spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / file_name))
+    # Gymnasium draws 80 m of floor at most, less than the widest maze with its texture in metres
+    floor, material = spec.geom("floor"), spec.material("MatPlane")
+    floor.size = [0, 0, 1]
+    material.texuniform, material.texrepeat, material.reflectance = True, [0.5, 0.5], 0
+    return spec

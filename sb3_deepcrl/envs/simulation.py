@@ -1,0 +1,206 @@
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mujoco
+import numpy as np
+from gymnasium.utils import seeding
+from mujoco.batch import Batch, SimulationError
+
+from sb3_deepcrl.envs.task import GoalTask
+
+# Beyond this a number in an observation can only come from a diverging simulation (metres, radians, seconds and products)
+MAX_OBSERVATION = 1e6
+
+
+class Transition(NamedTuple):
+    """
+    What one step of all environments leads to. Every array is new, so callers may keep and change it.
+
+    :param observation: Entries "observation", "achieved_goal" and "desired_goal" in float32
+    :param reward: Rewards in float32, shape (n,)
+    :param terminated: Whether the episode ends because the robot fell, shape (n,)
+    :param diverged: Whether the physics broke down, shape (n,)
+    :param info: Measures of each environment by name, as lists of Python numbers
+    """
+
+    observation: dict[str, np.ndarray]
+    reward: np.ndarray
+    terminated: np.ndarray
+    diverged: np.ndarray
+    info: dict[str, list[Any]]
+
+
+class Simulation:
+    """
+    n environments of one task on ``mujoco.batch.Batch``. Each environment has its own random numbers and its own state,
+    so what it does depends neither on the number of environments nor on the number of threads.
+
+    :param task: The task
+    :param n_envs: Number of environments
+    :param n_threads: Number of native threads that step them
+    """
+
+    def __init__(self, task: GoalTask, n_envs: int, n_threads: int):
+        self.task = task
+        self.n_envs = n_envs
+        # Not persistent: one MjData a thread, instead of one an environment, stays in the cache and was faster for every robot
+        self.batch = Batch(task.model, n_envs, n_threads)
+        self.generators: list[np.random.Generator] = [seeding.np_random()[0] for _ in range(n_envs)]
+        #: Goals in metres, shape (n_envs, goal_dim)
+        self.goals = np.zeros((n_envs, task.robot.goal_dim), dtype=np.float32)
+        #: Number of simulations that broke down so far
+        self.n_diverged = 0
+        # A state row is all that a simulation remembers, so writing this row is a complete reset
+        self.batch.reset(stage=int(mujoco.mjtStage.mjSTAGE_NONE))
+        self._fresh_row = self.batch.state[0].copy()
+        self._state = {name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *task.robot.derived_fields)}
+        # Without derived fields the state rows say it all, and the last forward pass can be saved
+        stage = mujoco.mjtStage.mjSTAGE_VEL if task.robot.derived_fields else mujoco.mjtStage.mjSTAGE_NONE
+        self._stage = int(stage)
+        self._warnings = self.batch.warning[:, :, 1]
+        self._observation = np.zeros((n_envs, task.robot.observation_dim), dtype=np.float32)
+        # Numbers that chose start and goal of a fixed goal; NaN where they are still to be drawn
+        self._fixed = np.full((n_envs, task.scene.n_uniform), np.nan)
+
+    def seed(self, index: int, generator: np.random.Generator) -> None:
+        """
+        :param index: Index of the environment
+        :param generator: The random numbers that it uses from its next reset on
+        """
+        self.generators[index] = generator
+        self._fixed[index] = np.nan
+
+    def reset(
+        self,
+        indices: np.ndarray,
+        starts: Sequence[np.ndarray | None] | None = None,
+        goals: Sequence[np.ndarray | None] | None = None,
+    ) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
+        """
+        Start a new episode in some environments.
+
+        :param indices: Sorted indices of the environments
+        :param starts: Checked start of each of them in metres, None for a drawn one
+        :param goals: Checked goal of each of them in metres, None for a drawn one
+        :return: Observations and measures of these environments
+        """
+        task = self.task
+        draw = task.draw([self.generators[i] for i in indices])
+        if task.goal_mode == "fixed":
+            kept = self._fixed[indices]
+            draw = draw._replace(scene=np.where(np.isnan(kept), draw.scene, kept))
+            self._fixed[indices] = draw.scene
+        start, goal = task.scene.draw(draw.scene)
+        exact = np.full(len(indices), task.scene.exact_start)
+        for given, drawn in ((starts, start), (goals, goal)):
+            for k, value in enumerate(given or ()):
+                if value is not None:
+                    drawn[k] = value
+                    exact[k] |= given is starts
+        qpos, qvel = task.start_states(draw, start, exact)
+        self.batch.state[indices] = self._fresh_row
+        self._state["qpos"][indices] = qpos
+        self._state["qvel"][indices] = qvel
+        self._warnings[indices] = 0
+        self.goals[indices] = goal
+        if task.robot.derived_fields:
+            self.batch.forward(indices, stage=self._stage)
+        state = {name: values[indices] for name, values in self._state.items()}
+        observation = task.robot.observation(state)
+        self._observation[indices] = observation
+        healthy = self._is_healthy(state["qpos"])
+        goal32 = self.goals[indices]
+        achieved = observation[:, : task.robot.goal_dim].copy()
+        info = self._measures(task.goal_distance(achieved, goal32), healthy)
+        return {"observation": observation, "achieved_goal": achieved, "desired_goal": goal32}, info
+
+    def step(self, actions: np.ndarray) -> Transition:
+        """
+        :param actions: Actions of all environments, shape (n_envs, action_dim)
+        :return: What they lead to
+        :raises ValueError: If the shape is wrong or an action is not finite
+        """
+        task = self.task
+        self._state["ctrl"][:] = task.robot.control(np.clip(self._check_actions(actions), -1.0, 1.0))
+        failed: np.ndarray | list[int] = []
+        try:
+            self.batch.step(nstep=task.frame_skip, stage=self._stage)
+        except SimulationError as error:
+            failed = error.ids
+        observation = task.robot.observation(self._state)
+        diverged = np.zeros(self.n_envs, dtype=bool)
+        healthy = self._is_healthy(self._state["qpos"])
+        # A comparison with NaN is false, so this also finds NaN
+        if len(failed) or self._warnings.any() or not np.abs(observation).max() < MAX_OBSERVATION:
+            diverged |= ~(np.abs(observation).max(axis=1) < MAX_OBSERVATION) | self._warnings.any(axis=1)
+            diverged[failed] = True
+            self._report(diverged)
+            # The last sound observation stands in for the broken one
+            observation[diverged] = self._observation[diverged]
+            healthy |= diverged
+        self._observation[:] = observation
+        achieved = observation[:, : task.robot.goal_dim].copy()
+        goals = self.goals.copy()
+        distance = task.goal_distance(achieved, goals)
+        info = self._measures(distance, healthy)
+        return Transition(
+            {"observation": observation, "achieved_goal": achieved, "desired_goal": goals},
+            task.reward_from_distance(distance),
+            ~healthy if task.terminate_when_unhealthy else np.zeros(self.n_envs, dtype=bool),
+            diverged,
+            info,
+        )
+
+    def data(self, index: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
+        """
+        :param index: Index of the environment
+        :param data: Where to write; None makes a new one
+        :return: A copy of its simulation with computed kinematics, for rendering or any other function of MuJoCo
+        """
+        data = self.batch.get_data(index, data)
+        mujoco.mj_forward(self.task.model, data)
+        return data
+
+    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
+        actions = np.asarray(actions)
+        expected = (self.n_envs, self.task.robot.action_dim)
+        if actions.shape != expected:
+            raise ValueError(
+                f"Actions have shape {actions.shape}, expected {expected}: "
+                f"{expected[0]} environments with {expected[1]} numbers each for the {self.task.robot.name}."
+            )
+        finite = np.isfinite(actions)
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            raise ValueError(
+                f"The action of env {row} is not finite: number {column} is {actions[row, column]}. "
+                "Look for a diverging policy, or clean the actions before step()."
+            )
+        return actions
+
+    def _is_healthy(self, qpos: np.ndarray) -> np.ndarray:
+        if self.task.healthy_z_range is None:
+            return np.ones(len(qpos), dtype=bool)
+        low, high = self.task.healthy_z_range
+        height = qpos[:, 2]
+        return (height >= low) & (height <= high)
+
+    def _measures(self, distance: np.ndarray, healthy: np.ndarray) -> dict[str, list[Any]]:
+        task = self.task
+        success = (distance < task.success_threshold).tolist()
+        # Stable-Baselines3 reads is_success, gymnasium-robotics' mazes write success
+        measures: dict[str, list[Any]] = {"is_success": success, "success": success, "distance": distance.tolist()}
+        for name, threshold in task.robot.extra_thresholds.items():
+            measures[name] = (distance < threshold).tolist()
+        if task.healthy_z_range is not None:
+            measures["is_healthy"] = healthy.tolist()
+        return measures
+
+    def _report(self, diverged: np.ndarray) -> None:
+        if self.n_diverged == 0:
+            warnings.warn(
+                f"The physics of env {np.flatnonzero(diverged).tolist()} diverged. Such an episode is truncated and reset, "
+                "the other environments go on. The info holds diverged=True, and n_diverged counts them; this is said once."
+            )
+        self.n_diverged += int(diverged.sum())

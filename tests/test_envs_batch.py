@@ -1,0 +1,449 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.wrappers import TimeLimit
+from mujoco.batch import SimulationError
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+
+from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.envs import BatchVecEnv, GoalEnv, SuccessInfoWrapper, register_envs
+
+register_envs()
+
+# With short episodes, so that resets are part of the comparison; the humanoid falls before that
+COMPARED = [
+    ("PointUMaze-v0", {}),
+    ("AntU4Maze-v0", {}),
+    ("AntBigMazeEval-v0", {"goal": "fixed", "reward_type": "dense"}),
+    ("HumanoidUMaze-v0", {}),
+    ("HumanoidGoal-v0", {"reset_noise_scale": 0.01}),
+    ("ArmBinpickHard-v0", {}),
+    ("AntUMazeStitch-v0", {"terminate_when_unhealthy": False}),
+]
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+        assert first[key].dtype == second[key].dtype == np.float32
+
+
+def random_actions(env, n):
+    return np.random.default_rng(1).uniform(-1.2, 1.2, (n, env.num_envs, *env.action_space.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("env_id, kwargs", COMPARED)
+def test_same_trajectories_for_any_number_of_threads_and_as_single_envs(env_id, kwargs):
+    n, limit = 5, 25
+    vec_envs = [BatchVecEnv(env_id, n, n_threads=threads, max_episode_steps=limit, **kwargs) for threads in (1, 2, 3)]
+    singles = [gym.make(env_id, max_episode_steps=limit, **kwargs) for _ in range(n)]
+    observations = []
+    for vec_env in vec_envs:
+        assert list(vec_env.seed(11)) == [11, 12, 13, 14, 15]
+        observations.append(vec_env.reset())
+    single = [env.reset(seed=11 + i) for i, env in enumerate(singles)]
+    finished = 0
+    for actions in random_actions(vec_envs[0], 60):
+        for other in observations[1:]:
+            assert_same(observations[0], other)
+        assert_same(observations[0], {key: np.stack([obs[key] for obs, _ in single]) for key in observations[0]})
+        steps = [vec_env.step(actions) for vec_env in vec_envs]
+        observations = [step[0] for step in steps]
+        _, rewards, dones, infos = steps[0]
+        for step in steps[1:]:
+            np.testing.assert_array_equal(rewards, step[1])
+            np.testing.assert_array_equal(dones, step[2])
+        for i, env in enumerate(singles):
+            obs, reward, terminated, truncated, info = env.step(np.clip(actions[i], -1, 1))
+            assert (reward, terminated or truncated) == (rewards[i], dones[i])
+            assert infos[i]["TimeLimit.truncated"] == (truncated and not terminated)
+            assert info == {key: infos[i][key] for key in info}
+            if dones[i]:
+                finished += 1
+                assert_same(obs, infos[i]["terminal_observation"])
+                obs, info = env.reset()
+                assert info == vec_envs[0].reset_infos[i]
+            else:
+                assert infos[i].keys() - info.keys() == {"TimeLimit.truncated"}
+            single[i] = (obs, info)
+    assert finished >= n
+
+
+def test_environments_differ_and_seeds_repeat():
+    vec_env = BatchVecEnv("AntU4Maze-v0", 4, 2)
+    vec_env.seed(0)
+    first = vec_env.reset()
+    assert len(np.unique(first["observation"], axis=0)) == 4
+    # A seed is used once, the random numbers then go on
+    assert (vec_env.reset()["observation"] != first["observation"]).any()
+    vec_env.seed(0)
+    assert_same(first, vec_env.reset())
+    # Without a seed, no two vectorized environments are alike
+    assert (
+        BatchVecEnv("AntU4Maze-v0", 4).reset()["observation"] != BatchVecEnv("AntU4Maze-v0", 4).reset()["observation"]
+    ).any()
+
+
+def test_episode_statistics_and_truncation():
+    vec_env = BatchVecEnv("PointUMaze-v0", 3, max_episode_steps=10, reward_type="dense")
+    vec_env.reset()
+    total = np.zeros(3)
+    for step in range(1, 21):
+        _, rewards, dones, infos = vec_env.step(np.zeros((3, 2), dtype=np.float32))
+        total += rewards
+        assert dones.all() == dones.any() == (step % 10 == 0)
+        for i, info in enumerate(infos):
+            assert info["TimeLimit.truncated"] == dones[i]
+            assert ("episode" in info) == ("terminal_observation" in info) == dones[i]
+            if dones[i]:
+                assert info["episode"]["l"] == 10
+                assert info["episode"]["r"] == pytest.approx(total[i], abs=1e-5)
+                assert info["episode"]["t"] >= 0
+                total[i] = 0
+
+
+def test_fall_is_no_truncation():
+    vec_env = BatchVecEnv("HumanoidUMaze-v0", 2)
+    vec_env.reset()
+    dones = [False]
+    while not any(dones):
+        _, _, dones, infos = vec_env.step(np.zeros((2, 17), dtype=np.float32))
+    assert not infos[0]["TimeLimit.truncated"] and not infos[0]["is_healthy"]
+    assert infos[0]["terminal_observation"]["observation"][2] < 1
+
+
+def test_nothing_returned_is_changed_later():
+    """Off-policy algorithms keep the last observation and infos while they step."""
+    vec_env = BatchVecEnv("HumanoidUMaze-v0", 3)
+    kept = [vec_env.reset()]
+    copies = [{key: value.copy() for key, value in kept[0].items()}]
+    dicts = []
+    for actions in random_actions(vec_env, 40):
+        observation, _, _, infos = vec_env.step(actions)
+        kept.append(observation)
+        copies.append({key: value.copy() for key, value in observation.items()})
+        dicts += [id(info) for info in infos]
+        kept += [info["terminal_observation"] for info in infos if "terminal_observation" in info]
+        copies += [
+            {k: v.copy() for k, v in info["terminal_observation"].items()} for info in infos if "terminal_observation" in info
+        ]
+        # Nor does a caller's change reach the simulation
+        observation["observation"][:] = observation["observation"]
+    assert len(kept) > 41
+    for now, then in zip(kept, copies, strict=True):
+        assert_same(now, then)
+    arrays = [value for observation in kept for value in observation.values()]
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(arrays[:60]) for b in arrays[i + 1 : 60])
+
+
+def test_options_for_one_reset():
+    vec_env = BatchVecEnv("AntU4Maze-v0", 2)
+    vec_env.set_options([{"goal": [4.0, 4.0]}, {"start": [4.0, 4.0], "goal": [20.0, 4.0]}])
+    observation = vec_env.reset()
+    np.testing.assert_array_equal(observation["desired_goal"], [[4, 4], [20, 4]])
+    np.testing.assert_array_equal(observation["achieved_goal"][1], [4, 4])
+    assert (vec_env.reset()["achieved_goal"][1] != [4, 4]).any()
+    vec_env.set_options([{}, {"goal": [0.0, 0.0]}])
+    with pytest.raises(ValueError, match=r"goal \[0.0, 0.0\] of env 1 lies in the wall at row 0, column 0"):
+        vec_env.reset()
+    vec_env.set_options([{}, {"goal": [0.0]}])
+    with pytest.raises(ValueError, match="of env 1 must be 2 finite numbers"):
+        vec_env.reset()
+
+
+# --- Attributes and methods of the environments -----------------------------------------------------------------------
+
+
+def test_env_method_and_attributes():
+    vec_env = BatchVecEnv("AntU4Maze-v0", 3, reward_type="sparse")
+    observation = vec_env.reset()
+    (rewards,) = vec_env.env_method(
+        "compute_reward", observation["achieved_goal"], observation["achieved_goal"], [{}] * 3, indices=[0]
+    )
+    np.testing.assert_array_equal(rewards, np.ones(3))
+    assert [spec.id for spec in vec_env.get_attr("spec")] == ["AntU4Maze-v0"] * 3
+    assert vec_env.get_attr("render_mode") == [None] * 3
+    assert vec_env.get_attr("frame_skip", indices=1) == [5]
+    assert vec_env.get_attr("unwrapped")[0].task is vec_env.task
+    assert not vec_env.has_attr("no_such_thing")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        vec_env.get_attr("no_such_thing")
+    np.testing.assert_array_equal(vec_env.get_attr("goal"), observation["desired_goal"])
+
+    vec_env.set_attr("goal", [4.0, 4.0], indices=[1])
+    assert vec_env.get_attr("goal", indices=[1])[0].tolist() == [4, 4]
+    goals = vec_env.step(np.zeros((3, 8)))[0]["desired_goal"]
+    np.testing.assert_array_equal(goals, [observation["desired_goal"][0], [4, 4], observation["desired_goal"][2]])
+    with pytest.raises(ValueError, match=r"goal .* lies in the wall"):
+        vec_env.set_attr("goal", [0.0, 0.0], indices=0)
+
+    vec_env.set_attr("reward_type", "dense")
+    assert (vec_env.step(np.zeros((3, 8)))[1] < 0).all()
+    with pytest.raises(ValueError, match="All environments share 'reward_type'"):
+        vec_env.set_attr("reward_type", "sparse", indices=[0])
+    vec_env.set_attr("note", "mine", indices=[2])
+    assert vec_env.get_attr("note", indices=[2]) == ["mine"] and not vec_env.has_attr("note")
+
+
+def test_wrappers_it_stands_in_for():
+    vec_env = BatchVecEnv("AntU4Maze-v0", 2)
+    assert vec_env.env_is_wrapped(Monitor) == [True, True]
+    assert vec_env.env_is_wrapped(TimeLimit, indices=[0]) == [True]
+    assert vec_env.env_is_wrapped(SuccessInfoWrapper) == [False, False]
+    assert BatchVecEnv([lambda: GoalEnv(robot="point", maze="u")]).env_is_wrapped(TimeLimit) == [False]
+    # evaluate_policy warns about environments without Monitor
+    short = BatchVecEnv("AntU4Maze-v0", 2, max_episode_steps=5)
+    model = SAC("MultiInputPolicy", short, buffer_size=10, policy_kwargs={"net_arch": [4]}, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, lengths = evaluate_policy(model, short, 4, return_episode_rewards=True)
+    assert lengths == [5] * 4
+
+
+def test_vec_normalize():
+    inner = BatchVecEnv("AntU4Maze-v0", 2, max_episode_steps=4)
+    vec_env = VecNormalize(inner, norm_obs_keys=["observation"])
+    vec_env.reset()
+    for _ in range(4):
+        observation, _, dones, infos = vec_env.step(np.zeros((2, 8), dtype=np.float32))
+    assert dones.all() and infos[0]["episode"]["l"] == 4
+    np.testing.assert_array_equal(observation["desired_goal"], inner.simulation.goals)
+    assert vec_env.get_attr("goal_mode") == ["resample"] * 2
+
+
+# --- make_vec_env -----------------------------------------------------------------------------------------------------
+
+
+def test_make_vec_env():
+    made = make_vec_env(
+        "AntU4Maze-v0",
+        n_envs=3,
+        seed=4,
+        env_kwargs={"max_episode_steps": 6},
+        vec_env_cls=BatchVecEnv,
+        vec_env_kwargs={"n_threads": 2},
+    )
+    plain = make_vec_env("AntU4Maze-v0", n_envs=3, seed=4, env_kwargs={"max_episode_steps": 6})
+    assert isinstance(made, BatchVecEnv) and made.max_episode_steps == 6 and made.simulation.batch.nthread == 2
+    assert made.render_mode == plain.render_mode == "rgb_array"
+    first, second = made.reset(), plain.reset()
+    for actions in random_actions(made, 14):
+        assert_same(first, second)
+        first, rewards, dones, infos = made.step(actions)
+        second, other_rewards, other_dones, other_infos = plain.step(np.clip(actions, -1, 1))
+        np.testing.assert_array_equal(rewards, other_rewards)
+        np.testing.assert_array_equal(dones, other_dones)
+        for info, other in zip(infos, other_infos, strict=True):
+            assert info.keys() == other.keys()
+            assert info.get("episode", {}).get("l") == other.get("episode", {}).get("l")
+
+
+def test_make_vec_env_writes_monitor_files(tmp_path):
+    vec_env = make_vec_env(
+        "PointUMaze-v0",
+        n_envs=2,
+        monitor_dir=str(tmp_path),
+        monitor_kwargs={"info_keywords": ("is_success",)},
+        env_kwargs={"max_episode_steps": 5},
+        vec_env_cls=BatchVecEnv,
+    )
+    vec_env.reset()
+    for _ in range(10):
+        vec_env.step(np.zeros((2, 2), dtype=np.float32))
+    vec_env.close()
+    for i in range(2):
+        lines = (tmp_path / f"{i}.monitor.csv").read_text().splitlines()
+        assert '"env_id": "PointUMaze-v0"' in lines[0]
+        assert [(row["l"], row["is_success"]) for row in csv.DictReader(lines[1:])] == [("5", "False")] * 2
+
+
+def test_list_of_functions_must_be_alike():
+    def make(env_id, **kwargs):
+        return lambda: gym.make(env_id, **kwargs)
+
+    with pytest.raises(ValueError, match="Env 1 differs from env 0"):
+        BatchVecEnv([make("AntU4Maze-v0"), make("AntU5Maze-v0")])
+    with pytest.raises(ValueError, match="Env 1 differs from env 0"):
+        BatchVecEnv([make("AntU4Maze-v0"), make("AntU4Maze-v0", max_episode_steps=3)])
+    with pytest.raises(ValueError, match="Env 0 is a PendulumEnv"):
+        BatchVecEnv([make("Pendulum-v1")])
+    with pytest.raises(ValueError, match="wrapped in SuccessInfoWrapper"):
+        BatchVecEnv([lambda: SuccessInfoWrapper(gym.make("AntU4Maze-v0"))])
+    with pytest.raises(ValueError, match="list of env functions is empty"):
+        BatchVecEnv([])
+    with pytest.raises(ValueError, match="cannot be changed on envs that functions return"):
+        BatchVecEnv([make("AntU4Maze-v0")], goal="fixed")
+    with pytest.raises(ValueError, match=r"\['camera', 'render_mode'\] cannot be changed"):
+        BatchVecEnv([make("AntU4Maze-v0")], render_mode="rgb_array", camera="top_down")
+    with pytest.raises(ValueError, match="n_envs=2, but 1 functions"):
+        BatchVecEnv([make("AntU4Maze-v0")], n_envs=2)
+
+
+def test_subproc_vec_env():
+    workers = SubprocVecEnv([lambda: GoalEnv(robot="point", maze="u") for _ in range(2)])
+    batch = BatchVecEnv("PointUMaze-v0", 2)
+    workers.seed(3)
+    batch.seed(3)
+    assert_same(dict(workers.reset()), batch.reset())
+    actions = np.ones((2, 2), dtype=np.float32)
+    assert_same(dict(workers.step(actions)[0]), batch.step(actions)[0])
+    workers.close()
+
+
+# --- Diverging simulations --------------------------------------------------------------------------------------------
+
+
+def test_divergence_stays_in_its_own_env(tmp_path, monkeypatch):
+    # MuJoCo writes its warning into a file in the working directory
+    monkeypatch.chdir(tmp_path)
+    broken, sound = (BatchVecEnv("AntU4Maze-v0", 4, 2) for _ in range(2))
+    for vec_env in (broken, sound):
+        vec_env.seed(0)
+        before = vec_env.reset()
+    broken.simulation.batch.bind("qvel")[2] = 1e12
+    actions = np.zeros((4, 8), dtype=np.float32)
+    with pytest.warns(UserWarning, match=r"physics of env \[2\] diverged"):
+        observation, _, dones, infos = broken.step(actions)
+    expected, _, _, _ = sound.step(actions)
+    assert dones.tolist() == [False, False, True, False]
+    assert infos[2]["diverged"] and infos[2]["TimeLimit.truncated"] and infos[2]["episode"]["l"] == 1
+    assert not any("diverged" in infos[i] for i in (0, 1, 3))
+    assert_same(infos[2]["terminal_observation"], {key: value[2] for key, value in before.items()})
+    assert broken.n_diverged == 1
+    others = [0, 1, 3]
+    with warnings.catch_warnings():
+        # Said once
+        warnings.simplefilter("error")
+        for _ in range(5):
+            assert_same({k: v[others] for k, v in observation.items()}, {k: v[others] for k, v in expected.items()})
+            assert all(np.isfinite(value).all() for value in observation.values())
+            observation, _, dones, _ = broken.step(actions)
+            expected, _, _, _ = sound.step(actions)
+            assert not dones.any()
+        broken.simulation.batch.bind("qpos")[0] = np.nan
+        assert broken.step(actions)[2].tolist() == [True, False, False, False]
+    assert broken.n_diverged == 2
+
+
+def test_an_error_of_the_engine_is_a_divergence(monkeypatch):
+    vec_env = BatchVecEnv("AntU4Maze-v0", 3)
+    before = vec_env.reset()
+    step = vec_env.simulation.batch.step
+
+    def failing_step(**kwargs):
+        step(**kwargs)
+        raise SimulationError(np.array([1]), "stack overflow")
+
+    monkeypatch.setattr(vec_env.simulation.batch, "step", failing_step)
+    with pytest.warns(UserWarning, match=r"env \[1\] diverged"):
+        _, _, dones, infos = vec_env.step(np.zeros((3, 8), dtype=np.float32))
+    assert dones.tolist() == [False, True, False]
+    assert_same(infos[1]["terminal_observation"], {key: value[1] for key, value in before.items()})
+
+
+def test_single_env_reports_divergence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = gym.make("AntU4Maze-v0")
+    before, _ = env.reset(seed=0)
+    env.unwrapped.simulation.batch.bind("qvel")[:] = np.nan
+    with pytest.warns(UserWarning, match="diverged"):
+        observation, _, terminated, truncated, info = env.step(np.zeros(8, dtype=np.float32))
+    assert truncated and not terminated and info["diverged"]
+    assert_same(observation, before)
+    assert "diverged" not in env.reset()[1]
+    assert not env.step(np.zeros(8, dtype=np.float32))[3]
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("face", [DummyVecEnv, BatchVecEnv])
+def test_sac_her_and_deepcrl_train(face):
+    def make():
+        return make_vec_env("PointUMaze-v0", n_envs=4, seed=0, env_kwargs={"max_episode_steps": 15}, vec_env_cls=face)
+
+    settings = {"learning_starts": 100, "batch_size": 32, "buffer_size": 1000, "seed": 0, "device": "cpu"}
+    sac = SAC(
+        "MultiInputPolicy", make(), replay_buffer_class=HerReplayBuffer, policy_kwargs={"net_arch": [16]}, **settings
+    ).learn(240)
+    assert sac._n_updates > 20
+    model = DeepCRL("MultiInputPolicy", make(), depth=4, width=16, repr_dim=8, **settings).learn(240)
+    assert model.num_timesteps == 240
+    assert len(model.ep_success_buffer) == len(model.ep_info_buffer) == 16
+    rewards, lengths = evaluate_policy(model, make(), n_eval_episodes=4, return_episode_rewards=True)
+    assert lengths == [15] * 4 and min(rewards) >= 0
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"n_envs": 0}, "n_envs=0"),
+        ({"n_envs": 2, "n_threads": 0}, "n_threads=0"),
+        ({"n_threads": -1}, "n_threads=-1"),
+        ({"max_episode_steps": 0}, "max_episode_steps=0"),
+        ({"render_mode": "human"}, "render_mode='human'"),
+        ({"goal": "moving"}, "Unknown goal 'moving'"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        BatchVecEnv("AntU4Maze-v0", **kwargs)
+
+
+def test_foreign_id():
+    with pytest.raises(ValueError, match="'Pendulum-v1' is no environment of this package"):
+        BatchVecEnv("Pendulum-v1")
+
+
+def test_bad_actions():
+    vec_env = BatchVecEnv("AntU4Maze-v0", 3)
+    with pytest.raises(RuntimeError, match=r"Call reset\(\)"):
+        vec_env.step(np.zeros((3, 8)))
+    vec_env.reset()
+    with pytest.raises(ValueError, match=r"shape \(2, 8\), expected \(3, 8\)"):
+        vec_env.step(np.zeros((2, 8)))
+    actions = np.zeros((3, 8))
+    actions[2, 5] = np.inf
+    with pytest.raises(ValueError, match="env 2 is not finite: number 5 is inf"):
+        vec_env.step(actions)
+
+
+def test_interrupt():
+    """Ctrl-C ends a running loop at once, although native threads are at work."""
+    code = (
+        "import numpy as np\n"
+        "from sb3_deepcrl.envs import BatchVecEnv, register_envs\n"
+        "register_envs()\n"
+        "env = BatchVecEnv('HumanoidUMaze-v0', 64, 2)\n"
+        "env.reset()\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    env.step(np.zeros((64, 17), dtype=np.float32))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    watchdog.cancel()
+    assert error.rstrip().endswith("KeyboardInterrupt")
+    assert process.returncode != -signal.SIGKILL

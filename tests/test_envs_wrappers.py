@@ -1,0 +1,112 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_deepcrl.envs import OGBenchGoalWrapper, SuccessInfoWrapper, patch_gymnasium_robotics
+
+
+@pytest.fixture
+def robotics():
+    module = pytest.importorskip("gymnasium_robotics")
+    gym.register_envs(module)
+
+
+@pytest.fixture
+def unpatched():
+    """gymnasium-robotics as it is installed, before and after the test."""
+    mujoco_utils = pytest.importorskip("gymnasium_robotics.utils.mujoco_utils")
+    kept = mujoco_utils.mujoco
+    import mujoco
+
+    mujoco_utils.mujoco = mujoco
+    yield mujoco_utils
+    mujoco_utils.mujoco = kept
+
+
+@pytest.mark.usefixtures("robotics")
+def test_success_info_wrapper():
+    env = SuccessInfoWrapper(gym.make("PointMaze_UMaze-v3", max_episode_steps=5))
+    env.reset(seed=0)
+    for at_goal in (False, True):
+        if at_goal:
+            env.unwrapped.goal = env.unwrapped.point_env.data.qpos[:2].copy()
+        info = env.step(np.zeros(2, dtype=np.float32))[-1]
+        assert info["is_success"] is bool(info["success"]) is at_goal
+    # HER calls compute_reward through the vectorized environment, with more wrappers outside
+    vec_env = DummyVecEnv([lambda: gym.wrappers.RecordEpisodeStatistics(SuccessInfoWrapper(gym.make("PointMaze_UMaze-v3")))])
+    goals = np.zeros((4, 2))
+    np.testing.assert_array_equal(vec_env.env_method("compute_reward", goals, goals, [{}] * 4, indices=[0])[0], np.ones(4))
+
+
+def test_success_info_wrapper_leaves_is_success_alone():
+    env = SuccessInfoWrapper(gym.make("PointUMaze-v0"))
+    env.reset(seed=0)
+    info = env.step(np.zeros(2, dtype=np.float32))[-1]
+    assert info["is_success"] == info["success"]
+
+
+def test_success_info_wrapper_needs_success():
+    env = SuccessInfoWrapper(gym.make("CartPole-v1"))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="has no key `success`"):
+        env.step(0)
+
+
+@pytest.mark.usefixtures("robotics")
+@pytest.mark.parametrize("env_id", ["FetchPush-v4", "HandReach-v3"])
+def test_patched_robotics_envs_run(env_id, unpatched):
+    import mujoco
+
+    faulty = mujoco.mjtJoint.mjJNT_SLIDE != np.int32(2)
+    if faulty:
+        with pytest.raises(AssertionError):
+            gym.make(env_id)
+    assert patch_gymnasium_robotics() == faulty
+    env = gym.make(env_id)
+    env.reset(seed=0)
+    assert env.step(env.action_space.sample())[1] in (-1, 0)
+    patched = unpatched.mujoco
+    assert patch_gymnasium_robotics() == faulty and unpatched.mujoco is patched
+    # The rest of the module is MuJoCo's own, and MuJoCo itself is untouched
+    assert patched.mj_forward is mujoco.mj_forward
+    assert isinstance(mujoco.mjtJoint.mjJNT_SLIDE, mujoco.mjtJoint)
+
+
+def test_no_patch_without_the_fault(unpatched, monkeypatch):
+    import mujoco
+
+    class Joint(int):
+        __members__ = {"mjJNT_SLIDE": 2}  # noqa: RUF012 (stands in for an enum)
+
+    Joint.mjJNT_SLIDE = Joint(2)
+    monkeypatch.setattr(mujoco, "mjtJoint", Joint)
+    assert not patch_gymnasium_robotics()
+    assert unpatched.mujoco is mujoco
+
+
+@pytest.mark.parametrize("env_id, size", [("pointmaze-medium-v0", 2), ("antsoccer-arena-v0", 42)])
+def test_ogbench(env_id, size):
+    pytest.importorskip("ogbench")
+    env = OGBenchGoalWrapper(gym.make(env_id, terminate_at_goal=False))
+    check_env(env, warn=False)
+    assert env.observation_space["observation"].shape == (size,)
+    outside = np.random.get_state()[1].copy()
+    runs = []
+    for _ in range(2):
+        observation, _ = env.reset(seed=3)
+        runs.append([observation["desired_goal"], observation["observation"], env.reset()[0]["observation"]])
+    for first, second in zip(*runs, strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert (env.reset(seed=4)[0]["observation"] != runs[0][1]).any()
+    np.testing.assert_array_equal(np.random.get_state()[1], outside)
+    _, reward, terminated, _, info = env.step(np.zeros(env.action_space.shape, dtype=np.float32))
+    assert (reward, info["is_success"], terminated) == (0, False, False)
+    assert env.compute_reward(np.zeros((3, 2)), np.full((3, 2), 5.0), [{}] * 3).tolist() == [0, 0, 0]
+    assert env.compute_reward(np.zeros(2), np.array([env.tolerance, 0]), {}) == 1
+
+
+def test_ogbench_wrapper_refuses_others():
+    with pytest.raises(ValueError, match="no maze of OGBench"):
+        OGBenchGoalWrapper(gym.make("Pendulum-v1"))
