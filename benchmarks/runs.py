@@ -2,6 +2,7 @@
 What the learning benchmarks share: train with evaluations, one CSV file a run, several runs side by side.
 """
 
+import argparse
 import csv
 import subprocess
 import sys
@@ -179,6 +180,15 @@ def draw_curve(ax: Any, runs: list[list[dict[str, str]]], column: str, **kwargs:
     (line,) = ax.plot(steps, np.median(values, axis=0), **kwargs)
     ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, lw=0)
     ax.set(xlabel="env steps (thousands)", ylim=(0, 1.02))
+
+
+def run_folder(folder: Path, args: argparse.Namespace) -> Path:
+    """
+    :param folder: Folder of all runs of a benchmark
+    :param args: Arguments of the command line
+    :return: Folder of the runs with these arguments, so that complete runs are only taken up again for the same question
+    """
+    return folder / f"{args.env}-{args.steps}-{args.eval_freq}-{args.eval_episodes}"
 
 
 def use_one_thread() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import draw_curve, make_env, read_rows, run_all, runs_of, train_and_log, use_one_thread, write_rows
+from runs import draw_curve, make_env, read_rows, run_all, run_folder, runs_of, train_and_log, use_one_thread, write_rows
 
 from sb3_deepcrl import DeepCRL
 
@@ -142,7 +142,7 @@ def main() -> None:
     args.steps = args.steps or default_steps
 
     def path_of(panel: str, variant: str, seed: int | str) -> Path:
-        return args.runs / f"{re.sub(r'[^a-zA-Z0-9.=]+', '-', f'{args.study}-{panel}-{variant}')}-{seed}.csv"
+        return run_folder(args.runs, args) / f"{re.sub(r'[^a-zA-Z0-9.=]+', '-', f'{args.study}-{panel}-{variant}')}-{seed}.csv"
 
     if args.only is not None:
         use_one_thread()

@@ -149,7 +149,7 @@ class ResidualTower(nn.Module):
     :param residual_scale: Factor of the residual branches: a number (the paper's is 1), ``"1/N"`` for one over
         the number of blocks, or ``"learnable"`` for one parameter a block that starts at ``1/N``.
         The outputs of a Swish have a positive mean, so that with a factor of 1 the residual sum grows in proportion
-        to the number of blocks; with ``1/N`` outputs and gradients start at the same size whatever the depth.
+        to the number of blocks; from ``1/N`` outputs and gradients start at the same size whatever the depth.
     :raises ValueError: if the depth, the width, the normalisation or the scale is not one of those
     """
 
@@ -162,7 +162,7 @@ class ResidualTower(nn.Module):
         activation_fn: type[nn.Module] = nn.SiLU,
         norm: str = "layer",
         residual: bool = True,
-        residual_scale: float | str = "1/N",
+        residual_scale: float | str = "learnable",
     ):
         super().__init__()
         n_blocks = check_depth(depth)

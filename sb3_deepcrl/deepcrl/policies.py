@@ -236,7 +236,7 @@ class DeepCRLPolicy(BasePolicy):
     :param norm: Normalisation after each hidden Dense layer, ``"layer"`` or ``"none"``
     :param residual: Whether the blocks add the identity (False for the ablation)
     :param residual_scale: Factor of the residual branches: a number (1 in the paper), ``"1/N"`` for one over the number
-        of blocks or ``"learnable"`` for a parameter that starts there,
+        of blocks or ``"learnable"`` for one parameter a block that starts there,
         see :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
     :param features_extractor_class: Features extractor to use. The actor has one for the whole observation, the critic
         one for all but the desired goal and one for the desired goal.
@@ -268,7 +268,7 @@ class DeepCRLPolicy(BasePolicy):
         activation_fn: type[nn.Module] = nn.SiLU,
         norm: str = "layer",
         residual: bool = True,
-        residual_scale: float | str = "1/N",
+        residual_scale: float | str = "learnable",
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
