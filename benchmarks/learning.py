@@ -10,11 +10,21 @@ times as long.
 """
 
 import argparse
-import platform
 from pathlib import Path
 
 import numpy as np
-from runs import draw_curve, make_env, read_rows, run_all, run_folder, runs_of, train_and_log, use_one_thread, write_rows
+from runs import (
+    draw_curve,
+    machine,
+    make_env,
+    read_rows,
+    run_all,
+    run_folder,
+    runs_of,
+    train_and_log,
+    use_one_thread,
+    write_rows,
+)
 from sb3_contrib import TQC
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -108,8 +118,7 @@ def summarize(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
             f"Command: `python benchmarks/learning.py --env {args.env} --steps {args.steps} --seeds {args.seeds} "
             f"--eval-freq {args.eval_freq} --jobs {args.jobs}`. Medians over {args.seeds} seeds; success is reaching the "
             f"goal at any step, over {args.eval_episodes} evaluation episodes; time at goal is a fraction of the episode; "
-            f"seconds are those of the training alone. Machine: {platform.machine()}, one thread a run, "
-            f"{args.jobs} runs side by side.",
+            f"seconds are those of the training alone. {machine(args.jobs)}",
             "",
             *lines,
             "",

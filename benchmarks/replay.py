@@ -5,6 +5,7 @@ Time to sample a transition and bytes to store one, beside SB3's HerReplayBuffer
 """
 
 import argparse
+import os
 import platform
 import time
 from pathlib import Path
@@ -131,7 +132,7 @@ def main() -> None:
             f"Command: `python benchmarks/replay.py --size {args.size} --n-envs {args.n_envs} --batch-size {args.batch_size} "
             f"--gradient-steps {args.gradient_steps} --repeat {args.repeat}`: {args.gradient_steps} x {args.batch_size} "
             f"transitions out of {args.size:,}, observations of 105 + 2 + 2 float64, 8 actions; medians. "
-            f"Machine: {platform.machine()}, CPU.",
+            f"Machine: {platform.machine()}, {os.cpu_count()} cores.",
             "",
             "| sampling | microseconds a transition | ratio |",
             "|---|---|---|",

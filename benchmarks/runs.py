@@ -4,6 +4,8 @@ What the learning benchmarks share: train with evaluations, one CSV file a run, 
 
 import argparse
 import csv
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -189,6 +191,17 @@ def run_folder(folder: Path, args: argparse.Namespace) -> Path:
     :return: Folder of the runs with these arguments, so that complete runs are only taken up again for the same question
     """
     return folder / f"{args.env}-{args.steps}-{args.eval_freq}-{args.eval_episodes}"
+
+
+def machine(jobs: int) -> str:
+    """
+    :param jobs: Runs side by side
+    :return: What the runs were made on
+    """
+    return (
+        f"Machine: {platform.machine()}, {os.cpu_count()} cores, torch {th.__version__}, one thread a run, {jobs} runs side by "
+        "side, and other work at times: compare seconds within this table only."
+    )
 
 
 def use_one_thread() -> None:
