@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from runs import (
+from experiments import (
     draw_curve,
     machine,
     make_env,

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import draw_curve, machine, make_env, read_rows, run_all, run_folder, runs_of, train_and_log, use_one_thread, write_rows
+from experiments import (
+    draw_curve,
+    machine,
+    make_env,
+    read_rows,
+    run_all,
+    run_folder,
+    runs_of,
+    train_and_log,
+    use_one_thread,
+    write_rows,
+)
 
 from sb3_deepcrl import DeepCRL
 
@@ -90,8 +101,7 @@ def summarize(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
             f"Command: `python benchmarks/variants.py {args.study} --env {args.env} --steps {args.steps} "
             f"--seeds {args.seeds} --eval-freq {args.eval_freq} --jobs {args.jobs}`. Median (each of {args.seeds} seeds). "
             f"Success is reaching the goal at any step, over {args.eval_episodes} evaluation episodes; time at goal is a "
-            "fraction of the episode. DeepCRL with batch 256, all else default but for what is named. "
-            machine(args.jobs),
+            "fraction of the episode. DeepCRL with batch 256, all else default but for what is named. " + machine(args.jobs),
             "",
             *lines,
             "",

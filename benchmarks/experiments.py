@@ -199,8 +199,8 @@ def machine(jobs: int) -> str:
     :return: What the runs were made on
     """
     return (
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores, torch {th.__version__}, one thread a run, {jobs} runs side by "
-        "side, and other work at times: compare seconds within this table only."
+        f"Machine: {platform.machine()}, {os.cpu_count()} cores, torch {th.__version__}, one thread a run, {jobs} runs side "
+        "by side, and other work at times: compare seconds within this table only."
     )
 
 
