@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
-from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals
+from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.registration import register_envs
 from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
@@ -17,4 +17,5 @@ __all__ = [
     "SuccessInfoWrapper",
     "__version__",
     "evaluate_goals",
+    "mean_of_episodes",
 ]

@@ -36,7 +36,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     :param argv: Arguments of the command line
     :return: The parsed arguments
     """
-    parser = argparse.ArgumentParser(prog="python -m sb3_deepcrl", description=__doc__.split("\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m sb3_deepcrl",
+        description=__doc__.split("\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--env", default="PointMaze_UMaze-v3", help="id of a goal-conditioned env")
     parser.add_argument("--steps", type=positive_int, default=20_000, help="number of env steps")
     parser.add_argument("--depth", type=int, default=8, help="layers in the residual blocks, a multiple of 4")
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model.learn(args.steps, callback=display)
     except KeyboardInterrupt:
-        console.print("Interrupted: the model is saved as it is now")
+        console.print("Interrupted: the model is saved as it is now, and evaluated")
     finally:
         seconds = time.monotonic() - start
         display.stop()

@@ -21,6 +21,15 @@ def test_main_trains_evaluates_and_saves(tmp_path, capsys):
     assert (tmp_path / "PointMaze_UMaze-v3-value.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("env_id", "has_picture"), [("HumanoidUMaze-v0", True), ("ArmPushEasy-v0", False)])
+def test_main_on_other_envs(env_id, has_picture, tmp_path, capsys):
+    args = "--steps 1100 --n-envs 2 --depth 4 --batch-size 16 --eval-episodes 1".split()
+    main(["--env", env_id, *args, "--output", str(tmp_path)])
+    assert (tmp_path / f"{env_id}.zip").exists()
+    assert (tmp_path / f"{env_id}-value.png").exists() == has_picture
+    assert ("No picture: " in capsys.readouterr().out) != has_picture
+
+
 def test_interrupted_main_saves_what_it_has(tmp_path):
     args = ["--steps", "1000000", "--n-envs", "2", "--depth", "4", "--batch-size", "16", "--eval-episodes", "2"]
     process = subprocess.Popen(

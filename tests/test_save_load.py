@@ -270,8 +270,18 @@ def test_kill_while_saving_keeps_the_previous_file(tmp_path):
     assert result.returncode == -9
     assert zipfile.is_zipfile(path)
     assert DeepCRL.load(path).num_timesteps == 0
+    assert len(list(tmp_path.iterdir())) == 2
     # What the kill left behind is in nobody's way
     make_model().save(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_saves_of_the_same_file_at_once(tmp_path):
+    path = tmp_path / "model.zip"
+    with atomic_path(path, ".zip") as first, atomic_path(path, ".zip") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 
 

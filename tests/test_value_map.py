@@ -50,6 +50,8 @@ def test_walls_of_our_own_mazes():
 def test_env_without_a_maze():
     with pytest.raises(ValueError, match="has no maze to draw"):
         MazeMap.from_env(GoalReachEnv())
+    with pytest.raises(ValueError, match="needs a single env, not a DummyVecEnv"):
+        MazeMap.from_env(DummyVecEnv([GoalReachEnv]))
 
 
 def test_observations_are_moved():
@@ -59,8 +61,16 @@ def test_observations_are_moved():
     assert (batch["achieved_goal"] == xy).all()
     assert (batch["observation"] == np.hstack([xy, np.zeros((3, 1))])).all()
     assert (batch["desired_goal"] == [3.0, 4.0]).all()
-    with pytest.raises(ValueError, match=r"must be x and y, got an array of shape \(3,\)"):
-        observations_at({"achieved_goal": np.zeros(3)}, xy, xy[0])
+    with pytest.raises(ValueError, match=r"must be x, y and perhaps z, got an array of shape \(4,\)"):
+        observations_at({"achieved_goal": np.zeros(4)}, xy, xy[0])
+
+
+def test_height_is_kept():
+    observation, _ = gym.make("HumanoidUMaze-v0").reset(seed=0)
+    batch = observations_at(observation, np.array([[3.0, 4.0]]), np.array([5.0, 6.0]))
+    assert batch["achieved_goal"][0] == pytest.approx([3.0, 4.0, 1.4])
+    assert batch["desired_goal"][0] == pytest.approx([5.0, 6.0, 1.25])
+    assert batch["observation"][0, :3] == pytest.approx([3.0, 4.0, 1.4])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -79,6 +89,18 @@ def test_values_are_those_of_the_critic(normalize):
         with th.no_grad():
             energy = model.critic(model.policy.obs_to_tensor(obs)[0], th.as_tensor(expected))
         assert values[index] == pytest.approx(energy.item(), rel=1e-4)
+
+
+def test_pictures_read_as_the_text_of_the_maze():
+    env = gym.make("PointU4Maze-v0")
+    ax = plot_value_map(make_model(env), env, points_per_cell=2)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("y (m)", "x (m)")
+    image = ax.images[0].get_array()
+    # Row 3 of 7 has a wall in its middle
+    assert image.shape == (14, 10)
+    assert list(image.mask[6]) == [True] * 2 + [False] * 2 + [True] * 2 + [False] * 2 + [True] * 2
+    bottom, top = ax.get_ylim()
+    assert bottom > top
 
 
 def test_plot(maze_env, tmp_path):

@@ -39,6 +39,8 @@ class MazeMap:
         :return: Its map
         :raises ValueError: if the env has no maze
         """
+        if not isinstance(env, gym.Env):
+            raise ValueError(f"A value map needs a single env, not a {type(env).__name__}: make one with `gym.make()`")
         scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
         if isinstance(scene, Maze):
             n_rows, n_columns = scene.layout.shape
@@ -90,21 +92,21 @@ def observations_at(observation: dict[str, np.ndarray], xy: np.ndarray, goal: np
     """
     Put the robot of an observation at other places.
 
-    :param observation: One observation, without batch axis, whose achieved goal is the position
+    :param observation: One observation, without batch axis, whose achieved goal starts with the position
     :param xy: Positions, shape ``(n, 2)``, in metres
     :param goal: Desired goal, x and y in metres
-    :return: Observations of shape ``(n, ...)``, the same as the given one but for position and goal
+    :return: Observations of shape ``(n, ...)``, the same as the given one but for x and y of position and goal
     :raises ValueError: if the achieved goal is not a position
     """
     achieved = observation["achieved_goal"]
-    if achieved.shape != (2,):
-        raise ValueError(f"The achieved goal must be x and y, got an array of shape {achieved.shape}")
+    if achieved.shape not in ((2,), (3,)):
+        raise ValueError(f"The achieved goal must be x, y and perhaps z, got an array of shape {achieved.shape}")
     batch = {key: np.repeat(value[None].astype(np.float32), len(xy), axis=0) for key, value in observation.items()}
-    batch["achieved_goal"][:] = xy
-    batch["desired_goal"][:] = goal
+    batch["achieved_goal"][:, :2] = xy
+    batch["desired_goal"][:, :2] = goal
     for key, value in observation.items():
         # Many envs give the position in the observation, too
-        if key not in ("achieved_goal", "desired_goal") and value.ndim == 1 and np.allclose(value[:2], achieved):
+        if key not in ("achieved_goal", "desired_goal") and value.ndim == 1 and np.allclose(value[:2], achieved[:2]):
             batch[key][:, :2] = xy
     return batch
 
@@ -145,6 +147,7 @@ def plot_value_map(
 ) -> "Axes":
     """
     Draw the value over a maze, with the actions of the policy as arrows if they are two-dimensional.
+    The picture reads as the maze's text does: rows from top to bottom.
 
     :param model: The trained model
     :param env: The maze env
@@ -160,7 +163,7 @@ def plot_value_map(
 
     maze = MazeMap.from_env(env)
     observation, _ = env.reset(seed=seed)
-    goal = observation["desired_goal"] if goal is None else np.asarray(goal, dtype=np.float64)
+    goal = observation["desired_goal"][:2] if goal is None else np.asarray(goal, dtype=np.float64)
     if maze.is_wall(goal):
         raise ValueError(f"The goal {goal} lies in a wall or outside of the maze: choose x and y of a free cell")
 
@@ -176,21 +179,24 @@ def plot_value_map(
 
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    image = ax.imshow(values, origin="lower", extent=(x_min, x_max, y_min, y_max), cmap="viridis")
+    # Which of x and y runs along the rows of the maze
+    across = int(maze.column_step[0] == 0)
+    order = [across, 1 - across]
+    limits = [(x_min, x_max), (y_min, y_max)]
+    image = ax.imshow(values.T if across else values, origin="lower", extent=(*limits[across], *limits[1 - across]))
     ax.figure.colorbar(image, ax=ax, label="value (minus distance of the representations)", shrink=0.85)
     for row, column in zip(*np.nonzero(maze.walls), strict=True):
-        center = maze.centers(np.array(row), np.array(column))
-        left, bottom = center - maze.cell_size / 2
+        left, bottom = (maze.centers(np.array(row), np.array(column)) - maze.cell_size / 2)[order]
         ax.add_patch(Rectangle((left, bottom), maze.cell_size, maze.cell_size, facecolor="0.25", edgecolor="0.25"))
     if model.action_space.shape == (2,):
         # About four arrows along the side of a cell, in the middle of their part of it
         step = max(points_per_cell // 4, 1)
         part = (slice(step // 2, None, step), slice(step // 2, None, step))
-        arrows = free[part]
-        ax.quiver(
-            *np.moveaxis(grid[part][arrows], -1, 0), *np.moveaxis(actions[part][arrows], -1, 0), color="white", width=0.003
-        )
-    ax.plot(*goal, marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none", label="goal")
-    ax.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
+        starts, arrows = grid[part][free[part]], actions[part][free[part]]
+        ax.quiver(*starts.T[order], *arrows.T[order], angles="xy", color="white", width=0.003)
+    ax.plot(*goal[order], marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none", label="goal")
+    ax.set(xlabel=f"{'xy'[across]} (m)", ylabel=f"{'yx'[across]} (m)", aspect="equal")
+    if maze.row_step[1 - across] > 0:
+        ax.invert_yaxis()
     ax.legend(loc="upper right", framealpha=0.9)
     return ax

@@ -1,7 +1,26 @@
 import contextlib
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove_leftovers(path: pathlib.Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote this file."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = leftover.name.split(".")[-3]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -23,7 +42,9 @@ def atomic_path(path: str | pathlib.Path, suffix: str) -> Iterator[pathlib.Path]
     # Write through a link, not over it
     path = pathlib.Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    if os.name == "posix":
+        _remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
