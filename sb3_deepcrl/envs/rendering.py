@@ -46,6 +46,9 @@ class TaskRenderer:
             # The vertical opening angle decides, so a wide scene needs a larger distance in a narrow picture
             extent = max(high_x - low_x, (high_y - low_y) * height / width)
             self.camera.distance = 1.05 * extent / (2 * np.tan(np.deg2rad(task.model.vis.global_.fovy) / 2))
+            # The light at the camera would burn out the tops of the walls, so it shines from everywhere
+            headlight = task.model.vis.headlight
+            headlight.ambient[:], headlight.diffuse[:], headlight.specular[:] = 0.3, 0, 0
             # Looking down with -x up in the picture
             self.camera.azimuth, self.camera.elevation = 180, -90
 
