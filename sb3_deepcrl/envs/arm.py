@@ -148,7 +148,8 @@ class Arm(Robot):
                 damping=[5, 0, 0],
             )
             color = [0.95, 0.95, 0.95, 1] if number % 2 else [0.6, 0.65, 0.7, 1]
-            body.add_geom(type=CAPSULE, fromto=link.shape, size=[0.055, 0, 0], mass=0, rgba=color)
+            # Unequal radii, as the rounded ends of neighbours would cover each other with specks
+            body.add_geom(type=CAPSULE, fromto=link.shape, size=[0.056 - 0.001 * (number % 2), 0, 0], mass=0, rgba=color)
         self._add_hand(body)
         self._add_cube(world)
         for number, link in enumerate(LINKS, start=1):
