@@ -615,7 +615,9 @@ def test_pickled_env_starts_afresh():
         ({"robot": "arm", "table": "pull"}, "Unknown table 'pull'"),
         ({"robot": "ant", "render_mode": "human"}, "render_mode='human'"),
         ({"robot": "ant", "camera": "side"}, "Unknown camera 'side'"),
-        ({"robot": "ant", "width": 0}, "0 x 480 pixels"),
+        ({"robot": "ant", "width": 0}, "width=0"),
+        ({"robot": "ant", "height": 2.5}, "height=2.5: expected an integer"),
+        ({"robot": "ant", "terminate_when_unhealthy": "no"}, "terminate_when_unhealthy='no'"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -678,6 +680,11 @@ def test_a_way_must_lead_to_the_goal():
 def test_unknown_argument(make):
     with pytest.raises(TypeError, match=r"GoalEnv has no argument foo. Its arguments are render_mode, .* robot, maze"):
         make(foo=1)
+
+
+def test_missing_robot():
+    with pytest.raises(TypeError, match="GoalEnv needs robot=, one of point, ant"):
+        GoalEnv()
 
 
 def test_attributes():

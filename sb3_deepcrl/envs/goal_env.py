@@ -6,7 +6,7 @@ from gymnasium.utils import EzPickle
 
 from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_task_arguments, refuse_setting
+from sb3_deepcrl.envs.task import ROBOTS, SETTABLE, GoalTask, check_task_arguments, refuse_setting
 
 
 class GoalEnv(gym.Env, EzPickle):
@@ -49,6 +49,8 @@ class GoalEnv(gym.Env, EzPickle):
         **task_kwargs: Any,
     ):
         check_task_arguments(GoalEnv, task_kwargs)
+        if "robot" not in task_kwargs:
+            raise TypeError(f"GoalEnv needs robot=, one of {', '.join(ROBOTS)}; or make a registered task with gym.make(id).")
         EzPickle.__init__(self, render_mode=render_mode, camera=camera, width=width, height=height, **task_kwargs)
         self.render_mode = render_mode
         self.render_arguments = check_render_arguments(render_mode, camera, width, height)

@@ -93,6 +93,8 @@ class GoalTask:
         _check_positive("success_threshold", success_threshold)
         _check_positive("cell_size", cell_size)
         _check_positive("wall_height", wall_height)
+        if not isinstance(terminate_when_unhealthy, bool | np.bool_):
+            raise ValueError(f"terminate_when_unhealthy={terminate_when_unhealthy!r}: expected True or False.")
         check_count("frame_skip", frame_skip)
         check_count("stitching", stitching)
         if reset_noise_scale is not None and not (is_number(reset_noise_scale) and 0 <= reset_noise_scale < np.inf):
