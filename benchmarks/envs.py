@@ -9,6 +9,11 @@ All of them get the same kind of random actions. Everything is measured in turn,
 rounds is reported, so that a disturbance hits all alike. Run it on an idle machine::
 
     python benchmarks/envs.py --output docs/results/envs.md
+
+With ``--stability`` nothing is timed: 1,000 episodes of random actions a robot are run, and MuJoCo's warnings and diverged
+simulations are counted. None is expected::
+
+    python benchmarks/envs.py --stability
 """
 
 import argparse
@@ -29,6 +34,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_deepcrl.envs import BatchVecEnv, register_envs
+from sb3_deepcrl.envs.simulation import Simulation
+from sb3_deepcrl.envs.task import GoalTask
 
 register_envs()
 gym.register_envs(gymnasium_robotics)
@@ -128,6 +135,40 @@ def measure(env_id: str, n_envs: int, n_threads: int, baseline_envs: int, second
     return rates
 
 
+def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[int, int, int, int]:
+    """
+    :param env_id: Id of the environment
+    :param n_envs: Number of environments that run at a time
+    :param n_threads: Number of native threads
+    :param episodes: Number of episodes to start; each of them is run to its end
+    :return: Number of episodes, env steps, warnings of MuJoCo and diverged simulations
+    """
+    spec = gym.spec(env_id)
+    simulation = Simulation(GoalTask(**spec.kwargs), n_envs, n_threads)
+    for i in range(n_envs):
+        simulation.seed(i, np.random.default_rng(i))
+    simulation.reset(np.arange(n_envs))
+    rng = np.random.default_rng(n_envs)
+    # The first episodes to end are the short ones, so each environment runs the same number of episodes
+    left = np.full(n_envs, -(-episodes // n_envs))
+    lengths = np.zeros(n_envs, dtype=np.int64)
+    finished = steps = n_warnings = 0
+    while left.any():
+        result = simulation.step(rng.uniform(-1, 1, (n_envs, simulation.task.robot.action_dim)).astype(np.float32))
+        lengths += 1
+        running = left > 0
+        steps += int(running.sum())
+        # Counted here, as the reset clears the warnings
+        n_warnings += int(simulation.batch.warning[running, :, 1].sum())
+        done = result.terminated | result.diverged | (lengths == spec.max_episode_steps)
+        finished += int((done & running).sum())
+        left -= done & running
+        lengths[done] = 0
+        if done.any():
+            simulation.reset(np.flatnonzero(done))
+    return finished, steps, n_warnings, simulation.n_diverged
+
+
 def machine() -> str:
     """
     :return: Processor, number of CPUs and versions
@@ -186,8 +227,17 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="time of one measurement")
+    parser.add_argument(
+        "--stability", nargs="?", type=int, const=1000, metavar="EPISODES", help="count warnings in so many episodes instead"
+    )
     parser.add_argument("--output", type=Path, help="file for the tables (they are always printed)")
     arguments = parser.parse_args()
+    if arguments.stability is not None:
+        print("| env | episodes | env steps | warnings | divergences |\n|---|---:|---:|---:|---:|")
+        for env_id in arguments.env_ids:
+            counts = stability(env_id, arguments.compare_envs, arguments.n_threads, arguments.stability)
+            print(f"| {env_id} | {' | '.join(f'{count:,}' for count in counts)} |", flush=True)
+        return
     if arguments.compare_envs not in arguments.n_envs:
         parser.error(f"--compare-envs {arguments.compare_envs} must be one of --n-envs {arguments.n_envs}")
 

@@ -126,27 +126,24 @@ def test_fall_is_no_truncation():
 
 
 def test_nothing_returned_is_changed_later():
-    """Off-policy algorithms keep the last observation and infos while they step."""
-    vec_env = BatchVecEnv("HumanoidUMaze-v0", 3)
-    kept = [vec_env.reset()]
-    copies = [{key: value.copy() for key, value in kept[0].items()}]
-    dicts = []
+    """Off-policy algorithms keep the last observation and infos while they step, and may change them."""
+    vec_env, twin = BatchVecEnv("HumanoidUMaze-v0", 3), BatchVecEnv("HumanoidUMaze-v0", 3)
+    for env in (vec_env, twin):
+        env.seed(0)
+    kept, expected = [vec_env.reset()], [twin.reset()]
     for actions in random_actions(vec_env, 40):
-        observation, _, _, infos = vec_env.step(actions)
-        kept.append(observation)
-        copies.append({key: value.copy() for key, value in observation.items()})
-        dicts += [id(info) for info in infos]
-        kept += [info["terminal_observation"] for info in infos if "terminal_observation" in info]
-        copies += [
-            {k: v.copy() for k, v in info["terminal_observation"].items()} for info in infos if "terminal_observation" in info
-        ]
-        # Nor does a caller's change reach the simulation
-        observation["observation"][:] = observation["observation"]
-    assert len(kept) > 41
-    for now, then in zip(kept, copies, strict=True):
-        assert_same(now, then)
-    arrays = [value for observation in kept for value in observation.values()]
-    assert not any(np.shares_memory(a, b) for i, a in enumerate(arrays[:60]) for b in arrays[i + 1 : 60])
+        for arrays, env in ((kept, vec_env), (expected, twin)):
+            observation, _, _, infos = env.step(actions)
+            terminal = [info["terminal_observation"] for info in infos if "terminal_observation" in info]
+            arrays += [observation, *terminal]
+        # The untouched twin tells what a change breaks: of what is kept, of the simulation, or of what is returned next
+        for observation in kept[-1 - len(terminal) :]:
+            for value in observation.values():
+                value += 1.0
+    assert len(kept) == len(expected) > 41
+    assert_same(kept[0], expected[0])
+    for changed, original in zip(kept[1:], expected[1:], strict=True):
+        assert_same(changed, {key: value + np.float32(1) for key, value in original.items()})
 
 
 def test_options_for_one_reset():
@@ -190,12 +187,56 @@ def test_env_method_and_attributes():
     with pytest.raises(ValueError, match=r"goal .* lies in the wall"):
         vec_env.set_attr("goal", [0.0, 0.0], indices=0)
 
+    with pytest.raises(ValueError, match="must be 2 finite numbers"):
+        vec_env.set_attr("goal", None)
     vec_env.set_attr("reward_type", "dense")
     assert (vec_env.step(np.zeros((3, 8)))[1] < 0).all()
     with pytest.raises(ValueError, match="All environments share 'reward_type'"):
         vec_env.set_attr("reward_type", "sparse", indices=[0])
     vec_env.set_attr("note", "mine", indices=[2])
     assert vec_env.get_attr("note", indices=[2]) == ["mine"] and not vec_env.has_attr("note")
+
+
+def test_settable_attributes():
+    vec_env = BatchVecEnv("PointUMaze-v0", 2)
+    vec_env.set_attr("max_episode_steps", 3)
+    assert vec_env.get_attr("max_episode_steps") == vec_env.get_attr("_max_episode_steps") == [3, 3]
+    vec_env.reset()
+    dones = [vec_env.step(np.zeros((2, 2)))[2].tolist() for _ in range(3)]
+    assert dones == [[False, False], [False, False], [True, True]]
+    for name, value, message in (
+        ("max_episode_steps", 0, "max_episode_steps=0"),
+        ("success_threshold", -3, "success_threshold=-3"),
+        ("success_threshold", None, "success_threshold=None"),
+        ("reward_type", "shaped", "Unknown reward_type"),
+        ("goal_mode", "moving", "Unknown goal_mode"),
+        ("frame_skip", 10, "'frame_skip' is fixed when the environment is made.*max_episode_steps, goal"),
+        ("render_mode", "human", "'render_mode' is fixed"),
+        ("compute_reward", None, "'compute_reward' is fixed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vec_env.set_attr(name, value)
+    with pytest.raises(ValueError, match="All environments share 'max_episode_steps'"):
+        vec_env.set_attr("max_episode_steps", 5, indices=1)
+
+
+@pytest.mark.parametrize("face", [DummyVecEnv, BatchVecEnv])
+def test_both_faces_have_the_same_attributes(face):
+    vec_env = make_vec_env("PointUMaze-v0", 2, vec_env_cls=face)
+    vec_env.reset()
+    assert vec_env.get_attr("reward_type") == ["sparse"] * 2 and vec_env.get_attr("frame_skip") == [2, 2]
+    assert vec_env.env_method("has_wrapper_attr", "success_threshold") == [True] * 2
+    for name, value in (("reward_type", "dense"), ("success_threshold", 9.0), ("goal_mode", "fixed"), ("goal", [6.0, 2.0])):
+        assert vec_env.env_method("set_wrapper_attr", name, value) == [True] * 2
+    assert vec_env.env_method("set_wrapper_attr", "_max_episode_steps", 1) == [True] * 2
+    _, rewards, dones, infos = vec_env.step(np.zeros((2, 2), dtype=np.float32))
+    assert (rewards < -3).all() and dones.all()
+    for info in infos:
+        assert info["is_success"] and info["terminal_observation"]["desired_goal"].tolist() == [6, 2]
+    with pytest.raises(ValueError, match="success_threshold=-3"):
+        vec_env.env_method("set_wrapper_attr", "success_threshold", -3)
+    with pytest.raises(ValueError, match="'frame_skip' is fixed"):
+        vec_env.env_method("get_wrapper_attr", "unwrapped")[0].set_wrapper_attr("frame_skip", 3)
 
 
 def test_wrappers_it_stands_in_for():
@@ -394,6 +435,7 @@ def test_sac_her_and_deepcrl_train(face):
     "kwargs, message",
     [
         ({"n_envs": 0}, "n_envs=0"),
+        ({"n_envs": True}, "n_envs=True"),
         ({"n_envs": 2, "n_threads": 0}, "n_threads=0"),
         ({"n_threads": -1}, "n_threads=-1"),
         ({"max_episode_steps": 0}, "max_episode_steps=0"),
@@ -404,6 +446,38 @@ def test_sac_her_and_deepcrl_train(face):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         BatchVecEnv("AntU4Maze-v0", **kwargs)
+
+
+def test_what_no_batch_is_made_from():
+    env = GoalEnv(robot="point", maze="u")
+    for wrong in (env, lambda: env, [env], 3):
+        with pytest.raises(ValueError, match=r"BatchVecEnv cannot be made from .*: pass the id"):
+            BatchVecEnv(wrong)
+    with pytest.raises(TypeError, match=r"BatchVecEnv has no argument n_thread. Its arguments are env, n_envs, n_threads, "):
+        BatchVecEnv("PointUMaze-v0", n_thread=2)
+    with pytest.raises(TypeError, match="GoalEnv has no argument foo"):
+        make_vec_env("PointUMaze-v0", 2, env_kwargs={"foo": 1}, vec_env_cls=BatchVecEnv)
+
+
+def test_closed():
+    vec_env = BatchVecEnv("PointUMaze-v0", 2, render_mode="rgb_array")
+    vec_env.reset()
+    vec_env.close()
+    vec_env.close()
+    for call in (vec_env.reset, vec_env.get_images, lambda: vec_env.step(np.zeros((2, 2)))):
+        with pytest.raises(RuntimeError, match="The environment is closed"):
+            call()
+
+
+def test_bad_reset_options():
+    vec_env = BatchVecEnv("PointUMaze-v0", 2)
+    for options in (5, [{}] * 3):
+        vec_env.set_options(options)
+        with pytest.raises(ValueError, match="do not fit 2 envs"):
+            vec_env.reset()
+    vec_env.set_options([{}, 5])
+    with pytest.raises(ValueError, match="reset options 5 of env 1 are no dict"):
+        vec_env.reset()
 
 
 def test_foreign_id():

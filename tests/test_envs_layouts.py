@@ -98,6 +98,18 @@ def test_bad_text(rows, message):
         make_layout(rows)
 
 
+def test_other_spellings():
+    assert make_layout("U4") == make_layout("u4")
+    text = """
+        #####
+        #rgG#
+        #####
+    """
+    assert make_layout(text) == make_layout(["#####", "#rgG#", "#####"]) == make_layout(make_layout(text))
+    with pytest.raises(ValueError, match="row 2 has 3 cells but row 0 has 4"):
+        make_layout("####\n#rg#\n###")
+
+
 def test_bad_name_and_bad_stitching():
     with pytest.raises(ValueError, match=r"Unknown maze 'V'.*Known mazes: u, u2"):
         make_layout("V")

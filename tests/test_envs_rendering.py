@@ -114,7 +114,7 @@ def test_plot_maze(face):
     size = 1 if face == "layout" else 4
     if face != "layout":
         env.reset()
-    ax = plot_maze(env, [np.array([[2.0, 1.0], [1.0, 1.0]]) * size])
+    ax = plot_maze(env, [np.array([[2.0, 1.0], [1.0, 1.0]]) * size, np.ones((3, 2)) * size])
     # Rows run down, columns to the right
     assert ax.yaxis_inverted() and not ax.xaxis_inverted()
     assert ax.get_xlim() == (-0.5 * size, 4.5 * size) and ax.get_ylim() == (6.5 * size, -0.5 * size)
@@ -133,6 +133,9 @@ def test_plot_maze(face):
         assert len(drawn["goal"]) == (3 if face == "batch" else 1)
         assert all(goal in drawn["goal cells"] for goal in drawn["goal"])
     assert ax.lines[0].get_xydata().tolist() == [[size, 2 * size], [size, size]]
+    assert drawn["trajectory start"] == [[size, 2 * size]]
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["goal cells", "start cells", *(["goal"] if face != "layout" else []), "trajectory", "trajectory start"]
     plt.close(ax.figure)
 
 

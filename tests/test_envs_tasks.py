@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cloudpickle
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
@@ -95,13 +96,18 @@ def test_observation_sizes_and_control_steps():
 def test_the_goal_is_nowhere_in_the_observation(env_id):
     """Two episodes that differ in nothing but the goal: all that is observed of the robot is the same, bit for bit."""
     first, second = gym.make(env_id), gym.make(env_id)
-    a, b = first.reset(seed=3)[0], second.reset(seed=3)[0]
-    second.unwrapped.goal = a["desired_goal"].astype(np.float64) + [0.05, -0.05, 0.0][: len(a["desired_goal"])]
+    goal = gym.make(env_id).reset(seed=3)[0]["desired_goal"].astype(np.float64)
+    other = goal + [0.05, -0.05, 0.0][: len(goal)]
+    a = first.reset(seed=3, options={"goal": goal})[0]
+    b = second.reset(seed=3, options={"goal": other})[0]
     for action in actions(first, 12):
-        a, b = first.step(action)[0], second.step(action)[0]
         assert np.abs(a["desired_goal"] - b["desired_goal"]).max() > 0.04
         np.testing.assert_array_equal(a["observation"], b["observation"])
         np.testing.assert_array_equal(a["achieved_goal"], b["achieved_goal"])
+        a, b = first.step(action)[0], second.step(action)[0]
+    # Nor does a goal that is set later
+    second.unwrapped.goal = goal
+    np.testing.assert_array_equal(first.step(action)[0]["observation"], second.step(action)[0]["observation"])
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -146,6 +152,88 @@ def test_ant_contact_pairs():
         if maze:
             assert collide("foot_1", "wall_0_0") and collide("torso_geom", "wall_0_0") and collide("aux_1_geom", "wall_0_0")
             assert not collide("left_leg_geom", "wall_0_0") and not collide("left_ankle_geom", "wall_0_0")
+
+
+HUMANOID_TORQUES = [40, 40, 40, 40, 40, 120, 80, 40, 40, 120, 80, 10, 10, 10, 10, 10, 10]
+# Integrator, iterations, iterations of the line search, timestep, impratio
+ANT_SOLVER, HUMANOID_SOLVER = ("EULER", 4, 50, 0.01, 1), ("EULER", 8, 50, 0.003, 1)
+ARM_SOLVER = ("IMPLICITFAST", 6, 12, 0.002)
+
+
+@pytest.mark.parametrize("env_id, solver, torques", [
+    ("PointUMaze-v0", ("EULER", 4, 50, 0.025, 1), [4] * 2),
+    ("AntU4Maze-v0", ANT_SOLVER, [150] * 8),
+    ("AntGoal-v0", ANT_SOLVER, [150] * 8),
+    ("HumanoidUMaze-v0", HUMANOID_SOLVER, HUMANOID_TORQUES),
+    ("HumanoidGoal-v0", HUMANOID_SOLVER, HUMANOID_TORQUES),
+    ("ArmPushEasy-v0", (*ARM_SOLVER, 1), None),
+    ("ArmPushHard-v0", (*ARM_SOLVER, 1), None),
+    ("ArmBinpickHard-v0", (*ARM_SOLVER, 10), None),
+])  # fmt: skip
+def test_compiled_physics(env_id, solver, torques):
+    task = gym.make(env_id).unwrapped.task
+    model, option = task.model, task.model.opt
+    integrator = mujoco.mjtIntegrator(option.integrator).name.removeprefix("mjINT_")
+    assert (integrator, option.iterations, option.ls_iterations, option.timestep, option.impratio) == solver
+    assert mujoco.mjtSolver(option.solver).name == "mjSOL_NEWTON"
+    for sign in (-1, 1):
+        ctrl = task.robot.control(np.full((1, task.robot.action_dim), sign, dtype=np.float32))[0]
+        if torques is None:
+            assert (np.abs(ctrl[[0, 1, 3, 5]]) > 0).any()
+            continue
+        limited = model.actuator_ctrllimited.astype(bool)
+        limits = np.where(limited[:, None], model.actuator_ctrlrange, [-np.inf, np.inf])
+        np.testing.assert_allclose(np.clip(ctrl, *limits.T) * model.actuator_gear[:, 0], sign * np.array(torques), rtol=1e-6)
+    if torques is None:
+        stiffness = [4500, 4500, 3500, 3500, 2000, 2000, 2000, 500, 500]
+        np.testing.assert_array_equal(model.actuator_gainprm[:, 0], stiffness)
+        np.testing.assert_array_equal(model.actuator_biasprm[:, 1:3], np.outer(stiffness, [-1, -0.1]))
+        np.testing.assert_array_equal(model.actuator_forcerange[:, 1], [87] * 4 + [12] * 3 + [500] * 2)
+
+
+# contype, conaffinity, condim and friction by the kind of a geom
+WALL = (1, 1, 3, (1.0, 0.5, 0.5))
+ANT_PASSIVE, ANT_FLOOR = (0, 0, 3, (1.0, 0.5, 0.5)), (0, 1, 3, (1.0, 0.5, 0.5))
+HUMANOID = {"floor": (0, 1, 3, (1.0, 0.1, 0.1)), "wall": WALL, "": (1, 0, 3, (1.0, 0.005, 0.0001))}
+
+
+@pytest.mark.parametrize("env_id, kinds", [
+    ("PointUMaze-v0", {"floor": (0, 0, 3, (1.0, 0.005, 0.0001)), "wall": WALL, "ball": (1, 0, 1, (0.0, 0.0, 0.0))}),
+    ("AntU4Maze-v0", {"floor": ANT_FLOOR, "wall": WALL, "foot": WALL, "torso": ANT_FLOOR, "aux": ANT_FLOOR, "": ANT_PASSIVE}),
+    ("AntGoal-v0", {"floor": ANT_FLOOR, "foot": (1, 0, 3, (1.0, 0.5, 0.5)), "": ANT_PASSIVE}),
+    ("HumanoidUMaze-v0", HUMANOID),
+    ("HumanoidGoal-v0", HUMANOID),
+    ("ArmPushHard-v0", {"": (0, 0, 3, (1.0, 0.005, 0.0001))}),
+    ("ArmBinpickHard-v0", {"": (0, 0, 3, (1.0, 0.005, 0.0001))}),
+])  # fmt: skip
+def test_compiled_contacts(env_id, kinds):
+    """Every geom collides and rubs as the first kind that its name begins with; no margin makes contacts earlier."""
+    model = gym.make(env_id).unwrapped.task.model
+    for i in range(model.ngeom):
+        name = model.geom(i).name
+        expected = next(values for kind, values in kinds.items() if name.startswith(kind))
+        found = model.geom_contype[i], model.geom_conaffinity[i], model.geom_condim[i], tuple(model.geom_friction[i])
+        assert found == expected, name
+        assert model.geom_margin[i] == 0
+    assert (model.npair > 0) == env_id.startswith("Arm")
+
+
+@pytest.mark.parametrize("env_id", ["ArmPushEasy-v0", "ArmPushHard-v0", "ArmBinpickHard-v0"])
+def test_arm_contact_pairs(env_id):
+    model = gym.make(env_id).unwrapped.task.model
+    pairs = {
+        frozenset((model.geom(first).name, model.geom(second).name))
+        for first, second in zip(model.pair_geom1, model.pair_geom2, strict=True)
+    }
+    fingers = ["left_finger", "right_finger"]
+    expected = {frozenset(pair) for pair in (("cube", "table"), ("cube", "hand"), ("table", "hand"), fingers)}
+    expected |= {frozenset((thing, finger)) for thing in ("cube", "table") for finger in fingers}
+    if env_id == "ArmBinpickHard-v0":
+        walls = [f"{side}_bin{i}" for side in ("start", "goal") for i in range(4)]
+        expected |= {frozenset((wall, thing)) for wall in walls for thing in ("cube", "hand", *fingers)}
+    assert pairs == expected and model.npair == len(expected)
+    np.testing.assert_allclose(model.pair_friction, np.tile([1, 1, 0.005, 0.0001, 0.0001], (model.npair, 1)))
+    assert (model.pair_dim == 3).all()
 
 
 def test_masses():
@@ -373,6 +461,9 @@ def test_goal_functions_are_batch_safe(reward_type):
         assert env.compute_reward(achieved[i], desired[i], infos[i]) == rewards[i]
         assert bool(env.compute_terminated(achieved[i], desired[i], infos[i])) == terminated[i]
         assert not env.compute_truncated(achieved[i], desired[i], infos[i])
+    # HER may pass no info at all: nothing says then that the robot fell
+    assert not env.compute_terminated(achieved[0], desired[0], {})
+    assert env.compute_terminated(achieved, desired, [{}, *infos[1:4], {}]).tolist() == [False, False, True, False, False]
     assert (
         not gym.make("AntU4Maze-v0", terminate_when_unhealthy=False)
         .unwrapped.compute_terminated(achieved, desired, infos)
@@ -450,22 +541,24 @@ def test_arm_can_push_the_cube():
     assert info["distance"] < 0.15
 
 
+@pytest.mark.parametrize("terminate", [True, False])
 @pytest.mark.parametrize("env_id", IDS)
-def test_random_actions_are_stable(env_id, tmp_path, monkeypatch):
-    """No warning of MuJoCo, no NaN, and no file left behind."""
+def test_random_actions_are_stable(env_id, terminate, tmp_path, monkeypatch):
+    """No warning of MuJoCo, no NaN, and no file left behind; also where a fallen robot goes on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    task = gym.make(env_id).unwrapped.task
+    task = gym.make(env_id, terminate_when_unhealthy=terminate).unwrapped.task
     simulation = Simulation(task, 16, 1)
     simulation.reset(np.arange(16))
     rng = np.random.default_rng(0)
     for _ in range(60):
         # Full force one way or the other is rougher than uniform noise
         result = simulation.step(np.sign(rng.uniform(-1, 1, (16, task.robot.action_dim))))
+        # Here and not at the end, as a reset clears the warnings
+        assert simulation.batch.warning[:, :, 1].sum() == 0
         assert not result.diverged.any() and np.isfinite(result.observation["observation"]).all()
         if result.terminated.any():
             simulation.reset(np.flatnonzero(result.terminated))
-    assert simulation.batch.warning[:, :, 1].sum() == 0
     assert not os.listdir(tmp_path)
 
 
@@ -500,6 +593,16 @@ def test_pickled_env_starts_afresh():
         ({"robot": "ant", "maze": "u", "frame_skip": 2.5}, "frame_skip=2.5: expected an integer"),
         ({"robot": "ant", "maze": "u", "reset_noise_scale": -0.1}, "reset_noise_scale=-0.1"),
         ({"robot": "ant", "maze": "u", "healthy_z_range": (1.0, 0.2)}, "first height must be below"),
+        ({"robot": "ant", "maze": "u", "healthy_z_range": 0.3}, "healthy_z_range=0.3: expected two heights"),
+        ({"robot": "ant", "maze": "u", "healthy_z_range": (0.1, 0.2, 0.3)}, "expected two heights"),
+        ({"robot": "ant", "maze": "u", "healthy_z_range": ("a", "b")}, "expected two heights"),
+        ({"robot": "ant", "maze": "u", "reset_noise_scale": "a"}, "reset_noise_scale='a'"),
+        ({"robot": "ant", "maze": "u", "reset_noise_scale": 1.31}, "leaves it 1.3 m to each side"),
+        ({"robot": "point", "maze": "u", "reset_noise_scale": 5.0}, "puts the point into walls"),
+        ({"robot": "ant", "maze": "u", "success_threshold": "0.5"}, "success_threshold='0.5'"),
+        ({"robot": "ant", "maze": "u", "cell_size": "2"}, "cell_size='2'"),
+        ({"robot": "ant", "maze": "u", "frame_skip": True}, "frame_skip=True: expected an integer"),
+        ({"robot": "ant", "maze": 5}, "maze=5 is no maze"),
         ({"robot": "point", "maze": "u", "healthy_z_range": (0.0, 1.0)}, "point cannot fall"),
         ({"robot": "ant", "maze": "u", "stitching": 0}, "stitching=0"),
         ({"robot": "ant", "maze": "u", "stitching": 9}, "no two cells are 7 cells apart"),
@@ -512,7 +615,9 @@ def test_pickled_env_starts_afresh():
         ({"robot": "arm", "table": "pull"}, "Unknown table 'pull'"),
         ({"robot": "ant", "render_mode": "human"}, "render_mode='human'"),
         ({"robot": "ant", "camera": "side"}, "Unknown camera 'side'"),
-        ({"robot": "ant", "width": 0}, "0 x 480 pixels"),
+        ({"robot": "ant", "width": 0}, "width=0"),
+        ({"robot": "ant", "height": 2.5}, "height=2.5: expected an integer"),
+        ({"robot": "ant", "terminate_when_unhealthy": "no"}, "terminate_when_unhealthy='no'"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -529,6 +634,9 @@ def test_bad_arguments(kwargs, message):
         ({"goal": [0.0, 4.0]}, "goal .* lies in the wall at row 0, column 1"),
         ({"goal": [4.0, 4.0, 1.25]}, "must be 2 finite numbers"),
         ({"start": [np.nan, 4.0]}, "must be 2 finite numbers"),
+        ({"start": "abc"}, "start 'abc' must be 2 finite numbers"),
+        ({"goal": [[4.0], [4.0, 4.0]]}, "goal .* must be 2 finite numbers"),
+        (5, "reset options 5 are no dict"),
         ({"begin": [4.0, 4.0]}, r"Unknown reset options \['begin'\]"),
     ],
 )
@@ -538,16 +646,82 @@ def test_bad_reset_options(options, message):
         env.reset(options=options)
 
 
+def test_largest_start_noise():
+    assert GoalEnv(robot="ant", maze="u", reset_noise_scale=1.3).task.reset_noise_scale == 1.3
+    # Nothing is in the way on the open field
+    GoalEnv(robot="ant", reset_noise_scale=1.4)
+
+
 def test_bad_reset_options_of_the_arm():
+    env = gym.make("ArmPushEasy-v0")
     with pytest.raises(ValueError, match=r"start \[3.0, 0.6\] is out of the arm's reach"):
-        gym.make("ArmPushEasy-v0").reset(options={"start": [3.0, 0.6]})
+        env.reset(options={"start": [3.0, 0.6]})
+    for height in (-0.01, 1.01):
+        with pytest.raises(ValueError, match=r"choose z from 0 to 1\.0"):
+            env.reset(options={"goal": [0.1, 0.6, height]})
 
 
-def test_bad_attributes():
-    task = gym.make("AntU4Maze-v0").unwrapped.task
-    with pytest.raises(ValueError, match="Unknown reward_type 'shaped'"):
-        task.reward_type = "shaped"
-    assert task.reward_type == "sparse"
+def test_a_way_must_lead_to_the_goal():
+    # Two rooms, the right one of which holds neither starts nor goals
+    env = gym.make("PointUMaze-v0", maze=["########", "#rg.#..#", "########"], cell_size=2.0)
+    for options, message in (
+        ({"start": [2.0, 12.0]}, "given start in row 1, column 6 to the drawn goal in row 1, column 2"),
+        ({"goal": [2.0, 12.0]}, "drawn start in row 1, column 1 to the given goal in row 1, column 6"),
+        ({"start": [2.0, 10.0], "goal": [2.0, 6.0]}, "given start in row 1, column 5 to the given goal in row 1, column 3"),
+    ):
+        with pytest.raises(ValueError, match=f"No way leads from the {message}"):
+            env.reset(options=options)
+    env.reset(options={"start": [2.0, 10.0], "goal": [2.0, 12.0]})
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **kwargs: GoalEnv(robot="ant", **kwargs), lambda **kwargs: gym.make("AntGoal-v0", **kwargs)]
+)
+def test_unknown_argument(make):
+    with pytest.raises(TypeError, match=r"GoalEnv has no argument foo. Its arguments are render_mode, .* robot, maze"):
+        make(foo=1)
+
+
+def test_missing_robot():
+    with pytest.raises(TypeError, match="GoalEnv needs robot=, one of point, ant"):
+        GoalEnv()
+
+
+def test_attributes():
+    env = gym.make("AntU4Maze-v0")
+    core = env.unwrapped
+    for name, value, bad in (
+        ("reward_type", "dense", "shaped"),
+        ("goal_mode", "fixed", "moving"),
+        ("success_threshold", 0.7, -3),
+    ):
+        env.set_wrapper_attr(name, value)
+        assert env.get_wrapper_attr(name) == getattr(core.task, name) == value and name not in core.__dict__
+        for refused in (bad, None):
+            with pytest.raises(ValueError, match=name):
+                env.set_wrapper_attr(name, refused)
+        assert getattr(core, name) == value
+    assert env.get_wrapper_attr("frame_skip") == 5
+    with pytest.raises(ValueError, match=r"'frame_skip' is fixed .* reward_type, goal_mode, success_threshold, goal"):
+        env.set_wrapper_attr("frame_skip", 10)
+    with pytest.raises(AttributeError):
+        env.get_wrapper_attr("no_such_thing")
+    core.note = "mine"
+    with pytest.raises(ValueError, match="must be 2 finite numbers"):
+        core.goal = None
+
+
+def test_no_step_without_an_episode():
+    env = GoalEnv(robot="point", maze="u", render_mode="rgb_array")
+    with pytest.raises(RuntimeError, match=r"Call reset\(\) before the first step\(\)"):
+        env.step(np.zeros(2))
+    env.reset(seed=0)
+    env.step(np.zeros(2))
+    env.close()
+    env.close()
+    for call in (env.reset, env.render, lambda: env.step(np.zeros(2))):
+        with pytest.raises(RuntimeError, match="The environment is closed"):
+            call()
 
 
 def test_bad_actions():
@@ -557,3 +731,5 @@ def test_bad_actions():
         env.step(np.zeros(7))
     with pytest.raises(ValueError, match="env 0 is not finite: number 3 is nan"):
         env.step(np.array([0, 0, 0, np.nan, 0, 0, 0, 0]))
+    with pytest.raises(ValueError, match="Actions have the data type <U1, expected numbers"):
+        env.step(["a"] * 8)

@@ -122,7 +122,9 @@ class Arm(Robot):
         spec.default.geom.contype = 0
         spec.default.geom.conaffinity = 0
         world = spec.worldbody
-        world.add_light(pos=[0, 0, 2], dir=[0.3, 0.3, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, diffuse=[0.6] * 3)
+        # Without shadows, which were full of specks at the edge of the table
+        light = world.add_light(pos=[0, 0, 2], dir=[0.3, 0.3, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
+        light.diffuse, light.castshadow = [0.6] * 3, False
         world.add_geom(
             name="table",
             type=mujoco.mjtGeom.mjGEOM_PLANE,
@@ -146,7 +148,8 @@ class Arm(Robot):
                 damping=[5, 0, 0],
             )
             color = [0.95, 0.95, 0.95, 1] if number % 2 else [0.6, 0.65, 0.7, 1]
-            body.add_geom(type=CAPSULE, fromto=link.shape, size=[0.055, 0, 0], mass=0, rgba=color)
+            # Unequal radii, as the rounded ends of neighbours would cover each other with specks
+            body.add_geom(type=CAPSULE, fromto=link.shape, size=[0.056 - 0.001 * (number % 2), 0, 0], mass=0, rgba=color)
         self._add_hand(body)
         self._add_cube(world)
         for number, link in enumerate(LINKS, start=1):
@@ -267,6 +270,8 @@ TABLES: dict[str, tuple[Box, Box]] = {
 }
 # Half the inner side of a bin, half its height and half the thickness of its walls, in metres
 BIN_HALF, BIN_HALF_HEIGHT, BIN_HALF_THICKNESS = 0.19, 0.033, 0.005
+# Greatest height of a goal above the table in metres
+MAX_GOAL_HEIGHT = 1.0
 
 
 class Table(Scene):
@@ -312,6 +317,11 @@ class Table(Scene):
                     f"The {kind} {point.tolist()}{where} is out of the arm's reach: choose x from {low_x} to {high_x} and "
                     f"y from {low_y} to {high_y}."
                 )
+        if goal is not None and not 0 <= goal[2] <= MAX_GOAL_HEIGHT:
+            raise ValueError(
+                f"The goal {goal.tolist()}{where} lies below the table or above the arm's reach: choose z from 0 to "
+                f"{MAX_GOAL_HEIGHT}. A cube that lies flat on the table has z = {CUBE_HALF}."
+            )
 
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start, goal = (

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 from sb3_deepcrl.envs.goal_env import GoalEnv
 from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation, Transition
-from sb3_deepcrl.envs.task import GoalTask, check_count
+from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, check_task_arguments, refuse_setting
 
 DEFAULT_PICTURE = {"render_mode": None, "camera": "follow", "width": 480, "height": 480}
 # Wrappers whose work BatchVecEnv does itself
@@ -57,9 +57,12 @@ class EnvView:
         return self._vec_env.spec
 
     @property
-    def _max_episode_steps(self) -> int | None:
-        """Steps after which an episode is truncated, under the name that it has in ``TimeLimit``."""
+    def max_episode_steps(self) -> int | None:
+        """Steps after which an episode is truncated."""
         return self._vec_env.max_episode_steps
+
+    #: The same under the name that it has in ``TimeLimit``
+    _max_episode_steps = max_episode_steps
 
     @property
     def render_mode(self) -> str | None:
@@ -83,8 +86,7 @@ class EnvView:
 
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
-        checked = self._vec_env.task.check_options({"goal": goal}, f" of env {self._index}")[1]
-        self._vec_env.simulation.goals[self._index] = checked
+        self._vec_env.simulation.goals[self._index] = self._vec_env.task.check_goal(goal, f" of env {self._index}")
 
     def render(self) -> np.ndarray | None:
         """
@@ -105,6 +107,17 @@ class EnvView:
         :return: Its value
         """
         return getattr(self, name)
+
+    def set_wrapper_attr(self, name: str, value: Any, *, force: bool = True) -> bool:
+        """
+        See :meth:`BatchVecEnv.set_attr`.
+
+        :param name: Name of an attribute
+        :param value: Its new value
+        :param force: Whether to make an attribute that does not exist yet
+        :return: Whether it was set
+        """
+        return self._vec_env.env_method("set_wrapper_attr", name, value, force=force, indices=self._index)[0]
 
 
 class BatchVecEnv(VecEnv):
@@ -146,6 +159,7 @@ class BatchVecEnv(VecEnv):
         height: int = 480,
         **task_kwargs: Any,
     ):
+        check_task_arguments(BatchVecEnv, task_kwargs)
         for name, value in (("n_envs", n_envs), ("n_threads", n_threads), ("max_episode_steps", max_episode_steps)):
             check_count(name, value)
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
@@ -157,6 +171,11 @@ class BatchVecEnv(VecEnv):
             arguments = {**self.spec.kwargs, **task_kwargs}
             limit = self.spec.max_episode_steps
             n_envs = 1 if n_envs is None else n_envs
+        elif not isinstance(env, list | tuple) or not all(callable(env_fn) for env_fn in env):
+            raise ValueError(
+                f"BatchVecEnv cannot be made from {env!r}: pass the id of an environment of this package and n_envs, or a "
+                "list of functions that return one environment each."
+            )
         else:
             given = {name for name, value in picture.items() if value != DEFAULT_PICTURE[name]} | set(task_kwargs)
             if given:
@@ -182,7 +201,6 @@ class BatchVecEnv(VecEnv):
         self._returns = np.zeros(n_envs, dtype=np.float64)
         self._start_time = time.time()
         self._actions: np.ndarray | None = None
-        self._needs_reset = True
         super().__init__(n_envs, self.task.observation_space, self.task.action_space)
         self.metadata["render_fps"] = round(1 / self.task.dt)
 
@@ -231,6 +249,11 @@ class BatchVecEnv(VecEnv):
         return self.simulation.n_diverged
 
     def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+        if not isinstance(self._options, Sequence) or len(self._options) != self.num_envs:
+            raise ValueError(
+                f"The reset options {self._options!r} do not fit {self.num_envs} envs: pass one dict for all of them, or a "
+                "list of one dict an env, to set_options()."
+            )
         starts, goals = [], []
         for i, options in enumerate(self._options):
             start, goal = self.task.check_options(options, f" of env {i}")
@@ -246,15 +269,14 @@ class BatchVecEnv(VecEnv):
         self._reset_options()
         self._lengths[:] = 0
         self._returns[:] = 0
-        self._needs_reset = False
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        if self._needs_reset or self._actions is None:
-            raise RuntimeError("Call reset() before the first step().")
+        if self._actions is None:
+            raise RuntimeError("No actions are given. Call step_async() before step_wait(), or step().")
         actions, self._actions = self._actions, None
         result = self.simulation.step(actions)
         self._lengths += 1
@@ -302,25 +324,48 @@ class BatchVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
-        ``goal`` belongs to one environment; attributes of the task, e.g. ``reward_type``, are shared by all of them and can
-        only be set for all of them. Any other name becomes an attribute of the environments given.
+        ``goal`` belongs to one environment. ``goal_mode``, ``reward_type``, ``success_threshold`` and ``max_episode_steps``
+        are shared by all of them and can only be set for all of them. A name that no environment has becomes an attribute of
+        the environments given.
+
+        :param attr_name: Name of the attribute
+        :param value: Its new value
+        :param indices: Indices of the environments, None for all of them
+        :raises ValueError: If the value is not allowed, or the attribute cannot be changed on a running environment
         """
         chosen = list(self._get_indices(indices))
-        if not hasattr(EnvView, attr_name) and hasattr(self.task, attr_name):
+        limits = ("max_episode_steps", "_max_episode_steps")
+        if attr_name in SETTABLE or attr_name in limits:
             if set(chosen) != set(range(self.num_envs)):
                 raise ValueError(
                     f"All environments share {attr_name!r}, so it cannot be set for {chosen} of {self.num_envs} alone. "
                     "Leave indices out, or make a second BatchVecEnv."
                 )
-            setattr(self.task, attr_name, value)
-        else:
-            for i in chosen:
-                setattr(self._views[i], attr_name, value)
+            if attr_name in limits:
+                check_count(attr_name, value)
+                self.max_episode_steps = value
+            else:
+                setattr(self.task, attr_name, value)
+            return
+        if attr_name != "goal" and (hasattr(EnvView, attr_name) or hasattr(self.task, attr_name)):
+            refuse_setting(attr_name, "max_episode_steps", "goal")
+        for i in chosen:
+            setattr(self._views[i], attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        return [getattr(self._views[i], method_name)(*method_args, **method_kwargs) for i in self._get_indices(indices)]
+        chosen = list(self._get_indices(indices))
+        if method_name == "set_wrapper_attr":
+            # What all environments share is set once, not in one after the other
+            return self._set_wrapper_attrs(chosen, *method_args, **method_kwargs)
+        return [getattr(self._views[i], method_name)(*method_args, **method_kwargs) for i in chosen]
+
+    def _set_wrapper_attrs(self, indices: list[int], name: str, value: Any, *, force: bool = True) -> list[bool]:
+        exists = force or all(self._views[i].has_wrapper_attr(name) for i in indices)
+        if exists:
+            self.set_attr(name, value, indices)
+        return [exists for _ in indices]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """
@@ -337,6 +382,7 @@ class BatchVecEnv(VecEnv):
         if self.render_mode is None:
             warnings.warn("There is no picture without a render mode. Pass render_mode='rgb_array' to BatchVecEnv.")
             return None
+        self.simulation.check_open()
         if self._renderer is None:
             self._renderer = TaskRenderer(self.task, **self._render_arguments)
         return self._renderer.render(self.simulation, index)
@@ -345,6 +391,7 @@ class BatchVecEnv(VecEnv):
         return [self.picture(i) for i in range(self.num_envs)]
 
     def close(self) -> None:
+        self.simulation.close()
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None

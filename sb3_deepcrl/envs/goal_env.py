@@ -6,7 +6,7 @@ from gymnasium.utils import EzPickle
 
 from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import GoalTask
+from sb3_deepcrl.envs.task import ROBOTS, SETTABLE, GoalTask, check_task_arguments, refuse_setting
 
 
 class GoalEnv(gym.Env, EzPickle):
@@ -23,6 +23,11 @@ class GoalEnv(gym.Env, EzPickle):
 
     ``reset(options={"start": ..., "goal": ...})`` sets the start (x and y of the robot, or of the arm's cube) and the goal of
     an episode, in metres.
+
+    ``goal_mode``, ``reward_type``, ``success_threshold`` and ``goal``, the goal of the running episode, may be set on a
+    running env. Through wrappers this takes ``set_wrapper_attr``, and through any vectorized environment
+    ``env_method("set_wrapper_attr", name, value)``: ``set_attr`` of SB3's own ones sets an attribute of the outermost
+    wrapper, without effect.
 
     An env is pickled as its arguments: a copy starts afresh.
 
@@ -43,13 +48,17 @@ class GoalEnv(gym.Env, EzPickle):
         height: int = 480,
         **task_kwargs: Any,
     ):
+        check_task_arguments(GoalEnv, task_kwargs)
+        if "robot" not in task_kwargs:
+            raise TypeError(f"GoalEnv needs robot=, one of {', '.join(ROBOTS)}; or make a registered task with gym.make(id).")
         EzPickle.__init__(self, render_mode=render_mode, camera=camera, width=width, height=height, **task_kwargs)
         self.render_mode = render_mode
         self.render_arguments = check_render_arguments(render_mode, camera, width, height)
         self.task_kwargs = task_kwargs
-        self.task = GoalTask(**task_kwargs)
-        self.observation_space = self.task.observation_space
-        self.action_space = self.task.action_space
+        task = GoalTask(**task_kwargs)
+        self.observation_space = task.observation_space
+        self.action_space = task.action_space
+        self.task = task
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.task.dt)}  # type: ignore[misc]
         self.simulation = Simulation(self.task, n_envs=1, n_threads=1)
         self._renderer: TaskRenderer | None = None
@@ -62,7 +71,21 @@ class GoalEnv(gym.Env, EzPickle):
 
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
-        self.simulation.goals[0] = self.task.check_options({"goal": goal})[1]
+        self.simulation.goals[0] = self.task.check_goal(goal)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only called for names that the env itself has not: those of the task, as in BatchVecEnv
+        if name.startswith("_") or name == "task":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.task, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTABLE:
+            setattr(self.task, name, value)
+            return
+        if name not in self.__dict__ and not hasattr(type(self), name) and hasattr(self.__dict__.get("task"), name):
+            refuse_setting(name, "goal")
+        super().__setattr__(name, value)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -111,12 +134,14 @@ class GoalEnv(gym.Env, EzPickle):
         if self.render_mode is None:
             gym.logger.warn("render() was called without a render mode. Pass render_mode='rgb_array' to gym.make().")
             return None
+        self.simulation.check_open()
         if self._renderer is None:
             self._renderer = TaskRenderer(self.task, **self.render_arguments)
         return self._renderer.render(self.simulation, 0)
 
     def close(self) -> None:
-        """Free the rendering context."""
+        """Free the rendering context. A closed environment cannot be used any more."""
+        self.simulation.close()
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None

@@ -19,7 +19,7 @@ The grids, their starts and both goal sets are those of the code released with t
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -308,17 +308,26 @@ def _check_text(name: str, rows: tuple[str, ...]) -> None:
 
 def make_layout(maze: str | Sequence[str] | Layout) -> Layout:
     """
-    :param maze: Name of a maze in ``LAYOUTS``, a maze as text (one string a row), or a checked layout
+    :param maze: Name of a maze in ``LAYOUTS`` in small or capital letters, a maze as text (one string a row, or one string
+        of several lines, whose indentation is ignored), or a checked layout
     :return: The checked layout
     :raises ValueError: If the name is unknown or the text is no closed maze with a start and a goal
     """
     if isinstance(maze, Layout):
         return maze
-    if isinstance(maze, str):
-        if maze not in LAYOUTS:
+    if isinstance(maze, str) and "\n" not in maze:
+        name = maze.lower()
+        if name not in LAYOUTS:
             raise ValueError(
                 f"Unknown maze {maze!r}. Known mazes: {', '.join(LAYOUTS)}; "
                 "or pass a maze as text, a list with one string a row."
             )
-        return Layout(maze, LAYOUTS[maze])
+        return Layout(name, LAYOUTS[name])
+    if isinstance(maze, str):
+        maze = [line.strip() for line in maze.strip().splitlines()]
+    if not isinstance(maze, Iterable):
+        raise ValueError(
+            f"maze={maze!r} is no maze. Known mazes: {', '.join(LAYOUTS)}; "
+            "or pass a maze as text, a list with one string a row."
+        )
     return Layout("custom", tuple(maze))

@@ -39,10 +39,11 @@ def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | Non
         ax.scatter(xy[:, 1], xy[:, 0], color=color, marker="s", s=60, alpha=0.35, label=label)
     if len(goals):
         ax.scatter(goals[:, 1], goals[:, 0], color="tab:green", marker="*", s=160, label="goal", zorder=3)
-    for trajectory in trajectories:
+    for i, trajectory in enumerate(trajectories):
         points = np.asarray(trajectory)
-        ax.plot(points[:, 1], points[:, 0], linewidth=1)
-        ax.scatter(points[:1, 1], points[:1, 0], color="black", s=12, zorder=3)
+        # One entry of the legend stands for all of them
+        ax.plot(points[:, 1], points[:, 0], linewidth=1, label="_" if i else "trajectory")
+        ax.scatter(points[:1, 1], points[:1, 0], color="black", s=12, zorder=3, label="_" if i else "trajectory start")
     n_rows, n_columns = layout.shape
     ax.set_xlim(-0.5 * size, (n_columns - 0.5) * size)
     # Inverted, so that row 0 is at the top

@@ -4,7 +4,7 @@ import mujoco
 import numpy as np
 
 from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import GoalTask
+from sb3_deepcrl.envs.task import GoalTask, check_count
 
 CAMERAS = ("follow", "top_down")
 GOAL_COLOR = (0.1, 0.8, 0.2, 0.45)
@@ -46,6 +46,9 @@ class TaskRenderer:
             # The vertical opening angle decides, so a wide scene needs a larger distance in a narrow picture
             extent = max(high_x - low_x, (high_y - low_y) * height / width)
             self.camera.distance = 1.05 * extent / (2 * np.tan(np.deg2rad(task.model.vis.global_.fovy) / 2))
+            # The light at the camera would burn out the tops of the walls, so it shines from everywhere
+            headlight = task.model.vis.headlight
+            headlight.ambient[:], headlight.diffuse[:], headlight.specular[:] = 0.3, 0, 0
             # Looking down with -x up in the picture
             self.camera.azimuth, self.camera.elevation = 180, -90
 
@@ -91,6 +94,6 @@ def check_render_arguments(render_mode: str | None, camera: str, width: int, hei
         raise ValueError(f"render_mode={render_mode!r} is not supported: use None or 'rgb_array'.")
     if camera not in CAMERAS:
         raise ValueError(f"Unknown camera {camera!r}. Choose one of: {', '.join(CAMERAS)}.")
-    if width < 1 or height < 1:
-        raise ValueError(f"A picture of {width} x {height} pixels cannot be drawn: width and height start at 1.")
+    check_count("width", width)
+    check_count("height", height)
     return {"camera": camera, "width": width, "height": height}

@@ -52,6 +52,17 @@ class Scene(ABC):
         """
         return
 
+    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None, where: str = "") -> None:
+        """
+        An open floor has a way from everywhere to everywhere.
+
+        :param start: x and y of a given start in metres, None if it is drawn
+        :param goal: A given goal in metres, None if it is drawn
+        :param where: Place for the messages, e.g. the env index
+        :raises ValueError: If no way leads from the start to the goal
+        """
+        return
+
 
 class Maze(Scene):
     """
@@ -131,6 +142,19 @@ class Maze(Scene):
             self._check_clearance(start, radius, where)
         if goal is not None:
             self._check_cell("goal", goal, where)
+
+    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None, where: str = "") -> None:
+        if start is None and goal is None:
+            return
+        # All drawn starts and goals are connected, so one of them stands for all
+        first = tuple(self.pairs[0, 0].tolist()) if start is None else self.cell_of(start)
+        last = tuple(self.pairs[0, 1].tolist()) if goal is None else self.cell_of(goal)
+        if self.layout.distances(first)[last] < 0:
+            raise ValueError(
+                f"No way leads from the {'drawn' if start is None else 'given'} start in row {first[0]}, column {first[1]} to "
+                f"the {'drawn' if goal is None else 'given'} goal in row {last[0]}, column {last[1]}{where} of maze "
+                f"{self.layout.name!r}. Choose both in one part of the maze, or open a way in its text."
+            )
 
     def _check_clearance(self, start: np.ndarray, radius: float, where: str) -> None:
         row, column = self.cell_of(start)

@@ -60,6 +60,8 @@ class Simulation:
         self._stage = int(stage)
         self._warnings = self.batch.warning[:, :, 1]
         self._observation = np.zeros((n_envs, task.robot.observation_dim), dtype=np.float32)
+        self._running = False
+        self._closed = False
         # Numbers that chose start and goal of a fixed goal; NaN where they are still to be drawn
         self._fixed = np.full((n_envs, task.scene.n_uniform), np.nan)
 
@@ -84,7 +86,10 @@ class Simulation:
         :param starts: Checked start of each of them in metres, None for a drawn one
         :param goals: Checked goal of each of them in metres, None for a drawn one
         :return: Observations and measures of these environments
+        :raises RuntimeError: If the environments are closed
         """
+        self.check_open()
+        self._running = True
         task = self.task
         draw = task.draw([self.generators[i] for i in indices])
         if task.goal_mode == "fixed":
@@ -120,7 +125,11 @@ class Simulation:
         :param actions: Actions of all environments, shape (n_envs, action_dim)
         :return: What they lead to
         :raises ValueError: If the shape is wrong or an action is not finite
+        :raises RuntimeError: If no episode runs, i.e. before the first reset and after ``close``
         """
+        self.check_open()
+        if not self._running:
+            raise RuntimeError("No episode is running. Call reset() before the first step().")
         task = self.task
         self._state["ctrl"][:] = task.robot.control(np.clip(self._check_actions(actions), -1.0, 1.0))
         failed: np.ndarray | list[int] = []
@@ -162,8 +171,21 @@ class Simulation:
         mujoco.mj_forward(self.task.model, data)
         return data
 
+    def close(self) -> None:
+        """Refuse every further reset and step."""
+        self._closed = True
+
+    def check_open(self) -> None:
+        """
+        :raises RuntimeError: If the environments are closed
+        """
+        if self._closed:
+            raise RuntimeError("The environment is closed, it cannot be used any more. Make a new one.")
+
     def _check_actions(self, actions: np.ndarray) -> np.ndarray:
         actions = np.asarray(actions)
+        if actions.dtype.kind not in "fiu":
+            raise ValueError(f"Actions have the data type {actions.dtype}, expected numbers in [-1, 1], e.g. float32.")
         expected = (self.n_envs, self.task.robot.action_dim)
         if actions.shape != expected:
             raise ValueError(

@@ -1,4 +1,6 @@
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import mujoco
@@ -15,6 +17,8 @@ from sb3_deepcrl.envs.scenes import Maze, OpenField, Scene
 
 # Allowed values of attributes that may be set on a running task
 CHOICES = {"reward_type": ("sparse", "dense"), "goal_mode": ("resample", "fixed")}
+# All attributes that may be set on a running task
+SETTABLE = (*CHOICES, "success_threshold")
 ROBOTS = ("point", "ant", "humanoid", "arm")
 # Goals of the open field: the ant's lie on a circle, the humanoid's in a ring (metres)
 FIELDS = {"ant": (10.0, 10.0), "humanoid": (1.0, 5.0)}
@@ -89,10 +93,12 @@ class GoalTask:
         _check_positive("success_threshold", success_threshold)
         _check_positive("cell_size", cell_size)
         _check_positive("wall_height", wall_height)
+        if not isinstance(terminate_when_unhealthy, bool | np.bool_):
+            raise ValueError(f"terminate_when_unhealthy={terminate_when_unhealthy!r}: expected True or False.")
         check_count("frame_skip", frame_skip)
         check_count("stitching", stitching)
-        if reset_noise_scale is not None and not 0 <= reset_noise_scale < np.inf:
-            raise ValueError(f"reset_noise_scale={reset_noise_scale}: expected a finite number that is not negative.")
+        if reset_noise_scale is not None and not (is_number(reset_noise_scale) and 0 <= reset_noise_scale < np.inf):
+            raise ValueError(f"reset_noise_scale={reset_noise_scale!r}: expected a finite number that is not negative.")
         if maze is None:
             given = {
                 "goal_set": goal_set != "train",
@@ -112,6 +118,14 @@ class GoalTask:
         self.terminate_when_unhealthy = terminate_when_unhealthy
         self.healthy_z_range = self._check_healthy_z_range(healthy_z_range)
         self.reset_noise_scale = self.robot.reset_noise_scale if reset_noise_scale is None else reset_noise_scale
+        if isinstance(self.scene, Maze):
+            room = self.scene.cell_size / 2 - self.robot.radius
+            if self.reset_noise_scale > room:
+                raise ValueError(
+                    f"reset_noise_scale={self.reset_noise_scale} puts the {self.robot.name} into walls: a cell of "
+                    f"{self.scene.cell_size} m leaves it {room:.3g} m to each side. Use a smaller reset_noise_scale or a "
+                    "larger cell_size."
+                )
         field_skip = HUMANOID_FIELD_FRAME_SKIP if robot == "humanoid" and maze is None else self.robot.frame_skip
         self.frame_skip = field_skip if frame_skip is None else frame_skip
 
@@ -165,7 +179,10 @@ class GoalTask:
             return self.robot.healthy_z_range
         if self.robot.healthy_z_range is None:
             raise ValueError(f"healthy_z_range={healthy_z_range}: the {self.robot.name} cannot fall. Leave it out.")
-        low, high = healthy_z_range
+        heights = tuple(healthy_z_range) if isinstance(healthy_z_range, Iterable) else ()
+        if len(heights) != 2 or not all(map(is_number, heights)):
+            raise ValueError(f"healthy_z_range={healthy_z_range!r}: expected two heights in metres, e.g. (0.2, 1.0).")
+        low, high = heights
         if not low < high:
             raise ValueError(f"healthy_z_range={healthy_z_range}: the first height must be below the second one.")
         return low, high
@@ -174,6 +191,8 @@ class GoalTask:
         # Also reached by set_attr of a vectorized environment
         if name in CHOICES:
             _check_choice(name, value, CHOICES[name])
+        if name == "success_threshold":
+            _check_positive(name, value, required=True)
         super().__setattr__(name, value)
 
     # --- Start and goal -----------------------------------------------------------------------------------------------
@@ -214,25 +233,45 @@ class GoalTask:
         :param options: Options of ``reset``: "start" (x and y) and "goal", both in metres
         :param where: Place for the messages, e.g. the env index
         :return: Start and goal, None where not given
-        :raises ValueError: If an option is unknown, has a wrong shape, is not finite or lies in a wall
+        :raises ValueError: If an option is unknown, has a wrong shape, is not finite or lies in a wall, or if no way leads
+            from the start to the goal
         """
-        options = options or {}
+        if options is None:
+            return None, None
+        if not isinstance(options, Mapping):
+            raise ValueError(f"The reset options {options!r}{where} are no dict: pass {{'start': ..., 'goal': ...}} or None.")
         unknown = set(options) - {"start", "goal"}
         if unknown:
             raise ValueError(f"Unknown reset options {sorted(unknown)}{where}. Known options: 'start' and 'goal'.")
-        checked: list[np.ndarray | None] = []
-        for name, size in (("start", 2), ("goal", self.robot.goal_dim)):
-            value = options.get(name)
-            if value is None:
-                checked.append(None)
-                continue
-            array = np.asarray(value, dtype=np.float64)
-            if array.shape != (size,) or not np.isfinite(array).all():
-                raise ValueError(f"The {name} {value!r}{where} must be {size} finite numbers in metres.")
-            checked.append(array)
-        start, goal = checked
+        start = self._check_position("start", options.get("start"), 2, where)
+        goal = self._check_position("goal", options.get("goal"), self.robot.goal_dim, where)
         self.scene.check(start, goal, self.robot.radius, where)
+        self.scene.check_way(start, goal, where)
         return start, goal
+
+    def check_goal(self, goal: Any, where: str = "") -> np.ndarray:
+        """
+        :param goal: Goal for a running episode in metres
+        :param where: Place for the messages, e.g. the env index
+        :return: The goal, shape (goal_dim,)
+        :raises ValueError: If it has a wrong shape, is not finite or lies in a wall
+        """
+        checked = self._check_position("goal", () if goal is None else goal, self.robot.goal_dim, where)
+        assert checked is not None
+        self.scene.check(None, checked, self.robot.radius, where)
+        return checked
+
+    @staticmethod
+    def _check_position(name: str, value: Any, size: int, where: str) -> np.ndarray | None:
+        if value is None:
+            return None
+        try:
+            array = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError):
+            array = np.empty(0)
+        if array.shape != (size,) or not np.isfinite(array).all():
+            raise ValueError(f"The {name} {value!r}{where} must be {size} finite numbers in metres.")
+        return array
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
 
@@ -274,8 +313,7 @@ class GoalTask:
         shape = np.broadcast_shapes(np.shape(achieved_goal), np.shape(desired_goal))[:-1]
         if not self.terminate_when_unhealthy or self.healthy_z_range is None:
             return np.zeros(shape, dtype=bool)
-        healthy = info["is_healthy"] if isinstance(info, Mapping) else [step["is_healthy"] for step in info]
-        return ~np.broadcast_to(np.asarray(healthy, dtype=bool), shape)
+        return ~_read_info(info, "is_healthy", True, shape)
 
     def compute_truncated(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         """
@@ -287,8 +325,19 @@ class GoalTask:
         :return: Whether the episode is truncated, shape (...)
         """
         shape = np.broadcast_shapes(np.shape(achieved_goal), np.shape(desired_goal))[:-1]
-        flags = info.get("diverged", False) if isinstance(info, Mapping) else [step.get("diverged", False) for step in info]
-        return np.broadcast_to(np.asarray(flags, dtype=bool), shape).copy()
+        return _read_info(info, "diverged", False, shape).copy()
+
+
+def _read_info(info: Any, key: str, default: bool, shape: tuple[int, ...]) -> np.ndarray:
+    """
+    :param info: Info of a step, or a sequence of them
+    :param key: Key of a truth value
+    :param default: What holds where the key is missing
+    :param shape: Shape of the goals that the infos belong to, without their last axis
+    :return: The truth values, shape ``shape``
+    """
+    values = info.get(key, default) if isinstance(info, Mapping) else [step.get(key, default) for step in info]
+    return np.broadcast_to(np.asarray(values, dtype=bool), shape)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -302,13 +351,46 @@ def check_count(name: str, value: int | None) -> None:
     :param value: Its value; None is accepted
     :raises ValueError: If it is not an integer from 1 on
     """
-    if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+    if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{name}={value!r}: expected an integer that is at least 1.")
 
 
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not 0 < value < np.inf:
-        raise ValueError(f"{name}={value}: expected a positive number of metres.")
+def is_number(value: Any) -> bool:
+    """
+    :param value: Any object
+    :return: Whether it is a real number; True and False are none
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_positive(name: str, value: float | None, required: bool = False) -> None:
+    if (value is not None or required) and not (is_number(value) and 0 < value < np.inf):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r}: expected a positive number of metres.")
+
+
+def refuse_setting(name: str, *others: str) -> None:
+    """
+    :param name: Name of an attribute of the task that cannot be changed any more
+    :param others: Names that the caller can set besides those of the task
+    :raises ValueError: Always, with the names that can be set
+    """
+    raise ValueError(
+        f"{name!r} is fixed when the environment is made: pass it to gym.make or BatchVecEnv. "
+        f"Attributes that can be set later are {', '.join((*SETTABLE, *others))}."
+    )
+
+
+def check_task_arguments(face: Callable[..., Any], arguments: Iterable[str]) -> None:
+    """
+    :param face: The class that was called
+    :param arguments: Names of the arguments that it hands on to ``GoalTask``
+    :raises TypeError: If ``GoalTask`` does not know one of them, with the names that ``face`` takes
+    """
+    known = [*inspect.signature(GoalTask).parameters]
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        own = [name for name in inspect.signature(face).parameters if name != "task_kwargs"]
+        raise TypeError(f"{face.__name__} has no argument {', '.join(unknown)}. Its arguments are {', '.join(own + known)}.")
 
 
 def _make_robot(robot: str, maze: Any, table: str | None) -> Robot:
