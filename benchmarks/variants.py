@@ -52,10 +52,10 @@ STUDIES: dict[str, tuple[int, dict[str, dict[str, dict[str, Any]]]]] = {
         },
     ),
     "departures": (
-        20_000,
+        14_000,
         {
-            "depth 8": {
-                name: dict(depth=8, batch_size=256, **kwargs)
+            "depth 4": {
+                name: dict(depth=4, batch_size=256, **kwargs)
                 for name, kwargs in {
                     "default": dict(),
                     "random_goals=0": dict(random_goals=0.0),

@@ -96,9 +96,9 @@ def test_pictures_read_as_the_text_of_the_maze():
     ax = plot_value_map(make_model(env), env, points_per_cell=2)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("y (m)", "x (m)")
     image = ax.images[0].get_array()
-    # Row 3 of 7 has a wall in its middle
+    # Row 4 of 7 has a wall in its middle
     assert image.shape == (14, 10)
-    assert list(image.mask[6]) == [True] * 2 + [False] * 2 + [True] * 2 + [False] * 2 + [True] * 2
+    assert list(image.mask[8]) == [True] * 2 + [False] * 2 + [True] * 2 + [False] * 2 + [True] * 2
     bottom, top = ax.get_ylim()
     assert bottom > top
 
