@@ -1,7 +1,7 @@
 """
 Train DeepCRL on a goal-conditioned env and look at what it learned.
 
-    python -m sb3_deepcrl --env PointMaze_UMaze-v3 --depth 8 --steps 30000
+    python -m sb3_deepcrl --env PointMaze_UMaze-v3 --depth 8 --steps 40000
 """
 
 import argparse
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--env", default="PointMaze_UMaze-v3", help="id of a goal-conditioned env")
-    parser.add_argument("--steps", type=positive_int, default=20_000, help="number of env steps")
+    parser.add_argument("--steps", type=positive_int, default=40_000, help="number of env steps")
     parser.add_argument("--depth", type=int, default=8, help="layers in the residual blocks, a multiple of 4")
     parser.add_argument("--batch-size", type=int, default=256, help="size of a minibatch")
     parser.add_argument("--n-envs", type=positive_int, default=16, help="number of parallel envs")

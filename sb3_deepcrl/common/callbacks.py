@@ -91,6 +91,9 @@ class TrainingDisplay(BaseCallback):
         self._progress.update(self._task, completed=min(self.num_timesteps, self.locals["total_timesteps"]))
         self._live.update(self._render())
         self._live.stop()
+        if not self._live.console.is_terminal:
+            # Rich ends the line on a terminal only
+            self._live.console.line()
         self._live = None
 
     def _on_training_end(self) -> None:
