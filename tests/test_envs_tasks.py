@@ -122,17 +122,30 @@ def test_achieved_goal_is_the_head_of_the_observation(env_id):
     np.testing.assert_allclose(observation["achieved_goal"], data.body(body).xpos[:n], atol=1e-6)
 
 
-def test_humanoid_observation_is_current():
-    """Every part describes the state after the step, as a serial forward pass computes it."""
+def test_humanoid_observation_is_that_of_serial_physics():
+    """Positions and velocities are those after the step, inertia and velocity rows those of its last physics step."""
     env = gym.make("HumanoidUMaze-v0")
     env.reset(seed=0)
     for action in actions(env, 5):
+        data, task = env.unwrapped.simulation.data(0), env.unwrapped.task
         observation = env.step(action)[0]["observation"]
-    data, robot = env.unwrapped.simulation.data(0), env.unwrapped.task.robot
-    parts = (data.qpos, data.qvel, data.cinert[robot.bodies].ravel(), data.cvel[robot.bodies].ravel(), data.qfrc_actuator)
+    data.ctrl[:] = task.robot.control(action)
+    mujoco.mj_step(task.model, data, task.frame_skip)
+    bodies = task.robot.bodies
+    parts = (data.qpos, data.qvel, data.cinert[bodies].ravel(), data.cvel[bodies].ravel(), data.qfrc_actuator)
     np.testing.assert_allclose(observation, np.concatenate(parts).astype(np.float32), rtol=1e-5, atol=1e-5)
-    assert len(robot.bodies) == 11
+    assert len(bodies) == 11
     assert np.abs(observation[223:]).max() > 10
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_first_humanoid_observation_is_that_of_a_forward_pass(noise):
+    env = gym.make("HumanoidU4Maze-v0", reset_noise_scale=noise)
+    for seed in range(3):
+        observation = env.reset(seed=seed)[0]["observation"]
+        data, robot = env.unwrapped.simulation.data(0), env.unwrapped.task.robot
+        parts = (data.cinert[robot.bodies].ravel(), data.cvel[robot.bodies].ravel())
+        np.testing.assert_allclose(observation[47:223], np.concatenate(parts), rtol=1e-5, atol=1e-5)
 
 
 def test_ant_contact_pairs():

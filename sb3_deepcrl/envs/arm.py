@@ -100,6 +100,7 @@ class Arm(Robot):
     action_dim = 5
     goal_dim = 3
     derived_fields = ("sensordata",)
+    derived_stage = mujoco.mjtStage.mjSTAGE_VEL
     frame_skip = 25
     success_threshold = 0.1
     extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 0.3, "success_hard": 0.03}

@@ -20,7 +20,8 @@ class Humanoid(Robot):
 
     Observation (246): position xyz, quaternion, 17 joint angles, linear and angular velocity, 17 joint velocities,
     MuJoCo's centre-of-mass based inertia (10) and velocity (6) of each of the 11 moving bodies, actuator forces on all
-    23 degrees of freedom. Nothing in it depends on the goal: the released code's 268 numbers also hold the goal's position.
+    23 degrees of freedom. Inertia and velocity rows are those of the last physics step, one time step before the rest, as in
+    Gymnasium's humanoid. Nothing in it depends on the goal: the released code's 268 numbers also hold the goal's position.
     Action (17): motor torque as a share of its limit. Goal (3): x, y and z of the torso, with z fixed at 1.25 m.
     A control step in a maze is 0.015 s: 5 Euler steps of 0.003 s.
 

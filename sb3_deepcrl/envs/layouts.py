@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# Longest side of a box of walls in cells: 2 was faster than 1, 3 and no limit, for ant and humanoid
+MAX_BOX_CELLS = 2
 WALL, FREE, START, GOAL, EVAL_GOAL = "#", ".", "r", "g", "G"
 CELLS = {WALL: "wall", FREE: "free", START: "start", GOAL: "training goal", EVAL_GOAL: "training and evaluation goal"}
 
@@ -196,8 +198,9 @@ class Layout:
 
     def wall_boxes(self) -> list[tuple[int, int, int, int]]:
         """
-        Cover the walls with few rectangles. Every box costs the collision detection time, so neighbouring wall cells are
-        merged: first along rows, then equal runs of neighbouring rows.
+        Cover the walls with few small rectangles. Every box costs the collision detection time, so neighbouring wall cells are
+        merged, first along rows, then equal runs of neighbouring rows; but MuJoCo rejects far boxes by their bounding
+        sphere, which is wide around a long box, so none is longer than ``MAX_BOX_CELLS``.
 
         :return: First row, first column, number of rows and number of columns of each rectangle
         """
@@ -209,12 +212,12 @@ class Layout:
             runs, j = [], 0
             while j < n_columns:
                 width = 0
-                while j + width < n_columns and row[j + width] == WALL:
+                while width < MAX_BOX_CELLS and j + width < n_columns and row[j + width] == WALL:
                     width += 1
                 if width:
                     runs.append((j, width))
                 j += max(width, 1)
-            for run in [run for run in growing if run not in runs]:
+            for run in [run for run in growing if run not in runs or growing[run][1] == MAX_BOX_CELLS]:
                 finished.append((growing[run][0], run[0], growing[run][1], run[1]))
                 del growing[run]
             for run in runs:

@@ -26,8 +26,12 @@ class Robot(ABC):
     observation_dim: ClassVar[int]
     action_dim: ClassVar[int]
     goal_dim: ClassVar[int]
-    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``
+    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``. They may not depend on where the
+    #: robot starts.
     derived_fields: ClassVar[tuple[str, ...]] = ()
+    #: Up to which stage of MuJoCo they are computed at the new state after a step. With none they are those of the last
+    #: physics step, which starts one time step earlier, as in Gymnasium's environments, and cost nothing.
+    derived_stage: ClassVar[mujoco.mjtStage] = mujoco.mjtStage.mjSTAGE_NONE
     #: Physics steps of one env step
     frame_skip: ClassVar[int]
     #: Side of a maze cell in metres

@@ -87,7 +87,6 @@ class Maze(Scene):
         self.layout = layout
         self.cell_size = cell_size
         self.wall_height = wall_height
-        self.goal_tail = np.asarray(goal_tail, dtype=np.float64)
         self.exact_start = stitching is not None
         n_rows, n_columns = layout.shape
         self.bounds = ((-cell_size / 2, -cell_size / 2), ((n_rows - 0.5) * cell_size, (n_columns - 0.5) * cell_size))
@@ -101,6 +100,9 @@ class Maze(Scene):
             self.pairs = np.array([(start, goal) for start in layout.starts for goal in goals])
             probabilities = np.full(len(self.pairs), 1 / len(self.pairs))
         self._cumulative = np.cumsum(probabilities)
+        positions = self.pairs * cell_size
+        self._starts = positions[:, 0].astype(np.float64)
+        self._goals = np.hstack((positions[:, 1], np.tile(goal_tail, (len(positions), 1))))
         self.n_uniform = 1
 
     def build(self, spec: mujoco.MjSpec) -> None:
@@ -124,9 +126,7 @@ class Maze(Scene):
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Rounding may leave the last cumulative probability just below one
         index = np.minimum(np.searchsorted(self._cumulative, uniform[:, 0], side="right"), len(self.pairs) - 1)
-        pairs = self.pairs[index] * self.cell_size
-        tail = np.broadcast_to(self.goal_tail, (len(pairs), len(self.goal_tail)))
-        return pairs[:, 0].astype(np.float64), np.concatenate((pairs[:, 1], tail), axis=1)
+        return self._starts[index], self._goals[index]
 
     def cell_of(self, position: np.ndarray) -> tuple[int, int]:
         """

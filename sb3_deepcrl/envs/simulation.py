@@ -55,15 +55,24 @@ class Simulation:
         self.batch.reset(stage=int(mujoco.mjtStage.mjSTAGE_NONE))
         self._fresh_row = self.batch.state[0].copy()
         self._state = {name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *task.robot.derived_fields)}
-        # Without derived fields the state rows say it all, and the last forward pass can be saved
-        stage = mujoco.mjtStage.mjSTAGE_VEL if task.robot.derived_fields else mujoco.mjtStage.mjSTAGE_NONE
-        self._stage = int(stage)
+        self._home_derived = self._derive_home()
         self._warnings = self.batch.warning[:, :, 1]
         self._observation = np.zeros((n_envs, task.robot.observation_dim), dtype=np.float32)
         self._running = False
         self._closed = False
         # Numbers that chose start and goal of a fixed goal; NaN where they are still to be drawn
         self._fixed = np.full((n_envs, task.scene.n_uniform), np.nan)
+
+    def _derive_home(self) -> dict[str, np.ndarray]:
+        """
+        :return: The derived fields of robots at rest at home, one row an environment. They do not depend on where home is, so
+            that episodes that start without noise can take them over and save a forward pass.
+        """
+        fields = self.task.robot.derived_fields if self.task.reset_noise_scale == 0 else ()
+        if fields:
+            self._state["qpos"][0] = self.task.robot.home()
+            self.batch.forward([0], stage=int(mujoco.mjtStage.mjSTAGE_VEL))
+        return {name: np.repeat(self._state[name][:1], self.n_envs, axis=0) for name in fields}
 
     def seed(self, index: int, generator: np.random.Generator) -> None:
         """
@@ -109,9 +118,12 @@ class Simulation:
         self._state["qvel"][indices] = qvel
         self._warnings[indices] = 0
         self.goals[indices] = goal
-        if task.robot.derived_fields:
-            self.batch.forward(indices, stage=self._stage)
-        state = {name: values[indices] for name, values in self._state.items()}
+        if task.robot.derived_fields and not self._home_derived:
+            self.batch.forward(indices, stage=int(mujoco.mjtStage.mjSTAGE_VEL))
+        state = {
+            name: self._home_derived[name][: len(indices)] if name in self._home_derived else values[indices]
+            for name, values in self._state.items()
+        }
         observation = task.robot.observation(state)
         self._observation[indices] = observation
         healthy = self._is_healthy(state["qpos"])
@@ -134,7 +146,7 @@ class Simulation:
         self._state["ctrl"][:] = task.robot.control(np.clip(self._check_actions(actions), -1.0, 1.0))
         failed: np.ndarray | list[int] = []
         try:
-            self.batch.step(nstep=task.frame_skip, stage=self._stage)
+            self.batch.step(nstep=task.frame_skip, stage=int(task.robot.derived_stage))
         except SimulationError as error:
             failed = error.ids
         observation = task.robot.observation(self._state)
