@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch as th
-
 from experiments import draw_curve, machine, read_rows, write_rows
+
 from sb3_deepcrl import DeepCRL, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.envs import BatchVecEnv
 

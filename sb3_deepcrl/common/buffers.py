@@ -55,6 +55,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     :param optimize_memory_usage: Not supported, states are never stored twice
     :param handle_timeout_termination: Whether ``dones`` of the samples are false where the episode ended by timeout
     :param gamma: Parameter of the geometric law, between 0 (the next state) and 1 (uniform over the future)
+    :param on_device: Whether to keep states and actions on ``device`` too, so that minibatches are gathered there. What was
+        added since the last sample is copied there at once. Same law, same file; worth it on a GPU with memory to spare.
     :raises ValueError: if an argument is out of its range
     """
 
@@ -70,6 +72,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         gamma: float = 0.99,
+        on_device: bool = False,
     ):
         # Skip the parent, which would allocate observations and next observations
         super(ReplayBuffer, self).__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -108,6 +111,24 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         # Whether `add` has begun and not ended: it was interrupted
         self._adding = False
         self._env_indices = np.arange(n_envs)
+        self.on_device = on_device
+        self._forget_device_copy()
+
+    def _forget_device_copy(self) -> None:
+        self._device_copy: dict[str, th.Tensor] = {}
+        # Flat indices of the slots that were written since the copy was brought up to date
+        self._written: list[np.ndarray] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        # The file is the same for all devices
+        del state["_device_copy"], state["_written"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Buffers of the first release do not have it
+        self.__dict__.update({"on_device": False, **state})
+        self._forget_device_copy()
 
     @staticmethod
     def _storage_dtype(space: spaces.Space) -> np.dtype:
@@ -139,6 +160,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.head[:] = 0
         self.episode_steps[:] = 0
         self.n_used = 0
+        self._forget_device_copy()
 
     def add(  # type: ignore[override]
         self,
@@ -184,6 +206,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self._end_episodes(np.flatnonzero(jumped & (self.episode_steps > 0)))
 
         slots = self.head.copy()
+        if self._device_copy:
+            self._written += [(slot % self.n_slots) * self.n_envs + envs for slot in (slots, slots + 1)]
         for key, value in obs.items():
             self.observations[key][slots, envs] = value
         self.actions[slots, envs] = np.asarray(action).reshape(self.n_envs, self.action_dim)
@@ -276,6 +300,22 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         # Several times as fast as indexing with slots and envs
         return values.reshape(-1, *values.shape[2:]).take(indices, axis=0)
 
+    def _update_device_copy(self) -> dict[str, th.Tensor]:
+        """
+        :return: States and actions on the device, as flat storage
+        """
+        storage = {**self.observations, "action": self.actions}
+        copy = self._device_copy
+        if not copy or copy["action"].device != th.empty(0, device=self.device).device:
+            self._device_copy = {key: th.tensor(values, device=self.device).flatten(0, 1) for key, values in storage.items()}
+        elif self._written:
+            slots = np.unique(np.concatenate(self._written))
+            on_device = th.as_tensor(slots, device=self.device)
+            for key, values in storage.items():
+                copy[key][on_device] = th.as_tensor(self._take(values, slots), device=self.device)
+        self._written = []
+        return self._device_copy
+
     def _sample_steps(self, horizon: np.ndarray) -> np.ndarray:
         """
         Invert the distribution function ``F(k) = (1 - gamma^k) / (1 - gamma^horizon)`` of the truncated geometric law.
@@ -294,12 +334,41 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         # Rounding may give the horizon itself
         return np.minimum(steps.astype(np.int64), horizon - 1) + 1
 
-    def _gather(self, indices: np.ndarray, goals: np.ndarray, env: VecNormalize | None) -> dict[str, th.Tensor]:
+    def _gather(
+        self, indices: np.ndarray, goal_indices: np.ndarray, env: VecNormalize | None
+    ) -> tuple[dict[str, th.Tensor], th.Tensor]:
+        """
+        :param indices: Flat indices of transitions
+        :param goal_indices: Flat indices of the states that give the goals
+        :param env: Associated ``VecNormalize`` to normalise the observations, if any
+        :return: Observations with these goals, and actions
+        """
+        if self.on_device:
+            copy = self._update_device_copy()
+            rows, goal_rows = (th.as_tensor(i, device=self.device) for i in (indices, goal_indices))
+            on_device = {key: copy[key][rows] for key in self.observations if key != "desired_goal"}
+            on_device["desired_goal"] = copy["achieved_goal"][goal_rows]
+            return self._normalize_on_device(on_device, env), copy["action"][rows]
         obs = {key: self._take(values, indices) for key, values in self.observations.items() if key != "desired_goal"}
-        obs["desired_goal"] = goals
+        obs["desired_goal"] = self._take(self.observations["achieved_goal"], goal_indices)
         normalized = self._normalize_obs(obs, env)
         assert isinstance(normalized, dict)
-        return {key: self.to_torch(value, copy=False) for key, value in normalized.items()}
+        observations = {key: self.to_torch(value, copy=False) for key, value in normalized.items()}
+        return observations, self.to_torch(self._take(self.actions, indices), copy=False)
+
+    def _normalize_on_device(self, obs: dict[str, th.Tensor], env: VecNormalize | None) -> dict[str, th.Tensor]:
+        """What ``VecNormalize.normalize_obs`` does, without moving the observations."""
+        if env is None or not env.norm_obs:
+            return obs
+        normalized = dict(obs)
+        for key in env.norm_obs_keys or ():
+            statistics = env.obs_rms[key]  # type: ignore[index]
+            mean, std = (
+                th.as_tensor(value, dtype=th.float32, device=self.device)
+                for value in (statistics.mean, np.sqrt(statistics.var + env.epsilon))
+            )
+            normalized[key] = ((obs[key] - mean) / std).clamp(-env.clip_obs, env.clip_obs)
+        return normalized
 
     def sample_contrastive(self, batch_size: int, env: VecNormalize | None = None) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """
@@ -311,9 +380,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             episode reached later, and actions of shape ``(batch_size, action_dim)``
         :raises ValueError: if the buffer is empty
         """
-        indices, goal_indices = self._sample_indices(batch_size)
-        goals = self._take(self.observations["achieved_goal"], goal_indices)
-        return self._gather(indices, goals, env), self.to_torch(self._take(self.actions, indices), copy=False)
+        return self._gather(*self._sample_indices(batch_size), env)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> DictReplayBufferSamples:  # type: ignore[override]
         """
@@ -325,13 +392,13 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         :raises ValueError: if the buffer is empty
         """
         indices, goal_indices = self._sample_indices(batch_size)
-        goals = self._take(self.observations["achieved_goal"], goal_indices)
         dones = self._take(self.dones, indices) & ~self._take(self.timeouts, indices)
         rewards = self._normalize_reward(self._take(self.rewards, indices).reshape(-1, 1), env)
+        observations, actions = self._gather(indices, goal_indices, env)
         return DictReplayBufferSamples(
-            observations=self._gather(indices, goals, env),
-            actions=self.to_torch(self._take(self.actions, indices), copy=False),
-            next_observations=self._gather(self._shift(indices, 1), goals, env),
+            observations=observations,
+            actions=actions,
+            next_observations=self._gather(self._shift(indices, 1), goal_indices, env)[0],
             dones=self.to_torch(dones.astype(np.float32).reshape(-1, 1), copy=False),
             rewards=self.to_torch(rewards, copy=False),
         )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch as th
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def _safe_sqrt(squared: th.Tensor) -> th.Tensor:
@@ -18,16 +19,16 @@ def _safe_sqrt(squared: th.Tensor) -> th.Tensor:
     return th.where(positive, th.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
-def _pairwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:
+def _pairwise_squared_distance(x: th.Tensor, y: th.Tensor, first: int | None) -> th.Tensor:
     # |x|^2 + |y|^2 - 2 x.y loses digits when both points are far from the origin: distances do not depend
     # on the origin, so put it in the middle of the points first.
     center = y.mean(dim=0, keepdim=True).detach()
     x, y = x - center, y - center
     squared = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0).clamp(min=0.0)
-    if len(x) != len(y):
+    if first is None:
         return squared
     # The positives may come so near to each other that what is left after cancellation is rounding
-    return th.diagonal_scatter(squared, _rowwise_squared_distance(x, y))
+    return th.diagonal_scatter(squared, _rowwise_squared_distance(x, y[first : first + len(x)]), offset=first)
 
 
 def _rowwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:
@@ -39,21 +40,23 @@ def _unit(x: th.Tensor) -> th.Tensor:
 
 
 # Each energy: of all pairs of rows, and row by row
-_ENERGIES: dict[str, tuple[Callable[[th.Tensor, th.Tensor], th.Tensor], Callable[[th.Tensor, th.Tensor], th.Tensor]]] = {
+_ENERGIES: dict[
+    str, tuple[Callable[[th.Tensor, th.Tensor, int | None], th.Tensor], Callable[[th.Tensor, th.Tensor], th.Tensor]]
+] = {
     "norm": (
-        lambda x, y: -_safe_sqrt(_pairwise_squared_distance(x, y)),
+        lambda x, y, first: -_safe_sqrt(_pairwise_squared_distance(x, y, first)),
         lambda x, y: -_safe_sqrt(_rowwise_squared_distance(x, y)),
     ),
     "squared": (
-        lambda x, y: -_pairwise_squared_distance(x, y),
+        lambda x, y, first: -_pairwise_squared_distance(x, y, first),
         lambda x, y: -_rowwise_squared_distance(x, y),
     ),
     "dot": (
-        lambda x, y: x @ y.T,
+        lambda x, y, first: x @ y.T,
         lambda x, y: (x * y).sum(dim=1),
     ),
     "cosine": (
-        lambda x, y: _unit(x) @ _unit(y).T,
+        lambda x, y, first: _unit(x) @ _unit(y).T,
         lambda x, y: (_unit(x) * _unit(y)).sum(dim=1),
     ),
 }
@@ -74,7 +77,7 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
     return value
 
 
-def pairwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tensor:
+def pairwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm", first: int | None = None) -> th.Tensor:
     """
     Similarity of every row of ``x`` with every row of ``y``: the logits of the contrastive loss.
 
@@ -85,10 +88,13 @@ def pairwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tens
     :param x: Representations of shape ``(n, repr_dim)``
     :param y: Representations of shape ``(m, repr_dim)``
     :param energy: One of ``ENERGIES``
+    :param first: Row of ``y`` that belongs to the first row of ``x``, as its positive; 0 if both have as many rows
     :return: Energies of shape ``(n, m)``
     :raises ValueError: if there is no such energy
     """
-    return _ENERGIES[check_choice(energy, ENERGIES, "energy")][0](x, y)
+    if first is None and len(x) == len(y):
+        first = 0
+    return _ENERGIES[check_choice(energy, ENERGIES, "energy")][0](x, y, first)
 
 
 def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tensor:
@@ -104,40 +110,114 @@ def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tenso
     return _ENERGIES[check_choice(energy, ENERGIES, "energy")][1](x, y)
 
 
-def info_nce(logits: th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
+class LogitsSummary(NamedTuple):
     """
-    InfoNCE: cross-entropy of picking the positive, which is on the diagonal, among all candidates
-    (equation 2 of the paper).
+    What the contrastive losses and metrics need of the logits, whose rows are state-action pairs and whose columns are
+    goals, with the positives on the diagonal.
+
+    :param positives: Logits of the positives, shape ``(batch_size,)``
+    :param row_logsumexp: Log-sum-exp over the goals, shape ``(batch_size,)``
+    :param column_logsumexp: Log-sum-exp over the state-action pairs, shape ``(batch_size,)``
+    :param correct: Whether the positive is the largest logit of its row, shape ``(batch_size,)``; without gradient
+    :param total: Sum of all logits; without gradient
+    """
+
+    positives: th.Tensor
+    row_logsumexp: th.Tensor
+    column_logsumexp: th.Tensor
+    correct: th.Tensor
+    total: th.Tensor
+
+
+def summarize_logits(logits: th.Tensor, first: int = 0) -> LogitsSummary:
+    """
+    :param logits: Energies of shape ``(n, batch_size)``: all rows, or some neighbouring ones
+    :param first: Index of the first of these rows
+    :return: Their summary
+    """
+    n = logits.shape[0]
+    best = logits.detach().argmax(dim=1)
+    return LogitsSummary(
+        positives=logits.diagonal(offset=first),
+        row_logsumexp=logits.logsumexp(dim=1),
+        column_logsumexp=logits.logsumexp(dim=0),
+        correct=best == th.arange(first, first + n, device=logits.device),
+        total=logits.detach().sum(),
+    )
+
+
+def contrast(x: th.Tensor, y: th.Tensor, energy: str = "norm", chunk_size: int | None = None) -> LogitsSummary:
+    """
+    Compare every row of ``x`` with every row of ``y``.
+
+    :param x: Representations of state-action pairs, shape ``(batch_size, repr_dim)``
+    :param y: Representations of goals, shape ``(batch_size, repr_dim)``
+    :param energy: One of ``ENERGIES``
+    :param chunk_size: Compare so many rows of ``x`` at a time and compute them again in the backward pass, so that memory
+        grows with the batch size and not with its square. None compares all at once.
+    :return: The summary of the logits
+    """
+    batch_size = len(x)
+    if chunk_size is None or chunk_size >= batch_size:
+        return summarize_logits(pairwise_energy(x, y, energy))
+
+    def compare(rows: th.Tensor, goals: th.Tensor, first: int) -> LogitsSummary:
+        return summarize_logits(pairwise_energy(rows, goals, energy, first), first)
+
+    chunks = [
+        checkpoint(compare, x[first : first + chunk_size], y, first, use_reentrant=False, preserve_rng_state=False)
+        for first in range(0, batch_size, chunk_size)
+    ]
+    return LogitsSummary(
+        positives=th.cat([chunk.positives for chunk in chunks]),
+        row_logsumexp=th.cat([chunk.row_logsumexp for chunk in chunks]),
+        column_logsumexp=th.stack([chunk.column_logsumexp for chunk in chunks]).logsumexp(dim=0),
+        correct=th.cat([chunk.correct for chunk in chunks]),
+        total=th.stack([chunk.total for chunk in chunks]).sum(),
+    )
+
+
+def _summary(logits: LogitsSummary | th.Tensor) -> LogitsSummary:
+    return logits if isinstance(logits, LogitsSummary) else summarize_logits(logits)
+
+
+def info_nce(logits: LogitsSummary | th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
+    """
+    InfoNCE: cross-entropy of picking the positive among all candidates (equation 2 of the paper).
 
     ``"forward"`` (the paper) picks the goal of each state-action pair among the columns, ``"backward"`` the
     state-action pair of each goal among the rows, ``"symmetric"`` is the mean of both.
 
-    :param logits: Energies of shape ``(batch_size, batch_size)``, rows are state-action pairs, columns are goals
+    :param logits: Energies of shape ``(batch_size, batch_size)`` with the positives on the diagonal, or the outcome
+        of :func:`contrast`
     :param contrastive_loss: One of ``CONTRASTIVE_LOSSES``
     :return: The loss, a scalar
     :raises ValueError: if there is no such loss
     """
     check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
-    positives = logits.diagonal()
+    logits = _summary(logits)
     if contrastive_loss == "symmetric":
-        return (0.5 * (logits.logsumexp(dim=1) + logits.logsumexp(dim=0)) - positives).mean()
-    return (logits.logsumexp(dim=1 if contrastive_loss == "forward" else 0) - positives).mean()
+        return (0.5 * (logits.row_logsumexp + logits.column_logsumexp) - logits.positives).mean()
+    logsumexp = logits.row_logsumexp if contrastive_loss == "forward" else logits.column_logsumexp
+    return (logsumexp - logits.positives).mean()
 
 
-def logsumexp_penalty(logits: th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
+def logsumexp_penalty(logits: LogitsSummary | th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
     """
     Mean square of the log-sum-exp over the candidates. InfoNCE does not change when a constant is added to
     a row of logits; this term fixes the constant. The paper adds it with a coefficient of 0.1 (table 7).
 
-    :param logits: Energies of shape ``(batch_size, batch_size)``
+    :param logits: Energies of shape ``(batch_size, batch_size)`` with the positives on the diagonal, or the outcome
+        of :func:`contrast`
     :param contrastive_loss: Same meaning as for :func:`info_nce`
     :return: The penalty, a scalar
     :raises ValueError: if there is no such loss
     """
     check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
+    logits = _summary(logits)
     if contrastive_loss == "symmetric":
-        return 0.5 * (logits.logsumexp(dim=1).square().mean() + logits.logsumexp(dim=0).square().mean())
-    return logits.logsumexp(dim=1 if contrastive_loss == "forward" else 0).square().mean()
+        return 0.5 * (logits.row_logsumexp.square().mean() + logits.column_logsumexp.square().mean())
+    return (logits.row_logsumexp if contrastive_loss == "forward" else logits.column_logsumexp).square().mean()
 
 
 class ContrastiveMetrics(NamedTuple):
@@ -149,21 +229,21 @@ class ContrastiveMetrics(NamedTuple):
     logsumexp: th.Tensor
 
 
-def contrastive_metrics(logits: th.Tensor) -> ContrastiveMetrics:
+def contrastive_metrics(logits: LogitsSummary | th.Tensor) -> ContrastiveMetrics:
     """
-    :param logits: Energies of shape ``(batch_size, batch_size)``, positives on the diagonal
+    :param logits: Energies of shape ``(batch_size, batch_size)`` with the positives on the diagonal, or the outcome
+        of :func:`contrast`
     :return: Fraction of rows whose largest logit is the positive, mean logit of the positives,
         mean logit of the negatives and mean log-sum-exp over a row. No gradient flows through them.
     """
-    logits = logits.detach()
-    batch_size = logits.shape[0]
-    positives = logits.diagonal()
-    correct = logits.argmax(dim=1) == th.arange(batch_size, device=logits.device)
+    logits = _summary(logits)
+    positives = logits.positives.detach()
+    batch_size = len(positives)
     return ContrastiveMetrics(
-        categorical_accuracy=correct.to(logits.dtype).mean(),
+        categorical_accuracy=logits.correct.to(positives.dtype).mean(),
         logits_pos=positives.mean(),
-        logits_neg=(logits.sum() - positives.sum()) / (batch_size * (batch_size - 1)),
-        logsumexp=logits.logsumexp(dim=1).mean(),
+        logits_neg=(logits.total - positives.sum()) / (batch_size * (batch_size - 1)),
+        logsumexp=logits.row_logsumexp.detach().mean(),
     )
 
 

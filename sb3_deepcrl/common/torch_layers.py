@@ -1,7 +1,9 @@
+from contextlib import nullcontext
 from numbers import Integral, Real
 
 import torch as th
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 LAYERS_PER_BLOCK = 4
 
@@ -110,9 +112,10 @@ class ResidualBlock(nn.Module):
         :param x: Features of shape ``(batch_size, width)``
         :return: Features of the same shape
         """
+        branch = self.branch(x).to(x.dtype)
         if not self.residual:
-            return self.branch(x)
-        return th.addcmul(x, self.branch(x), self.scale)
+            return branch
+        return th.addcmul(x, branch, self.scale)
 
 
 def parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[float, bool]:
@@ -174,13 +177,28 @@ class ResidualTower(nn.Module):
             *(ResidualBlock(width, activation_fn, norm, residual, scale, learn_scale) for _ in range(n_blocks))
         )
         self.head = nn.Identity() if output_dim is None else lecun_uniform_(nn.Linear(width, output_dim))
+        #: Type of the matrix products inside the tower, None for that of the inputs.
+        #: The residual sum keeps the type of the inputs: in bfloat16 it would forget what the first of many blocks added.
+        self.autocast_dtype: th.dtype | None = None
+        #: Whether to keep only the input of each block for the backward pass and compute the rest of it again
+        self.checkpoint_activations = False
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: Inputs of shape ``(batch_size, input_dim)``
         :return: Outputs of shape ``(batch_size, output_dim)``
         """
-        return self.head(self.blocks(self.stem(x)))
+        checkpointed = self.checkpoint_activations and th.is_grad_enabled()
+        with nullcontext() if self.autocast_dtype is None else th.autocast(x.device.type, self.autocast_dtype):
+            features = self.stem(x).to(x.dtype)
+            for block in self.blocks:
+                # There is nothing random in a block, and looking at the random state would wait for the device
+                features = (
+                    checkpoint(block, features, use_reentrant=False, preserve_rng_state=False)
+                    if checkpointed
+                    else block(features)
+                )
+        return self.head(features)
 
 
 def check_positive_int(value: int, name: str) -> int:

@@ -20,21 +20,43 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import json_to_data, load_from_pkl, open_path
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    RolloutReturn,
+    Schedule,
+    TensorDict,
+    TrainFreq,
+    TrainFrequencyUnit,
+)
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_deepcrl.common.acceleration import (
+    PRECISIONS,
+    CudaGraphBackend,
+    GraphedFunction,
+    check_switch,
+    compile_blocks,
+    compile_pays,
+    prepare_optimizer,
+    set_learning_rate,
+    set_precision,
+    uncompile_blocks,
+)
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite
 from sb3_deepcrl.common.losses import (
     CONTRASTIVE_LOSSES,
+    LogitsSummary,
     check_choice,
+    contrast,
     contrastive_metrics,
     info_nce,
     logsumexp_penalty,
-    pairwise_energy,
     rowwise_energy,
 )
 from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.common.torch_layers import ResidualTower, check_positive_int
 from sb3_deepcrl.deepcrl.policies import (
     GOAL_KEY,
     Actor,
@@ -58,6 +80,9 @@ HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
 
 # A train() call holds no more sampled transitions than that at a time, in bytes
 MAX_SAMPLE_BYTES = 2**28
+
+# Name of the actions in a minibatch, next to those of the observations
+ACTION_KEY = "__action__"
 
 # What `_update` returns, in order, followed by "ent_coef_loss" where the coefficient is learned
 UPDATE_METRICS = (
@@ -166,6 +191,16 @@ class DeepCRL(OffPolicyAlgorithm):
         near ones: without others the actor never practises the far goals.
     :param critic_learning_rate: learning rate of the critic, ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the entropy coefficient, ``learning_rate`` by default
+    :param compile: Whether to compile the residual blocks (``torch.compile``), all of them as one: the start-up does not
+        depend on the depth. ``"auto"`` does it on GPUs, and on CPUs with AVX-512 if ``learn()`` is long enough to earn it.
+        Saved models do not depend on it.
+    :param cuda_graph: Whether to run the updates, and the policy in ``predict``, as CUDA graphs. ``"auto"`` does it on GPUs.
+    :param precision: ``"float32"`` or ``"bfloat16"`` for the matrix products of the networks; parameters, optimizers, residual
+        sums and losses are float32 in any case. ``"auto"`` is bfloat16 where the hardware has it.
+    :param checkpoint_activations: Whether to compute the inside of each residual block again in the backward pass, in place
+        of keeping it: less memory, about one third more work
+    :param contrastive_chunk_size: Compute the contrastive loss for so many rows of the minibatch at a time: less memory with
+        very large ones. By default all at once.
     :param use_sde: must be False, generalized State Dependent Exploration (gSDE) is not supported
     :param sde_sample_freq: not used, accepted for compatibility with SAC
     :param use_sde_at_warmup: not used, accepted for compatibility with SAC
@@ -225,6 +260,11 @@ class DeepCRL(OffPolicyAlgorithm):
         random_goals: float = 0.5,
         critic_learning_rate: float | Schedule | None = None,
         ent_coef_learning_rate: float | Schedule | None = None,
+        compile: bool | str = "auto",
+        cuda_graph: bool | str = "auto",
+        precision: str = "float32",
+        checkpoint_activations: bool = False,
+        contrastive_chunk_size: int | None = None,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -291,6 +331,11 @@ class DeepCRL(OffPolicyAlgorithm):
         self.random_goals = random_goals
         self.critic_learning_rate = critic_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
+        self.compile = compile
+        self.cuda_graph = cuda_graph
+        self.precision = precision
+        self.checkpoint_activations = checkpoint_activations
+        self.contrastive_chunk_size = contrastive_chunk_size
         # What to choose anew when the model is loaded with another number of envs
         self._auto_settings = [
             name for name, value in (("train_freq", train_freq), ("gradient_steps", gradient_steps)) if value == "auto"
@@ -298,6 +343,10 @@ class DeepCRL(OffPolicyAlgorithm):
         # Whether the last rollout stopped before its transition was stored
         self._rollout_interrupted = False
         self._warned_of_clipped_goals = False
+
+        # Whether the residual blocks are compiled
+        self._compiled = False
+        self._graphed_update: GraphedFunction | None = None
 
         if self.env is not None:
             check_spaces(self.observation_space, self.action_space)
@@ -339,6 +388,15 @@ class DeepCRL(OffPolicyAlgorithm):
         for name, value in (("gamma", self.gamma), ("random_goals", self.random_goals)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {value}")
+        check_switch(self.compile, "compile")
+        check_switch(self.cuda_graph, "cuda_graph")
+        check_choice(self.precision, PRECISIONS, "precision")
+        if self.contrastive_chunk_size is not None:
+            check_positive_int(self.contrastive_chunk_size, "contrastive_chunk_size")
+        if self.cuda_graph is True and self.device.type != "cuda":
+            raise ValueError(
+                f'`cuda_graph=True` needs a GPU, but the device is {self.device}: leave it at "auto", which is off there'
+            )
         if self.logsumexp_coef < 0.0:
             raise ValueError(f"`logsumexp_coef` must not be negative, got {self.logsumexp_coef}")
         if self.n_steps != 1:
@@ -458,6 +516,64 @@ class DeepCRL(OffPolicyAlgorithm):
             # this will throw an error if a malformed string (different from 'auto')
             # is passed
             self.ent_coef_tensor = th.tensor(float(self.ent_coef), device=self.device)
+        self._setup_acceleration()
+
+    def _setup_acceleration(self, n_updates: int = 0) -> None:
+        """
+        Let the networks run as ``compile``, ``cuda_graph``, ``precision`` and ``checkpoint_activations`` say, which the user
+        may have changed since the last time.
+
+        :param n_updates: Number of updates ahead
+        """
+        set_precision(self.policy, self.precision, self.device)
+        for module in self.policy.modules():
+            if isinstance(module, ResidualTower):
+                module.checkpoint_activations = self.checkpoint_activations
+        depth = max(self.policy.actor_depth or self.policy.depth, self.policy.critic_depth or self.policy.depth)
+        if self.compile is True or (self.compile == "auto" and compile_pays(self.device, n_updates * depth)):
+            self._compiled = self._compiled or compile_blocks(self.policy)
+        elif self.compile is False:
+            uncompile_blocks(self.policy)
+            self._compiled = False
+        backend = CudaGraphBackend(self.device) if self.device.type == "cuda" and self.cuda_graph is not False else None
+        self._graphed_update = None if backend is None else GraphedFunction(self._update_minibatch, backend)
+        self.policy.graph_actor(backend)
+        self._prepare_optimizers()
+
+    def _prepare_optimizers(self) -> None:
+        for optimizer in self._optimizers():
+            prepare_optimizer(optimizer, capturable=self._graphed_update is not None)
+
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        optimizers = [self.actor.optimizer, self.critic.optimizer]
+        return optimizers if self.ent_coef_optimizer is None else [*optimizers, self.ent_coef_optimizer]
+
+    def _graph_key(self) -> tuple[Any, ...]:
+        """
+        :return: All that a graph of ``_update`` keeps besides the minibatch: numbers that are read on the host, and where
+            parameters and the state of the optimizers are
+        """
+        settings: list[Any] = [
+            self.logsumexp_coef,
+            self.random_goals,
+            self.contrastive_loss,
+            self.target_entropy,
+            self.contrastive_chunk_size,
+            self.critic.energy,
+            self.precision,
+            self.checkpoint_activations,
+            self._compiled,
+        ]
+        tensors = list(self.policy.parameters())
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                hyperparameters = tuple((name, value) for name, value in group.items() if name not in ("params", "lr"))
+                settings.append(hyperparameters)
+                tensors.append(group["lr"])
+                tensors += [value for p in group["params"] for value in optimizer.state.get(p, {}).values()]
+        addresses = tuple(t.data_ptr() if isinstance(t, th.Tensor) else t for t in tensors)
+        trained = tuple(parameter.requires_grad for parameter in self.policy.parameters())
+        return (*settings, hash(addresses), hash(trained))
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -475,6 +591,11 @@ class DeepCRL(OffPolicyAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         self._check_buffer_size()
         assert self.replay_buffer is not None
+        if isinstance(self.train_freq, TrainFreq) and self.train_freq.unit == TrainFrequencyUnit.STEP:
+            per_step = self.gradient_steps / (self.train_freq.frequency * self.n_envs) if self.gradient_steps > 0 else 1.0
+        else:
+            per_step = 1 / TRANSITIONS_PER_GRADIENT_STEP
+        self._setup_acceleration(round(total_timesteps * per_step))
         if self._rollout_interrupted:
             # The envs went on without us, the last observation is no longer theirs
             self._last_obs = None
@@ -557,22 +678,28 @@ class DeepCRL(OffPolicyAlgorithm):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         # Update learning rates according to their schedule
-        self._update_learning_rate(self.actor.optimizer)
-        update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
+        self._update_learning_rate([])
+        set_learning_rate(self.actor.optimizer, self.lr_schedule(self._current_progress_remaining))
+        set_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
         if self.ent_coef_optimizer is not None:
-            update_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
+            set_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
 
         self.replay_buffer.gamma = self.gamma
         transition_bytes = sum(values[0, 0].nbytes for values in self.replay_buffer.observations.values())
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (transition_bytes * batch_size))
         metrics: list[th.Tensor] = []
+        graph_key = None if self._graphed_update is None else self._graph_key()
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
             observations, actions = self.replay_buffer.sample_contrastive(n_steps * batch_size, env=self._vec_normalize_env)
             self._warn_of_clipped_goals(observations[GOAL_KEY])
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
-                metrics.append(self._update({key: values[rows] for key, values in observations.items()}, actions[rows]))
+                minibatch = {key: values[rows] for key, values in observations.items()}
+                if self._graphed_update is None:
+                    metrics.append(self._update(minibatch, actions[rows]))
+                else:
+                    metrics.append(self._graphed_update({**minibatch, ACTION_KEY: actions[rows]}, graph_key))
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -598,9 +725,17 @@ class DeepCRL(OffPolicyAlgorithm):
                 "exclude it, for instance with `VecNormalize(env, norm_obs_keys=['observation'])`"
             )
 
+    def _update_minibatch(self, minibatch: dict[str, th.Tensor]) -> th.Tensor:
+        """The same as ``_update``, with the actions among the observations."""
+        observations = dict(minibatch)
+        return self._update(observations, observations.pop(ACTION_KEY))
+
     def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
         Update actor and entropy coefficient, then the critic, on the same minibatch (order of the paper's code).
+
+        It is one function of tensors: nothing in it waits for the device or depends on a value, so that it runs as it is,
+        compiled or as a CUDA graph.
 
         :param observations: Observations, with the goals that were reached later in place of the desired ones
         :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
@@ -628,16 +763,27 @@ class DeepCRL(OffPolicyAlgorithm):
             self.ent_coef_optimizer.step()
             ent_coef_losses.append(ent_coef_loss.detach())
 
-        state_action_repr = self.critic.encode_state_action(state_features, actions)
-        logits = pairwise_energy(state_action_repr, goal_repr, self.critic.energy)
-        critic_loss = info_nce(logits, self.contrastive_loss)
-        critic_loss = critic_loss + self.logsumexp_coef * logsumexp_penalty(logits, self.contrastive_loss)
+        critic_loss, logits = self._critic_loss(state_features, actions, goal_repr)
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
         self.critic.optimizer.step()
 
         losses = [actor_loss.detach(), critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
         return th.stack([*losses, *contrastive_metrics(logits), *ent_coef_losses])
+
+    def _critic_loss(
+        self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor
+    ) -> tuple[th.Tensor, LogitsSummary]:
+        """
+        :param state_features: Features of the states for the critic
+        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        :param goal_repr: Representations of the goals, shape ``(batch_size, repr_dim)``
+        :return: Loss of the critic (equation 2 of the paper with the penalty of its table 7) and what is logged of the logits
+        """
+        state_action_repr = self.critic.encode_state_action(state_features, actions)
+        logits = contrast(state_action_repr, goal_repr, self.critic.energy, self.contrastive_chunk_size)
+        penalty = logsumexp_penalty(logits, self.contrastive_loss)
+        return info_nce(logits, self.contrastive_loss) + self.logsumexp_coef * penalty, logits
 
     def _actor_loss(
         self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor
@@ -693,6 +839,25 @@ class DeepCRL(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+            containing nn.Module parameters used by the policy
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception
+        :param device: Device on which the code should run.
+        """
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        # They may come from another device, where their steps were captured
+        self._prepare_optimizers()
 
     @classmethod
     def load(
@@ -842,10 +1007,11 @@ class DeepCRL(OffPolicyAlgorithm):
             loaded.truncate_last_trajectory()
         # Update saved replay buffer device to match current setting
         loaded.device = self.device
+        loaded.on_device = self.replay_buffer_kwargs.get("on_device", False)
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + ["actor", "critic"]  # noqa: RUF005
+        return super()._excluded_save_params() + ["actor", "critic", "_compiled", "_graphed_update"]  # noqa: RUF005
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]

@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -9,6 +10,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_deepcrl.common.acceleration import GraphBackend, GraphedFunction
 from sb3_deepcrl.common.losses import ENERGIES, check_choice, rowwise_energy, squashed_gaussian
 from sb3_deepcrl.common.torch_layers import ResidualTower, check_depth, check_positive_int, lecun_uniform_
 
@@ -314,20 +316,25 @@ class DeepCRLPolicy(BasePolicy):
             residual=residual,
             residual_scale=residual_scale,
         )
+        self._graphed_actors: tuple[GraphedFunction, ...] | None = None
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
+        optimizer_kwargs = dict(self.optimizer_kwargs)
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in optimizer_kwargs:
+            # One kernel for all parameters
+            optimizer_kwargs.setdefault("fused", True)
         self.actor = self.make_actor()
         self.actor.optimizer = self.optimizer_class(
             self.actor.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
+            **optimizer_kwargs,
         )
         self.critic = self.make_critic()
         self.critic.optimizer = self.optimizer_class(
             self.critic.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
+            **optimizer_kwargs,
         )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -387,7 +394,23 @@ class DeepCRLPolicy(BasePolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.actor(observation, deterministic)
+        if self._graphed_actors is None or th.is_grad_enabled():
+            return self.actor(observation, deterministic)
+        tower = self.actor.tower
+        key = (next(tower.parameters()).data_ptr(), tower.autocast_dtype)
+        return self._graphed_actors[deterministic](observation, key)  # type: ignore[arg-type]
+
+    def graph_actor(self, backend: GraphBackend | None) -> None:
+        """
+        Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions.
+
+        :param backend: Who captures, None to run it as it is
+        """
+        if backend is None:
+            self._graphed_actors = None
+        else:
+            deterministic = partial(self.actor, deterministic=True)
+            self._graphed_actors = (GraphedFunction(self.actor, backend), GraphedFunction(deterministic, backend))
 
     def set_training_mode(self, mode: bool) -> None:
         """
