@@ -344,8 +344,8 @@ class DeepCRL(OffPolicyAlgorithm):
         self._rollout_interrupted = False
         self._warned_of_clipped_goals = False
 
-        # Whether the residual blocks are compiled
-        self._compiled = False
+        # Whether the residual blocks are compiled, None if nobody has tried
+        self._compiled: bool | None = None
         self._graphed_update: GraphedFunction | None = None
 
         if self.env is not None:
@@ -531,10 +531,12 @@ class DeepCRL(OffPolicyAlgorithm):
                 module.checkpoint_activations = self.checkpoint_activations
         depth = max(self.policy.actor_depth or self.policy.depth, self.policy.critic_depth or self.policy.depth)
         if self.compile is True or (self.compile == "auto" and compile_pays(self.device, n_updates * depth)):
-            self._compiled = self._compiled or compile_blocks(self.policy)
+            # Tried once, so that there is one warning where it fails
+            if self._compiled is None:
+                self._compiled = compile_blocks(self.policy)
         elif self.compile is False:
             uncompile_blocks(self.policy)
-            self._compiled = False
+            self._compiled = None
         backend = CudaGraphBackend(self.device) if self.device.type == "cuda" and self.cuda_graph is not False else None
         self._graphed_update = None if backend is None else GraphedFunction(self._update_minibatch, backend)
         self.policy.graph_actor(backend)
@@ -800,7 +802,7 @@ class DeepCRL(OffPolicyAlgorithm):
         if n_random > 0:
             # The rows are in random order: take the goal of the next one
             order = th.arange(batch_size, device=goal_repr.device)
-            order[:n_random] = (order[:n_random] + 1) % batch_size
+            order = th.where(order < n_random, (order + 1) % batch_size, order)
             goal_repr = goal_repr[order]
             observations = {**observations, GOAL_KEY: observations[GOAL_KEY][order]}
 

@@ -1,0 +1,535 @@
+import warnings
+from contextlib import contextmanager
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
+from sb3_deepcrl.common import acceleration
+from sb3_deepcrl.common.acceleration import (
+    GraphedFunction,
+    compile_blocks,
+    prepare_optimizer,
+    set_learning_rate,
+    set_precision,
+    uncompile_blocks,
+)
+from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ENERGIES, contrast, contrastive_metrics, info_nce, logsumexp_penalty
+from sb3_deepcrl.common.torch_layers import ResidualTower
+from tests.envs import GoalReachEnv
+
+needs_compiler = pytest.mark.skipif(
+    acceleration.why_not_compiled("cpu") is not None, reason=f"torch.compile fails: {acceleration.why_not_compiled('cpu')}"
+)
+
+
+def make_model(**kwargs) -> DeepCRL:
+    settings = dict(depth=8, width=16, batch_size=32, learning_starts=20, buffer_size=2000, seed=0, device="cpu")
+    return DeepCRL("MultiInputPolicy", GoalReachEnv(), **{**settings, **kwargs})
+
+
+def parameters_after_training(**kwargs) -> th.Tensor:
+    model = make_model(**kwargs)
+    model.learn(100)
+    return th.nn.utils.parameters_to_vector(model.policy.parameters())
+
+
+def gradients(tower: ResidualTower, x: th.Tensor) -> list[th.Tensor]:
+    tower.zero_grad()
+    output = tower(x)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad.clone() for parameter in tower.parameters())]
+
+
+# --- Compile ------------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("kwargs", [{}, dict(norm="none", residual_scale="1/N"), dict(residual=False)])
+def test_compiled_gradients(kwargs):
+    tower = ResidualTower(5, 3, depth=8, width=16, **kwargs).double()
+    x = th.randn(6, 5, dtype=th.float64)
+    expected = gradients(tower, x)
+    assert compile_blocks(tower)
+    for actual, wanted in zip(gradients(tower, x), expected, strict=True):
+        th.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@needs_compiler
+def test_one_artifact_for_all_blocks_of_all_towers():
+    def graphs_of(depths):
+        th._dynamo.reset()
+        th._dynamo.utils.counters.clear()
+        towers = th.nn.ModuleList(ResidualTower(5, 3, depth=depth, width=16) for depth in depths)
+        compile_blocks(towers)
+        for tower in towers:
+            gradients(tower, th.randn(6, 5, requires_grad=True))
+        return th._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    assert graphs_of([4, 8]) == graphs_of([64, 8, 32])
+
+
+@needs_compiler
+def test_compiled_model_learns_the_same_and_saves_the_same(tmp_path):
+    th.testing.assert_close(
+        parameters_after_training(compile=True), parameters_after_training(compile=False), rtol=1e-4, atol=1e-5
+    )
+    model = make_model(compile=True).learn(60)
+    observation = model.env.reset()
+    for batch in (observation, {key: np.repeat(value, 3, axis=0) for key, value in observation.items()}):
+        compiled = model.predict(batch, deterministic=True)[0]
+        uncompile_blocks(model.policy)
+        np.testing.assert_allclose(model.predict(batch, deterministic=True)[0], compiled, atol=1e-5)
+        compile_blocks(model.policy)
+    model.save(tmp_path / "model")
+    loaded = DeepCRL.load(tmp_path / "model", compile=False)
+    assert list(loaded.policy.state_dict()) == list(make_model(compile=False).policy.state_dict())
+    np.testing.assert_allclose(
+        loaded.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0], atol=1e-5
+    )
+
+
+@needs_compiler
+def test_settings_may_change_while_compiled():
+    """Nothing is baked into the compiled code."""
+    model = make_model(compile=True)
+    model.learn(60)
+    model.gamma, model.batch_size, model.logsumexp_coef = 0.5, 24, 0.0
+    model.lr_schedule = lambda progress: 0.0
+    model.critic_lr_schedule = model.lr_schedule
+    before = th.nn.utils.parameters_to_vector(model.policy.parameters()).clone()
+    model.train(2, model.batch_size)
+    assert th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
+    assert model.replay_buffer.gamma == 0.5
+    model.lr_schedule = model.critic_lr_schedule = lambda progress: 1e-2
+    model.train(2, model.batch_size)
+    assert not th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
+
+
+def test_without_a_compiler_there_is_one_warning(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler found")
+
+    acceleration.why_not_compiled.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(th, "compile", fail)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = make_model(compile=True).learn(40)
+    acceleration.why_not_compiled.cache_clear()
+    messages = [str(warning.message) for warning in caught if "uncompiled" in str(warning.message)]
+    assert len(messages) == 1
+    assert "no C++ compiler found" in messages[0] and "compile=False" in messages[0]
+    assert model._n_updates > 0
+
+
+def test_losses_are_one_graph():
+    """Neither loss waits for the device, branches on a value or leaves PyTorch: they trace without a break."""
+    model = make_model().learn(40)
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+
+    def losses(observations, actions):
+        features = model.critic.extract_state_features(observations)
+        goals = model.critic.encode_goal(observations)
+        actor_loss, log_prob, ent_coef = model._actor_loss(observations, features.detach(), goals.detach())
+        return actor_loss, log_prob, ent_coef, model._critic_loss(features, actions, goals)[0]
+
+    th._dynamo.reset()
+    traced = th.compile(losses, backend="eager", fullgraph=True)
+    th.manual_seed(0)
+    expected = losses(observations, actions)
+    th.manual_seed(0)
+    for actual, wanted in zip(traced(observations, actions), expected, strict=True):
+        th.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        (dict(compile="yes"), "compile"),
+        (dict(compile=1), "compile"),
+        (dict(cuda_graph="on"), "cuda_graph"),
+        (dict(cuda_graph=True), "needs a GPU"),
+        (dict(precision="float16"), "precision"),
+        (dict(contrastive_chunk_size=0), "contrastive_chunk_size"),
+    ],
+)
+def test_wrong_settings(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        make_model(**kwargs)
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------------------------------
+
+
+class StandInGraph:
+    """Has the interface of ``th.cuda.CUDAGraph``: a replay does again what was captured, at the same addresses."""
+
+    def __init__(self, function, output):
+        self.function, self.output, self.n_replays, self.is_reset = function, output, 0, False
+
+    def replay(self):
+        assert not self.is_reset
+        self.n_replays += 1
+        self.output.copy_(self.function())
+
+    def reset(self):
+        self.is_reset = True
+
+
+class StandInBackend:
+    """Capturing does nothing but record, as on a GPU."""
+
+    def __init__(self, example_output):
+        self.example_output, self.graphs, self.n_warm_ups = example_output, [], 0
+
+    @contextmanager
+    def warm_up(self):
+        self.n_warm_ups += 1
+        yield
+
+    def capture(self, function):
+        output = th.full_like(self.example_output, float("nan"))
+        self.graphs.append(StandInGraph(function, output))
+        return self.graphs[-1], output
+
+
+def test_graphed_function_goes_from_warm_up_to_replay():
+    calls = []
+
+    def double(inputs):
+        calls.append(inputs["x"].data_ptr())
+        return 2 * inputs["x"]
+
+    backend = StandInBackend(th.empty(3))
+    graphed = GraphedFunction(double, backend, n_warmup=2)
+    results = []
+    for i in range(6):
+        results.append(graphed({"x": th.full((3,), float(i))}))
+    # Each call does its work once, and later ones leave its result alone
+    assert len(calls) == 6
+    assert [result[0].item() for result in results] == [0, 2, 4, 6, 8, 10]
+    assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[0].n_replays) == (2, 1, 4)
+    # Replays read from the same address
+    assert len(set(calls[2:])) == 1
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "key", "invalidate"])
+def test_graphed_function_captures_anew(change):
+    backend = StandInBackend(th.empty(()))
+    graphed = GraphedFunction(lambda inputs: inputs["x"].sum().float(), backend, n_warmup=1)
+    for _ in range(3):
+        graphed({"x": th.ones(4)}, key="a")
+    old = backend.graphs[0]
+    assert not old.is_reset
+    if change == "invalidate":
+        graphed.invalidate()
+        assert old.is_reset
+    changed = {"shape": th.ones(5), "dtype": th.ones(4, dtype=th.float64)}.get(change, th.ones(4))
+    for _ in range(3):
+        result = graphed({"x": changed}, key="b" if change == "key" else "a")
+    assert result.item() == len(changed)
+    assert old.is_reset and old.n_replays == 2
+    assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[1].n_replays) == (2, 2, 2)
+
+
+def graph(model: DeepCRL) -> StandInBackend:
+    """Give the model's updates to a stand-in, as ``_setup_acceleration`` gives them to CUDA."""
+    n_metrics = 8 + (model.ent_coef_optimizer is not None)
+    backend = StandInBackend(th.empty(n_metrics))
+    model._graphed_update = GraphedFunction(model._update_minibatch, backend)
+    return backend
+
+
+def test_graphed_updates_are_the_same_updates():
+    plain, graphed = (make_model().learn(40) for _ in range(2))
+    backend = graph(graphed)
+    for model in (plain, graphed):
+        model.set_random_seed(1)
+        for _ in range(4):
+            model.train(4, 32)
+    for actual, wanted in zip(graphed.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert th.equal(actual, wanted)
+    assert len(backend.graphs) == 1 and backend.graphs[0].n_replays == 13
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "logsumexp_coef", 0.2),
+        lambda model: setattr(model, "random_goals", 0.0),
+        lambda model: setattr(model, "target_entropy", -3.0),
+        lambda model: setattr(model, "contrastive_loss", "backward"),
+        lambda model: model.actor.mu.bias.requires_grad_(False),
+        lambda model: model.critic.optimizer.param_groups[0].update(betas=(0.8, 0.99)),
+        lambda model: model.set_parameters(deepcopy(model.get_parameters())),
+    ],
+)
+def test_graph_is_captured_anew_when_what_it_keeps_changes(change):
+    model = make_model().learn(40)
+    backend = graph(model)
+    # The stand-in captures what PyTorch's optimizers refuse to do on a CPU
+    model._prepare_optimizers = lambda: None
+    model.train(5, 32)
+    model.train(5, 32)
+    assert len(backend.graphs) == 1
+    change(model)
+    model.train(5, 32)
+    assert backend.graphs[0].is_reset and len(backend.graphs) == 2
+
+
+def test_graph_reads_the_learning_rate():
+    model = make_model().learn(40)
+    backend = graph(model)
+    for optimizer in model._optimizers():
+        optimizer.param_groups[0]["lr"] = th.tensor(1e-3)
+    model.train(5, 32)
+    assert len(backend.graphs) == 1
+    model.lr_schedule = model.critic_lr_schedule = model.ent_coef_lr_schedule = lambda progress: 0.0
+    before = th.nn.utils.parameters_to_vector(model.policy.parameters()).clone()
+    model.train(5, 32)
+    assert len(backend.graphs) == 1
+    assert th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
+
+
+def test_optimizers_change_between_captured_and_not():
+    parameter = th.nn.Parameter(th.ones(3))
+    optimizer = th.optim.Adam([parameter], lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    prepare_optimizer(optimizer, capturable=True)
+    group = optimizer.param_groups[0]
+    assert group["capturable"] and isinstance(group["lr"], th.Tensor)
+    address = group["lr"].data_ptr()
+    set_learning_rate(optimizer, 0.2)
+    assert group["lr"].data_ptr() == address and group["lr"].item() == pytest.approx(0.2)
+    # As after loading on a CPU what was saved on a GPU
+    fresh = th.optim.Adam([parameter], lr=0.5)
+    fresh.load_state_dict(optimizer.state_dict())
+    prepare_optimizer(fresh, capturable=False)
+    group = fresh.param_groups[0]
+    assert not group["capturable"] and isinstance(group["lr"], float) and group["lr"] == pytest.approx(0.2)
+    assert fresh.state[parameter]["step"].item() == 1
+    parameter.sum().backward()
+    fresh.step()
+    assert fresh.state[parameter]["step"].item() == 2
+
+
+def test_update_keeps_nothing():
+    """No tensor outlives an update but parameters, their gradients and the state of the optimizers."""
+    import gc
+
+    model = make_model().learn(60)
+
+    def count():
+        gc.collect()
+        return sum(1 for thing in gc.get_objects() if isinstance(thing, th.Tensor))
+
+    model.train(2, 32)
+    before = count()
+    for _ in range(3):
+        model.train(2, 32)
+    assert count() == before
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_on_a_gpu(tmp_path):
+    models = [make_model(device="cuda", cuda_graph=graph).learn(40) for graph in (False, True)]
+    models[1].set_parameters(deepcopy(models[0].get_parameters()))
+    for model in models:
+        # The noise of the actor differs, so compare what does not depend on it: one step of the critic
+        model.train(20, 32)
+    assert models[1]._graphed_update._graph is not None
+    values = [model.logger.name_to_value["train/critic_loss"] for model in models]
+    assert values[0] == pytest.approx(values[1], rel=0.2)
+    observation = models[1].env.reset()
+    for _ in range(5):
+        actions = models[1].predict(observation, deterministic=True)[0]
+    models[1].save(tmp_path / "model")
+    for device in ("cpu", "cuda"):
+        loaded = DeepCRL.load(tmp_path / "model", env=GoalReachEnv(), device=device)
+        np.testing.assert_allclose(loaded.predict(observation, deterministic=True)[0], actions, atol=1e-4)
+        loaded.learn(60)
+
+
+# --- Precision and memory -----------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_multiplies_only():
+    tower = ResidualTower(5, 3, depth=8, width=16)
+    x = th.randn(6, 5)
+    exact = gradients(tower, x)
+    set_precision(tower, "bfloat16", th.device("cpu"))
+    dtypes = []
+    tower.blocks[0].branch[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    tower.blocks[0].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    rounded = gradients(tower, x)
+    assert dtypes == [th.bfloat16, th.float32]
+    for actual, wanted in zip(rounded, exact, strict=True):
+        assert actual.dtype == th.float32
+        assert not th.equal(actual, wanted)
+        assert (actual - wanted).norm() < 0.05 * wanted.norm()
+    set_precision(tower, "float32", th.device("cpu"))
+    assert all(map(th.equal, gradients(tower, x), exact))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_follows_the_hardware(monkeypatch, native):
+    monkeypatch.setattr(acceleration, "has_native_bfloat16", lambda device: native)
+    tower = ResidualTower(5, 3, depth=4, width=16)
+    set_precision(tower, "auto", th.device("cpu"))
+    assert tower.autocast_dtype is (th.bfloat16 if native else None)
+
+
+def test_precision_of_a_model(tmp_path):
+    model = make_model(precision="bfloat16").learn(60)
+    assert all(parameter.dtype == th.float32 for parameter in model.policy.parameters())
+    model.save(tmp_path / "model")
+    loaded = DeepCRL.load(tmp_path / "model")
+    assert loaded.actor.tower.autocast_dtype is th.bfloat16
+    assert DeepCRL.load(tmp_path / "model", precision="float32").actor.tower.autocast_dtype is None
+
+
+def saved_bytes(function) -> int:
+    """Bytes that autograd keeps for the backward pass of a function."""
+    total = 0
+
+    def pack(tensor):
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with th.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return total
+
+
+def test_checkpointed_activations():
+    tower = ResidualTower(5, 3, depth=32, width=16).double()
+    x = th.randn(64, 5, dtype=th.float64)
+    expected, memory = gradients(tower, x), saved_bytes(lambda: tower(x))
+    tower.checkpoint_activations = True
+    for actual, wanted in zip(gradients(tower, x), expected, strict=True):
+        th.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    assert saved_bytes(lambda: tower(x)) < memory / 4
+    th.testing.assert_close(
+        parameters_after_training(checkpoint_activations=True), parameters_after_training(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+@pytest.mark.parametrize("contrastive_loss", CONTRASTIVE_LOSSES)
+@pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
+def test_chunked_contrastive_loss(energy, contrastive_loss, chunk_size):
+    x, y = (th.randn(12, 4, dtype=th.float64, requires_grad=True) for _ in range(2))
+    outcomes = []
+    for size in (None, chunk_size):
+        logits = contrast(x, y, energy, size)
+        loss = info_nce(logits, contrastive_loss) + 0.1 * logsumexp_penalty(logits, contrastive_loss)
+        outcomes.append([loss, *th.autograd.grad(loss, (x, y)), *contrastive_metrics(logits)])
+    for actual, wanted in zip(*outcomes, strict=True):
+        th.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_chunked_contrastive_loss_saves_memory():
+    x, y = (th.randn(256, 4, requires_grad=True) for _ in range(2))
+    assert saved_bytes(lambda: contrast(x, y, chunk_size=16)) < saved_bytes(lambda: contrast(x, y)) / 4
+    th.testing.assert_close(
+        parameters_after_training(contrastive_chunk_size=7), parameters_after_training(), rtol=1e-4, atol=1e-5
+    )
+
+
+# --- Replay on the device -------------------------------------------------------------------------------------------------
+
+
+def samples(buffer, env=None):
+    np.random.seed(0)
+    observations, actions = buffer.sample_contrastive(64, env=env)
+    return [observations[key] for key in sorted(observations)] + [actions]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_replay_on_the_device_follows_the_storage(normalize):
+    """The copy is kept up to date while the rings turn around and episodes end."""
+    env = make_vec_env(GoalReachEnv, n_envs=3, seed=0)
+    if normalize:
+        env = VecNormalize(env, norm_obs_keys=["observation"], clip_obs=1.0)
+    kwargs = dict(depth=4, width=8, batch_size=16, learning_starts=30, buffer_size=300, seed=0, device="cpu")
+    model = DeepCRL("MultiInputPolicy", env, replay_buffer_kwargs=dict(on_device=True), **kwargs)
+    buffer = model.replay_buffer
+    for _ in range(6):
+        model.learn(90, reset_num_timesteps=False)
+        on_device = samples(buffer, model.get_vec_normalize_env())
+        buffer.on_device = False
+        for actual, wanted in zip(on_device, samples(buffer, model.get_vec_normalize_env()), strict=True):
+            th.testing.assert_close(actual, wanted)
+        buffer.on_device = True
+    buffer.reset()
+    assert not buffer._device_copy
+
+
+def test_replay_on_the_device_has_the_same_file(tmp_path):
+    model = make_model(replay_buffer_kwargs=dict(on_device=True)).learn(60)
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = make_model()
+    other.load_replay_buffer(tmp_path / "buffer")
+    assert isinstance(other.replay_buffer, ContrastiveReplayBuffer) and not other.replay_buffer.on_device
+    model.replay_buffer.truncate_last_trajectory()
+    for actual, wanted in zip(samples(other.replay_buffer), samples(model.replay_buffer), strict=True):
+        assert th.equal(actual, wanted)
+    plain = make_model().learn(60)
+    plain.save_replay_buffer(tmp_path / "plain")
+    assert (tmp_path / "plain.pkl").stat().st_size == pytest.approx((tmp_path / "buffer.pkl").stat().st_size, abs=200)
+
+
+def fake(model: DeepCRL, device: str) -> None:
+    """Replace all tensors of a model by fake ones, which have a shape and a device, but no values."""
+
+    def like(tensor):
+        return th.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    for module in model.policy.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = th.nn.Parameter(like(parameter))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = like(buffer)
+    model.log_ent_coef = like(model.log_ent_coef).requires_grad_()
+    model.actor.optimizer = th.optim.Adam(model.actor.parameters(), fused=True)
+    model.critic.optimizer = th.optim.Adam(model.critic.parameters(), fused=True)
+    model.ent_coef_optimizer = th.optim.Adam([model.log_ent_coef], fused=True)
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(precision="bfloat16"), dict(contrastive_chunk_size=5), dict(energy="cosine")])
+def test_update_reads_no_value(kwargs):
+    """With fake tensors, a read of a value (``item()``, a branch) raises: such a read would break a capture."""
+    model = make_model(**kwargs).learn(40)
+    batch, actions = model.replay_buffer.sample_contrastive(16)
+    with FakeTensorMode():
+        fake(model, "cpu")
+        observations = {key: th.empty(value.shape) for key, value in batch.items()}
+        for _ in range(2):
+            metrics = model._update(observations, th.empty(actions.shape))
+        assert metrics.shape == (9,)
+        with pytest.raises(DataDependentOutputException):
+            metrics[0].item()
+
+
+def test_losses_stay_on_the_gpu():
+    """All that the losses make is made on the device of their inputs (fake ones have no autograd on a CPU build)."""
+    model = make_model().learn(40)
+    batch, actions = model.replay_buffer.sample_contrastive(16)
+    with FakeTensorMode(), th.no_grad():
+        fake(model, "cuda:0")
+        observations = {key: th.empty(value.shape, device="cuda:0") for key, value in batch.items()}
+        features, goals = model.critic.extract_state_features(observations), model.critic.encode_goal(observations)
+        outcomes = (
+            *model._actor_loss(observations, features, goals),
+            model._critic_loss(features, th.empty(actions.shape, device="cuda:0"), goals)[0],
+        )
+        assert {outcome.device.type for outcome in outcomes} == {"cuda"}
