@@ -28,7 +28,7 @@ def _pairwise_squared_distance(x: th.Tensor, y: th.Tensor, first: int | None) ->
     if first is None:
         return squared
     # The positives may come so near to each other that what is left after cancellation is rounding
-    return th.diagonal_scatter(squared, _rowwise_squared_distance(x, y[first : first + len(x)]), offset=first)
+    return th.diagonal_scatter(squared, _rowwise_squared_distance(x, y.narrow(0, first, len(x))), offset=first)
 
 
 def _rowwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:

@@ -803,8 +803,8 @@ class DeepCRL(OffPolicyAlgorithm):
             # The rows are in random order: take the goal of the next one
             order = th.arange(batch_size, device=goal_repr.device)
             order = th.where(order < n_random, (order + 1) % batch_size, order)
-            goal_repr = goal_repr[order]
-            observations = {**observations, GOAL_KEY: observations[GOAL_KEY][order]}
+            goal_repr = goal_repr.index_select(0, order)
+            observations = {**observations, GOAL_KEY: observations[GOAL_KEY].index_select(0, order)}
 
         actions_pi, log_prob = self.actor.action_log_prob(observations)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
