@@ -1,4 +1,5 @@
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from numbers import Integral, Real
 
 import torch as th
@@ -199,6 +200,24 @@ class ResidualTower(nn.Module):
                     else block(features)
                 )
         return self.head(features)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """
+    Compute no gradients of the parameters of a network. Forward and backward pass belong into the context: compiled and
+    checkpointed blocks decide in both what to compute.
+
+    :param module: The network
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def check_positive_int(value: int, name: str) -> int:

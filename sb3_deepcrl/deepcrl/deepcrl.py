@@ -56,7 +56,7 @@ from sb3_deepcrl.common.losses import (
     rowwise_energy,
 )
 from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.torch_layers import ResidualTower, check_positive_int
+from sb3_deepcrl.common.torch_layers import ResidualTower, check_positive_int, frozen
 from sb3_deepcrl.deepcrl.policies import (
     GOAL_KEY,
     Actor,
@@ -747,10 +747,12 @@ class DeepCRL(OffPolicyAlgorithm):
         state_features = self.critic.extract_state_features(observations)
         goal_repr = self.critic.encode_goal(observations)
 
-        actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
-        self.actor.optimizer.zero_grad()
-        # The critic is differentiated with respect to the actions only
-        actor_loss.backward(inputs=[parameter for parameter in self.actor.parameters() if parameter.requires_grad])
+        # The critic is differentiated with respect to the actions only. Encoding policy and data actions in one pass would not
+        # pay, as the latter need the gradients of the parameters too.
+        with frozen(self.critic.sa_encoder):
+            actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward()
         self.actor.optimizer.step()
 
         # Optimize entropy coefficient, also called
