@@ -4,7 +4,7 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 
-from sb3_deepcrl.envs.robot import Robot, State, gymnasium_spec
+from sb3_deepcrl.envs.robot import DISABLED_SOLVER_PARTS, Robot, State, gymnasium_spec
 
 FOOT_RADIUS = 0.08
 # Mass of a link in kg. The physics of the released code gives 1 kg to each of the 9 links that have a joint between them;
@@ -46,6 +46,8 @@ class Ant(Robot):
         spec = gymnasium_spec("ant.xml")
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
         spec.option.iterations = 4
+        # As in the released code: with an armature of 1 kg m^2 damping may as well be explicit
+        spec.option.disableflags |= DISABLED_SOLVER_PARTS | int(mujoco.mjtDisableBit.mjDSBL_EULERDAMP)
         for geom in spec.geoms:
             solid = geom.name == "floor" or (not self.on_field and (geom.name == "torso_geom" or geom.name.startswith("aux")))
             geom.contype, geom.conaffinity = 0, int(solid)

@@ -4,7 +4,7 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 
-from sb3_deepcrl.envs.robot import Robot, State, gymnasium_spec
+from sb3_deepcrl.envs.robot import DISABLED_SOLVER_PARTS, Robot, State, gymnasium_spec
 
 # Height of every goal in metres (the released code's constant): reaching one takes an upright torso
 GOAL_HEIGHT = 1.25
@@ -57,6 +57,7 @@ class Humanoid(Robot):
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
         spec.option.solver = mujoco.mjtSolver.mjSOL_NEWTON
         spec.option.iterations = 8
+        spec.option.disableflags |= DISABLED_SOLVER_PARTS
         for geom in spec.geoms:
             geom.contype, geom.conaffinity = (0, 1) if geom.name == "floor" else (1, 0)
             geom.condim = 3
