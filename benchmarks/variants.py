@@ -4,9 +4,11 @@ Variants of DeepCRL side by side, to choose its defaults by learning curves.
 ``residual_scale``: the factor of the residual branches (the paper's 1, one over the number of blocks N,
 or a learnable one that starts there) at several depths.
 ``departures``: the default against itself with one departure from the paper taken back.
+``precision``: matrix products in bfloat16 against float32.
 
     python benchmarks/variants.py residual_scale --jobs 2
     python benchmarks/variants.py departures --jobs 2
+    python benchmarks/variants.py precision --jobs 2
 """
 
 import argparse
@@ -65,6 +67,13 @@ STUDIES: dict[str, tuple[int, dict[str, dict[str, dict[str, Any]]]]] = {
                     "all three": dict(random_goals=0.0, ent_coef="auto", train_freq=5, gradient_steps=2),
                 }.items()
             }
+        },
+    ),
+    "precision": (
+        14_000,
+        {
+            f"depth {depth}": {name: dict(depth=depth, batch_size=256, precision=name) for name in ("float32", "bfloat16")}
+            for depth in (4, 16)
         },
     ),
 }

@@ -4,12 +4,14 @@ How a deep forward pass runs: compiled block by block, in bfloat16, as a CUDA gr
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch as th
 from torch import nn
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
 
 from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
@@ -72,6 +74,20 @@ def residual_blocks(module: nn.Module) -> list[ResidualBlock]:
     return [block for block in module.modules() if isinstance(block, ResidualBlock)]
 
 
+def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """
+    PyTorch's default compiler, told to keep only the outcome of each matrix product for the backward pass. By itself it also
+    keeps what the next product multiplies, though it can be had again for a few elementwise operations: twice the memory, and
+    on CPUs more time, since writing and reading activations is what deep towers wait for besides matrix products.
+
+    :param graph: The function to compile
+    :param example_inputs: Its inputs
+    :return: The compiled function
+    """
+    with functorch_config.patch(ban_recompute_materialized_backward=False):
+        return compile_fx(graph, example_inputs)
+
+
 def compile_blocks(module: nn.Module) -> bool:
     """
     Compile every residual block of a network, in place. All of them share one artifact, so that the start-up does not
@@ -96,7 +112,7 @@ def compile_blocks(module: nn.Module) -> bool:
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
     for block in blocks:
-        block.compile()
+        block.compile(backend=lean_inductor)
     return True
 
 

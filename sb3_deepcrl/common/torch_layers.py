@@ -4,6 +4,7 @@ from numbers import Integral, Real
 
 import torch as th
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LAYERS_PER_BLOCK = 4
@@ -113,10 +114,21 @@ class ResidualBlock(nn.Module):
         :param x: Features of shape ``(batch_size, width)``
         :return: Features of the same shape
         """
-        branch = self.branch(x).to(x.dtype)
+        branch = (self._unfused_branch(x) if th.compiler.is_compiling() else self.branch(x)).to(x.dtype)
         if not self.residual:
             return branch
         return th.addcmul(x, branch, self.scale)
+
+
+    def _unfused_branch(self, x: th.Tensor) -> th.Tensor:
+        """
+        The same as ``branch``, but each bias is added after the matrix product, which lets a compiler add it on the way
+        to the normalisation: the fused product copies it to all rows first.
+        """
+        for dense, norm, activation in zip(self.branch[::3], self.branch[1::3], self.branch[2::3], strict=True):
+            product = F.linear(x, dense.weight)
+            x = activation(norm(product + dense.bias.to(product.dtype)))
+        return x
 
 
 def parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[float, bool]:
