@@ -1,5 +1,6 @@
 from pathlib import Path
 
+from sb3_deepcrl.common.acceleration import compile_blocks
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.deep_policies import DeepResidualExtractor, register_policies, unregister_policies
 from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
@@ -19,6 +20,7 @@ __all__ = [
     "GoalEvalCallback",
     "SuccessInfoWrapper",
     "__version__",
+    "compile_blocks",
     "evaluate_goals",
     "mean_of_episodes",
     "register_policies",
