@@ -1,9 +1,11 @@
 import importlib
 import pickle
+import re
 import subprocess
 import sys
 import warnings
 from functools import cache
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +28,7 @@ from sb3_deepcrl.common.deep_policies import POLICIES, DeepContinuousCritic, Dee
 from sb3_deepcrl.common.torch_layers import ResidualTower
 from tests.envs import GoalReachEnv
 
+README = Path(__file__).parent.parent / "README.md"
 ALIASES = ("DeepMlpPolicy", "DeepCnnPolicy", "DeepMultiInputPolicy")
 ON_POLICY = ("PPO", "A2C", "TRPO")
 DISCRETE = ("DQN", "QRDQN")
@@ -189,6 +192,31 @@ def test_very_deep_sac_with_her_on_the_point_maze(tmp_path):
     assert model.logger.name_to_value["train/critic_loss"] < 100
     model.save(tmp_path / "model")
     assert_same(SAC.load(tmp_path / "model", env=env, device="cpu"), model, env.reset())
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"`([A-Z]\w+\(.*\))` \|$", README.read_text(), flags=re.MULTILINE), ids=lambda line: line.split("(")[0]
+)
+def test_examples_of_the_readme(line):
+    name = line.split("(")[0]
+    scope = {
+        name: algorithm_of(name),
+        "env": env_of("DeepMlpPolicy", False),
+        "discrete_env": env_of("DeepMlpPolicy", True),
+        "image_env": env_of("DeepCnnPolicy", True),
+        "goal_env": env_of("DeepMultiInputPolicy", False),
+        "nn": nn,
+        "DeepResidualExtractor": DeepResidualExtractor,
+        "HerReplayBuffer": HerReplayBuffer,
+    }
+    model = eval(line, scope)
+    assert len(towers(model.policy)) >= 1
+    assert_same(model, model, observations(model))
+
+
+def test_readme_names_every_algorithm_and_policy():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| `\w+\(", README.read_text(), flags=re.MULTILINE)
+    assert [(name, alias) for name, *cells in rows for alias, cell in zip(ALIASES, cells, strict=True) if cell == "✔️"] == TABLE
 
 
 # --- Arguments ------------------------------------------------------------------------------------------------------------
@@ -490,7 +518,9 @@ def test_zoo_takes_the_name_from_a_yaml(tmp_path):
     command += ["-conf", str(config), "-f", str(tmp_path), "--eval-freq", "-1", "--device", "cpu"]
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    model = SAC.load(tmp_path / "sac" / "PointUMaze-v0_1" / "PointUMaze-v0.zip", env=make_vec_env("PointUMaze-v0"), device="cpu")
+    model = SAC.load(
+        tmp_path / "sac" / "PointUMaze-v0_1" / "PointUMaze-v0.zip", env=make_vec_env("PointUMaze-v0"), device="cpu"
+    )
     assert [len(tower.blocks) for tower in towers(model.policy)] == [1, 2, 2, 2, 2]
     assert model._n_updates == 10
 

@@ -110,7 +110,9 @@ class DeepPolicy(BasePolicy):
     networks, or a dict with one for actor and critic: with the keys ``pi`` and ``qf`` for off-policy algorithms, ``pi``
     and ``vf`` for on-policy ones, e.g. ``depth=dict(pi=16, qf=64)``. DQN and QR-DQN have one network, so one value.
 
-    The policy learns as it is; :func:`~sb3_deepcrl.common.acceleration.compile_blocks` compiles its towers.
+    ``compile_blocks(model.policy)`` compiles the towers block by block, see
+    :func:`~sb3_deepcrl.common.acceleration.compile_blocks`. It is not saved. TRPO needs second derivatives, which compiled
+    code does not have: there only the critic can be compiled, ``compile_blocks(model.policy.mlp_extractor.value_net)``.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -480,15 +482,17 @@ class ContribFinder(MetaPathFinder):
             return None
         specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in specs if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        loader = None if spec is None else spec.loader
+        if loader is not None:
+            execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                execute(module)
+                loader.exec_module = execute  # type: ignore[method-assign]
+                loader.exec_module(module)
                 if self in sys.meta_path:
                     register_policies()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
