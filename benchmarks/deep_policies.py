@@ -177,7 +177,7 @@ def summarize(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
         for setting in settings:
             runs = runs_of(rows, setting)
             steps = [
-                show_steps([reached(run, "timesteps", threshold=threshold) for run in runs], args.steps)
+                show_steps([reached(run, "timesteps", in_a_row=2, threshold=threshold) for run in runs], args.steps)
                 for threshold in (0.5, 0.9)
             ]
             mean_success = [float(np.mean([float(row["success_any"]) for row in run])) for run in runs]
@@ -190,8 +190,9 @@ def summarize(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
         head = (
             f"# Depth and algorithm on {MAZE}",
             "",
-            f"{command} Success is reaching the goal at any step, over {args.eval_episodes} evaluation episodes; time at goal "
-            f"is a fraction of the episode. {seconds}",
+            f"{command} Success is reaching the goal at any step, over {args.eval_episodes} evaluation episodes; env steps "
+            "are those of the first of two evaluations in a row that are as good; time at goal is a fraction of the episode. "
+            f"{seconds}",
             "",
             f"The same for all: {N_ENVS} envs, one update for {N_ENVS} transitions from {SAME['learning_starts']:,} on, "
             f"batch {SAME['batch_size']}, width {WIDTH}, learning rate {SAME['learning_rate']}, gamma {SAME['gamma']}. "
