@@ -331,6 +331,8 @@ def test_crossq_normalizes_over_the_batch_everywhere():
     assert {layer.steps.item() for layer in norms(model.critic)} == {50}
     assert {layer.steps.item() for layer in norms(model.actor)} == {16}
 
+    with pytest.raises(ValueError, match=r"`norm` must be .*batch_renorm.*got 'batch'"):
+        make_model("CrossQ", policy_kwargs=dict(norm="batch"))
     plain = make_model("CrossQ", policy_kwargs=dict(norm=dict(pi="none", qf="layer"), batch_norm=False))
     assert norms(plain.actor) == []
     assert {type(layer) for layer in norms(plain.critic)} == {nn.LayerNorm}

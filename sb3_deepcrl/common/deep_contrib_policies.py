@@ -22,6 +22,7 @@ from sb3_deepcrl.common.deep_policies import (
     add_policies,
     policy_names,
 )
+from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import Norm
 
 
@@ -119,7 +120,11 @@ class DeepCrossQPolicy(DeepOffPolicyPolicy, crossq.CrossQPolicy):
         **kwargs: Any,
     ):
         renorm = partial(BatchRenorm1d, eps=batch_norm_eps, momentum=batch_norm_momentum, warmup_steps=renorm_warmup_steps)
-        norms = norm if isinstance(norm, dict) else dict.fromkeys(self.networks, norm)
+        # The name stands for the class with CrossQ's settings; a saved policy has that class already
+        norms = norm if isinstance(norm, dict) else dict.fromkeys(self.tower_names, norm)
+        for value in norms.values():
+            if isinstance(value, str):
+                check_choice(value, ("batch_renorm", "layer", "none"), "norm")
         super().__init__(
             observation_space,
             action_space,
@@ -147,7 +152,7 @@ class DeepQRDQNPolicy(DeepPolicy, qrdqn.QRDQNPolicy):
     Deep residual policy for QR-DQN, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
     """
 
-    networks = ("qf",)
+    tower_names = ("qf",)
 
     def make_quantile_net(self) -> DeepQuantileNetwork:
         """

@@ -131,8 +131,8 @@ class DeepPolicy(BasePolicy):
     :raises ValueError: if an argument is out of its range
     """
 
-    #: Names of the networks, as in ``net_arch``
-    networks: ClassVar[tuple[str, ...]] = ("pi", "qf")
+    #: Names of the towers, as in ``net_arch``
+    tower_names: ClassVar[tuple[str, ...]] = ("pi", "qf")
 
     def __init__(
         self,
@@ -162,15 +162,15 @@ class DeepPolicy(BasePolicy):
             residual=residual,
             residual_scale=residual_scale,
         )
-        self.tower_kwargs = split_settings(self.networks, self.tower_settings)
+        self.tower_kwargs = split_settings(self.tower_names, self.tower_settings)
         # One hidden layer, which a tower replaces
         widths = {name: [tower["width"]] for name, tower in self.tower_kwargs.items()}
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
-            net_arch=widths if len(widths) > 1 else widths[self.networks[0]],
-            activation_fn=self.tower_kwargs[self.networks[0]]["activation_fn"],
+            net_arch=widths if len(widths) > 1 else widths[self.tower_names[0]],
+            activation_fn=self.tower_kwargs[self.tower_names[0]]["activation_fn"],
             **kwargs,
         )
         if isinstance(observation_space, spaces.Dict) and issubclass(self.features_extractor_class, FlattenExtractor):
@@ -313,7 +313,7 @@ class DeepDQNPolicy(DeepPolicy, dqn.DQNPolicy):
     Deep residual policy for DQN, see :class:`DeepPolicy`.
     """
 
-    networks = ("qf",)
+    tower_names = ("qf",)
 
     def make_q_net(self) -> DeepQNetwork:
         """
@@ -345,7 +345,7 @@ class DeepActorCriticPolicy(DeepPolicy, ActorCriticPolicy):
     everywhere else: at outputs of the same size whatever the depth.
     """
 
-    networks = ("pi", "vf")
+    tower_names = ("pi", "vf")
 
     def _build_mlp_extractor(self) -> None:
         super()._build_mlp_extractor()
@@ -409,7 +409,7 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
         depth: int = 16,
         width: int = 256,
         activation_fn: type[nn.Module] = nn.SiLU,
-        norm: str = "layer",
+        norm: Norm = "layer",
         residual: bool = True,
         residual_scale: float | str = "learnable",
         normalized_image: bool = False,
@@ -466,7 +466,8 @@ POLICIES: dict[type[BaseAlgorithm], dict[str, type[BasePolicy]]] = {
 
 class ContribFinder(MetaPathFinder):
     """
-    Waits in ``sys.meta_path`` until sb3-contrib is imported, to register its policies then. It finds no module itself.
+    Waits in ``sys.meta_path`` until sb3-contrib is imported, to add the policies for it then. It finds no module itself.
+    That it is there tells that the policies are registered.
     """
 
     def find_spec(
@@ -490,7 +491,7 @@ class ContribFinder(MetaPathFinder):
                 loader.exec_module = execute  # type: ignore[method-assign]
                 loader.exec_module(module)
                 if self in sys.meta_path:
-                    register_policies()
+                    import_contrib_policies()
 
             loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -507,19 +508,9 @@ def register_policies() -> None:
     """
     if _contrib_finder not in sys.meta_path:
         sys.meta_path.insert(0, _contrib_finder)
+    add_policies(POLICIES)
     if sys.modules.get("sb3_contrib") is not None:
-        try:
-            importlib.import_module("sb3_deepcrl.common.deep_contrib_policies")
-        except ImportError as error:
-            warnings.warn(f"No deep policies for sb3-contrib ({error}): they need `pip install 'sb3-contrib>=2.9'`")
-    for algorithm, policies in POLICIES.items():
-        for name, policy in policies.items():
-            taken = algorithm.policy_aliases.setdefault(name, policy)
-            if taken is not policy:
-                warnings.warn(
-                    f"{algorithm.__name__} has another policy named {name} already, {taken.__module__}.{taken.__name__}: "
-                    f"use the class {policy.__module__}.{policy.__name__} instead of the name"
-                )
+        import_contrib_policies()
 
 
 def unregister_policies() -> None:
@@ -534,12 +525,30 @@ def unregister_policies() -> None:
                 del algorithm.policy_aliases[name]
 
 
+def import_contrib_policies() -> None:
+    """
+    Import the policies for sb3-contrib, which add themselves, with a warning if they do not fit to its release.
+    """
+    try:
+        importlib.import_module("sb3_deepcrl.common.deep_contrib_policies")
+    except ImportError as error:
+        warnings.warn(f"No deep policies for sb3-contrib ({error}): they need `pip install 'sb3-contrib>=2.9'`")
+
+
 def add_policies(policies: dict[type[BaseAlgorithm], dict[str, type[BasePolicy]]]) -> None:
     """
-    Add the policies of more algorithms to :data:`POLICIES`, and register them if the others are.
+    Add policies to :data:`POLICIES` and, unless :func:`unregister_policies` was called, to the algorithms.
 
     :param policies: Policies by algorithm and name
     """
     POLICIES.update(policies)
-    if _contrib_finder in sys.meta_path:
-        register_policies()
+    if _contrib_finder not in sys.meta_path:
+        return
+    for algorithm, named_policies in policies.items():
+        for name, policy in named_policies.items():
+            taken = algorithm.policy_aliases.setdefault(name, policy)
+            if taken is not policy:
+                warnings.warn(
+                    f"{algorithm.__name__} has another policy named {name} already, {taken.__module__}.{taken.__name__}: "
+                    f"use the class {policy.__module__}.{policy.__name__} instead of the name"
+                )
