@@ -46,7 +46,8 @@ def make_env(env_id: str, n_envs: int, seed: int) -> VecEnv:
 
 class EvaluationLog(BaseCallback):
     """
-    Evaluate every ``eval_freq`` env steps and append the means to a CSV file. The clock stands still meanwhile.
+    Evaluate every ``eval_freq`` env steps and append the means to a CSV file. The clock, which is that of the processor,
+    stands still meanwhile.
 
     :param env_id: Id of the env
     :param path: The CSV file
@@ -62,7 +63,7 @@ class EvaluationLog(BaseCallback):
         self.next_eval, self.seconds_off = eval_freq, 0.0
 
     def _on_training_start(self) -> None:
-        self.start = time.monotonic()
+        self.start = time.process_time()
 
     def _on_step(self) -> bool:
         if self.num_timesteps >= self.next_eval:
@@ -74,7 +75,7 @@ class EvaluationLog(BaseCallback):
         """
         Evaluate now.
         """
-        seconds = time.monotonic() - self.start - self.seconds_off
+        seconds = time.process_time() - self.start - self.seconds_off
         env = make_env(self.env_id, N_EVAL_ENVS, EVAL_SEED)
         vec_normalize = self.model.get_vec_normalize_env()
 
@@ -98,7 +99,7 @@ class EvaluationLog(BaseCallback):
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
-        self.seconds_off = time.monotonic() - self.start - seconds
+        self.seconds_off = time.process_time() - self.start - seconds
 
 
 class _Predictor:

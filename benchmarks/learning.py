@@ -75,14 +75,18 @@ def file_name(name: str, seed: int) -> str:
     return f"{name.replace(' ', '').replace('(', '-').replace(')', '')}-{seed}.csv"
 
 
-def reached(rows: list[dict[str, str]], column: str, in_a_row: int = 1) -> float:
+def reached(
+    rows: list[dict[str, str]], column: str, in_a_row: int = 1, threshold: float = SUCCESS_THRESHOLD, of: str = "success_any"
+) -> float:
     """
     :param rows: Evaluations of one run, in order
     :param column: ``timesteps`` or ``seconds``
-    :param in_a_row: How many evaluations in a row must have a success rate of at least 0.9
+    :param in_a_row: How many evaluations in a row must be good
+    :param threshold: How good
+    :param of: What is measured
     :return: The column at the first of them, infinity if there are none
     """
-    good = [float(row["success_any"]) >= SUCCESS_THRESHOLD for row in rows]
+    good = [float(row[of]) >= threshold for row in rows]
     for index in range(len(rows) - in_a_row + 1):
         if all(good[index : index + in_a_row]):
             return float(rows[index][column])

@@ -1,6 +1,8 @@
 from pathlib import Path
 
+from sb3_deepcrl.common.acceleration import compile_blocks
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.common.deep_policies import DeepResidualExtractor, register_policies, unregister_policies
 from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.registration import register_envs
@@ -9,13 +11,18 @@ from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 __version__ = Path(__file__).with_name("version.txt").read_text().strip()
 
 register_envs()
+register_policies()
 
 __all__ = [
     "ContrastiveReplayBuffer",
     "DeepCRL",
+    "DeepResidualExtractor",
     "GoalEvalCallback",
     "SuccessInfoWrapper",
     "__version__",
+    "compile_blocks",
     "evaluate_goals",
     "mean_of_episodes",
+    "register_policies",
+    "unregister_policies",
 ]

@@ -66,6 +66,12 @@ def test_options_change_the_network():
     assert tower.stem[0].out_features == 12
 
 
+def test_normalization_of_ones_own():
+    tower = ResidualTower(4, 2, depth=8, width=12, norm=nn.BatchNorm1d)
+    assert [norm.num_features for norm in tower.modules() if isinstance(norm, nn.BatchNorm1d)] == [12] * 9
+    assert not any(isinstance(module, nn.LayerNorm) for module in tower.modules())
+
+
 def test_initialisation_is_lecun_uniform():
     th.manual_seed(0)
     tower = ResidualTower(300, 64, depth=4, width=256)

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from numbers import Integral, Real
 
@@ -8,6 +8,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LAYERS_PER_BLOCK = 4
+
+# Name of a normalisation, or what makes the module from the number of features
+Norm = str | Callable[[int], nn.Module]
 
 
 def check_depth(depth: int, name: str = "depth") -> int:
@@ -46,13 +49,15 @@ def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def make_norm(norm: str, width: int) -> nn.Module:
+def make_norm(norm: Norm, width: int) -> nn.Module:
     """
-    :param norm: ``"layer"`` for LayerNorm, ``"none"`` for the identity
+    :param norm: ``"layer"`` for LayerNorm, ``"none"`` for the identity, or what makes the module from the number of features
     :param width: Number of features to normalise
     :return: The normalisation module
-    :raises ValueError: if ``norm`` is neither
+    :raises ValueError: if ``norm`` is none of those
     """
+    if callable(norm):
+        return norm(width)
     if norm == "layer":
         # Epsilon of the reference code (Flax), PyTorch's default is 1e-5
         return nn.LayerNorm(width, eps=1e-6)
@@ -61,7 +66,7 @@ def make_norm(norm: str, width: int) -> nn.Module:
     raise ValueError(f'`norm` must be "layer" or "none", got {norm!r}')
 
 
-def dense_layer(in_dim: int, width: int, activation_fn: type[nn.Module], norm: str) -> list[nn.Module]:
+def dense_layer(in_dim: int, width: int, activation_fn: type[nn.Module], norm: Norm) -> list[nn.Module]:
     """
     One layer of the tower: Dense, normalisation, activation.
 
@@ -81,7 +86,7 @@ class ResidualBlock(nn.Module):
 
     :param width: Number of features, in and out
     :param activation_fn: Class of the activation
-    :param norm: ``"layer"`` or ``"none"``
+    :param norm: See :func:`make_norm`
     :param residual: Whether to add the identity (False for the ablation: the output is then ``F(x)``)
     :param scale: Factor of the residual branch, or its initial value
     :param learn_scale: Whether the factor is a parameter
@@ -93,7 +98,7 @@ class ResidualBlock(nn.Module):
         self,
         width: int,
         activation_fn: type[nn.Module] = nn.SiLU,
-        norm: str = "layer",
+        norm: Norm = "layer",
         residual: bool = True,
         scale: float = 1.0,
         learn_scale: bool = False,
@@ -160,7 +165,7 @@ class ResidualTower(nn.Module):
     :param depth: Number of Dense layers inside the residual blocks, a positive multiple of 4
     :param width: Number of features of every hidden layer
     :param activation_fn: Class of the activation, Swish (``nn.SiLU``) in the paper
-    :param norm: ``"layer"`` (the paper) or ``"none"``
+    :param norm: ``"layer"`` (the paper), ``"none"``, or what makes another module from the number of features
     :param residual: Whether the blocks add the identity (False for the ablation)
     :param residual_scale: Factor of the residual branches: a number (the paper's is 1), ``"1/N"`` for one over
         the number of blocks, or ``"learnable"`` for one parameter a block that starts at ``1/N``.
@@ -176,7 +181,7 @@ class ResidualTower(nn.Module):
         depth: int = 16,
         width: int = 256,
         activation_fn: type[nn.Module] = nn.SiLU,
-        norm: str = "layer",
+        norm: Norm = "layer",
         residual: bool = True,
         residual_scale: float | str = "learnable",
     ):
