@@ -210,19 +210,21 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         "# Time and memory of one update",
         "",
         f"Batch size {args.batch_size}, width {args.width}, sizes of the humanoid tasks; {machine(args)}; median of "
-        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take at the rate measured in the same "
-        "process. Start-up is the first update, with nothing compiled before. The modes are described in the script.",
+        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take at the rate measured in the "
+        "same process. Start-up is the first update, with nothing compiled before. The modes are described in the script.",
         "",
         f"Printed by `python benchmarks/update.py {' '.join(sys.argv[1:])}`.",
         "",
-        "| depth | mode | ms an update | of plain | roof (ms) | share of the roof | ms a layer | start-up (s) | peak memory (GiB) |",
+        "| depth | mode | ms an update | of plain | roof (ms) | share of the roof | ms a layer | start-up (s) | "
+        "peak memory (GiB) |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         ratio = f"{row['ms'] / plain[row['depth']]:.2f}" if row["depth"] in plain else "-"
         lines.append(
             f"| {row['depth']} | {row['mode']} | {row['ms']:.1f} | {ratio} | {row['roof_ms']:.1f} | "
-            f"{row['roof_ms'] / row['ms']:.0%} | {row['ms'] / row['depth']:.2f} | {row['start_up']:.1f} | {row['memory']:.2f} |"
+            f"{row['roof_ms'] / row['ms']:.0%} | {row['ms'] / row['depth']:.2f} | {row['start_up']:.1f} | "
+            f"{row['memory']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -124,7 +124,6 @@ class ResidualBlock(nn.Module):
             return branch
         return th.addcmul(x, branch, self.scale)
 
-
     def _unfused_branch(self, x: th.Tensor) -> th.Tensor:
         """
         The same as ``branch``, but each bias is added after the matrix product, which lets a compiler add it on the way

@@ -7,8 +7,8 @@ import gymnasium
 import mujoco
 import numpy as np
 
-# Parts of MuJoCo's solver that cost one robot more time than they save: it is a single island anyway, and Newton's method needs
-# no more iterations from the unconstrained acceleration than from the last one
+# Parts of MuJoCo's solver that cost one robot more time than they save: it is a single island anyway, and Newton's method
+# needs no more iterations from the unconstrained acceleration than from the last one
 DISABLED_SOLVER_PARTS = int(mujoco.mjtDisableBit.mjDSBL_ISLAND) | int(mujoco.mjtDisableBit.mjDSBL_WARMSTART)
 
 # The simulation's arrays by MjData name, each with a leading batch axis
