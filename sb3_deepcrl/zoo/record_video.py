@@ -1,0 +1,14 @@
+"""
+```python -m rl_zoo3.X```
+"""
+
+from sb3_deepcrl.zoo.launcher import run
+
+
+def main() -> None:
+    """Run the script with the arguments of the command line."""
+    run("record_video")
+
+
+if __name__ == "__main__":
+    main()
