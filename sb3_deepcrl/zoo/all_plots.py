@@ -1,5 +1,5 @@
 """
-```python -m rl_zoo3.X```
+RL Zoo's ``all_plots`` for DeepCRL: ``python -m sb3_deepcrl.zoo.all_plots --help``.
 """
 
 from sb3_deepcrl.zoo.launcher import run

@@ -1,5 +1,5 @@
 """
-```python -m rl_zoo3.X```
+RL Zoo's ``enjoy`` for DeepCRL: ``python -m sb3_deepcrl.zoo.enjoy --help``.
 """
 
 from sb3_deepcrl.zoo.launcher import run

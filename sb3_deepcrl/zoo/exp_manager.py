@@ -57,16 +57,12 @@ class GoalExperimentManager(ExperimentManager):
         **kwargs: Any,
     ):
         is_batch = vec_env_type == "batch"
-        super().__init__(
-            args,
-            algo,
-            env_id,
-            *positional,
+        kwargs.update(
             vec_env_type="dummy" if is_batch else vec_env_type,
             config=find_config(config, algo, env_id),
             trial_id=trial_id,
-            **kwargs,
         )
+        super().__init__(args, algo, env_id, *positional, **kwargs)
         if is_batch:
             self.vec_env_class = BatchVecEnv
         # A run of DeepCRL goes on with its own config, where it has one and the user asks for no other
@@ -293,12 +289,13 @@ class GoalExperimentManager(ExperimentManager):
         if not self.resumes:
             super().learn(model)
             return
-        log_interval: Any = {-1: 4}.get(self.log_interval, self.log_interval)
+        # RL Zoo: the default at -1, no log below
+        log_interval = {-1: 4}.get(self.log_interval, self.log_interval)
         try:
             model.learn(
                 self.n_timesteps - model.num_timesteps,
                 callback=self.callbacks,
-                log_interval=log_interval if log_interval > -1 else None,
+                log_interval=log_interval if log_interval > -1 else None,  # type: ignore[arg-type]
                 reset_num_timesteps=False,
             )
         except KeyboardInterrupt:

@@ -25,9 +25,7 @@ def convert_deepcrl_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return hyperparams
 
 
-def sample_deepcrl_params(
-    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
-) -> dict[str, Any]:
+def sample_deepcrl_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     Sampler for DeepCRL hyperparams.
 
@@ -40,7 +38,7 @@ def sample_deepcrl_params(
     # One update for so many transitions, whatever the number of envs
     fewest, most = TRANSITIONS_PER_UPDATE
     lowest_pow, highest_pow = math.ceil(math.log2(n_envs / most)), math.floor(math.log2(n_envs / fewest))
-    sampled_params = {
+    sampled_params: dict[str, Any] = {
         # 4 to 64 layers
         "depth_pow": trial.suggest_int("depth_pow", 2, 6),
         # 64 to 512 units

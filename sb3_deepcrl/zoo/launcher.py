@@ -9,7 +9,6 @@ import importlib
 import io
 import runpy
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,7 +108,7 @@ class ZooArgumentParser(ArgumentParser):
             kwargs["choices"] = [*kwargs["choices"], "batch"]
             kwargs["help"] = "VecEnv type, batch: native threads, for the tasks of sb3_deepcrl"
         for name, default in DEFAULTS.items():
-            if name in names and kwargs.get("nargs") is None and not (self.script in PLOTS):
+            if name in names and kwargs.get("nargs") is None and self.script not in PLOTS:
                 kwargs.update(default=default, required=False)
         return super().add_argument(*names, **kwargs)
 
@@ -211,7 +210,7 @@ def zoo_replaced(script: str) -> Iterator[None]:
 
     :param script: Name of the script
     """
-    parser_class = type("ZooArgumentParser", (ZooArgumentParser,), {"script": script})
+    parser_class: type[ZooArgumentParser] = type("ZooArgumentParser", (ZooArgumentParser,), {"script": script})
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(argparse, "ArgumentParser", parser_class))
         if script == "train":

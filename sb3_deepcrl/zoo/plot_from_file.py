@@ -1,5 +1,5 @@
 """
-```python -m rl_zoo3.X```
+RL Zoo's ``plot_from_file`` for DeepCRL: ``python -m sb3_deepcrl.zoo.plot_from_file --help``.
 """
 
 from sb3_deepcrl.zoo.launcher import run

@@ -1,5 +1,5 @@
 """
-```python -m rl_zoo3.X```
+RL Zoo's ``plot_train`` for DeepCRL: ``python -m sb3_deepcrl.zoo.plot_train --help``.
 """
 
 from sb3_deepcrl.zoo.launcher import run

@@ -1,5 +1,5 @@
 """
-```python -m rl_zoo3.X```
+RL Zoo's ``push_to_hub`` for DeepCRL: ``python -m sb3_deepcrl.zoo.push_to_hub --help``.
 """
 
 from sb3_deepcrl.zoo.launcher import run

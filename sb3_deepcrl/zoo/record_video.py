@@ -1,5 +1,5 @@
 """
-```python -m rl_zoo3.X```
+RL Zoo's ``record_video`` for DeepCRL: ``python -m sb3_deepcrl.zoo.record_video --help``.
 """
 
 from sb3_deepcrl.zoo.launcher import run

@@ -1,5 +1,5 @@
 """
-```python -m rl_zoo3.X```
+RL Zoo's ``train`` for DeepCRL: ``python -m sb3_deepcrl.zoo.train --help``.
 """
 
 from sb3_deepcrl.zoo.launcher import run
