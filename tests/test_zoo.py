@@ -92,7 +92,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     assert longer.num_timesteps == 2400
     assert longer.learning_starts == model.learning_starts == 100
     assert longer._n_updates == model._n_updates + 800 // 16
-    assert longer._episode_num > model._episode_num
+    assert longer._episode_num >= model._episode_num > 0
     # A step is not stored when a callback saves it
     assert longer.replay_buffer.size() * N_ENVS >= 2400 - 3 * N_ENVS
     # The schedule ends at the end of the whole run: at the last update 16 steps are left
@@ -106,10 +106,10 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
 
 
 def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, capsys):
-    train(tmp_path, "-i", str(run_folder / f"rl_model_{EVERY}_steps.zip"), "-n", "920")
+    train(tmp_path, "-i", str(run_folder / f"rl_model_{EVERY}_steps.zip"), "-n", "928")
     assert "No replay buffer" in capsys.readouterr().out
     longer = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
-    assert longer.num_timesteps == 920
+    assert longer.num_timesteps == 928
     before = DeepCRL.load(run_folder / f"rl_model_{EVERY}_steps.zip")._n_updates
     assert longer._n_updates <= before + 2
 
@@ -179,7 +179,10 @@ def test_record_video(logs, tmp_path):
 
 
 def test_plots(logs, tmp_path, capsys):
-    common = ["-a", "deepcrl", "-e", ENV, "-f", str(logs)]
+    common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
+    # RL Zoo's plots of several runs need two
+    for number in (1, 2):
+        shutil.copytree(logs / "deepcrl" / f"{ENV}_1", tmp_path / "deepcrl" / f"{ENV}_{number}")
     run("plot_train", [*common, "-y", "success", "-w", "2", "--figure", str(tmp_path / "train.png")])
     run("all_plots", [*common, "-k", "successes", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "all.png")])
     run("plot_from_file", ["-i", str(tmp_path / "all.pkl"), "--figure", str(tmp_path / "file.png")])
@@ -190,6 +193,27 @@ def test_plots(logs, tmp_path, capsys):
     assert (tmp_path / "value.png").stat().st_size > 5000
 
 
+def test_push_to_hub(logs, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return f"hub/{repo_id}"
+
+        def snapshot_download(self, repo_id, local_dir):
+            Path(local_dir).mkdir(parents=True)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            assert repo_id == f"me/deepcrl-{ENV}"
+            shutil.copytree(folder_path, tmp_path / "uploaded")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **kwargs: Hub())
+    monkeypatch.chdir(tmp_path)
+    run("push_to_hub", ["--env", ENV, "-f", str(logs), "-orga", "me", "--no-render"])
+    card = (tmp_path / "uploaded" / "README.md").read_text()
+    assert f"**DeepCRL** Agent playing **{ENV}**" in card
+    assert "mean_reward" in card
+    assert DeepCRL.load(tmp_path / "uploaded" / f"deepcrl-{ENV}.zip").num_timesteps == N_STEPS
+
+
 def cli_main(*args: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sb3-deepcrl", *args])
@@ -198,7 +222,8 @@ def cli_main(*args: str) -> None:
 
 def test_command(capsys):
     cli_main("--help")
-    assert all(script in capsys.readouterr().out or script for script in SCRIPTS)
+    output = capsys.readouterr().out
+    assert all(script in output for script in (*SCRIPTS, "value_map"))
     with pytest.raises(SystemExit, match="there is no 'fly', only train, enjoy"):
         cli_main("fly")
     for script in SCRIPTS:
@@ -272,14 +297,14 @@ def test_every_entry_trains(config, tmp_path, capsys):
         else:
             # HerReplayBuffer has nothing to sample before the end of an episode
             small |= {"policy_kwargs": {"net_arch": [16]}, "gradient_steps": 0 if "replay_buffer_class" in checked else 1}
-        args = ["--algo", algo, "-conf", config.removesuffix(".yml"), "--env", env_id, "-n", "6", "--eval-freq", "-1"]
+        args = ["--algo", algo, "-conf", config.removesuffix(".yml"), "--env", env_id, "-n", "10", "--eval-freq", "-1"]
         if "_" not in env_id and "Fetch" not in env_id:
             args += ["--vec-env", "batch"]
         train(tmp_path, *args, "-params", *(f"{key}:{value!r}" for key, value in small.items()))
         (model_path,) = (tmp_path / algo / f"{env_id}_1").glob(f"{env_id}.zip")
         with zipfile.ZipFile(model_path) as archive:
             data = json.loads(archive.read("data"))
-        assert data["num_timesteps"] == 6
+        assert data["num_timesteps"] == 10
         assert data["_n_updates"] > 0 or small.get("gradient_steps") == 0
     capsys.readouterr()
 
@@ -346,11 +371,11 @@ def test_existing_her_config(tmp_path, capsys):
 
 def test_plain_zoo_with_custom_envs(tmp_path):
     (tmp_path / "custom_envs.py").write_text("import sb3_deepcrl.zoo\n")
-    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "deepcrl", "--env", ENV, "-n", "120"]
+    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "deepcrl", "--env", ENV, "-n", "128"]
     command += ["-conf", str(config_folder() / "deepcrl.yml"), "-f", str(tmp_path), "--eval-freq", "-1", "--num-threads", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     subprocess.run([*command, *TINY], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 120
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 128
 
 
 def test_installed_wheel_finds_its_configs(tmp_path):
@@ -386,7 +411,7 @@ def test_default_configs():
 BAD = [
     ("--env PointUMaz-v0", "--env: PointUMaz-v0 is no registered env, did you mean PointUMaze-v0?"),
     ("--env Pendulum-v1", "`achieved_goal`, `desired_goal` missing"),
-    ("--env PointMaze_UMaze-v3 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only"),
+    ("--env FetchReach-v4 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only"),
     ("-params dept:4", "`dept` is no hyperparameter, did you mean `depth`?"),
     ("-params depth:6", "`depth` must be a positive multiple of 4"),
     ("-params policy:'MultiInputPolcy'", "`policy: MultiInputPolcy` is unknown, did you mean `MultiInputPolicy`?"),
@@ -404,7 +429,7 @@ BAD = [
     ("-params noise_type:'normal'", "`noise_type` needs `noise_std`"),
     ("--env-kwargs maez:'u'", "maez"),
     ("-conf nowhere.yml", "-conf: there is no file nowhere.yml"),
-    ("-conf nowhere", "nowhere: No module named 'nowhere'"),
+    ("-conf nowhere", "nowhere: ModuleNotFoundError: No module named 'nowhere'"),
     ("-i nowhere.zip", "-i: nowhere.zip is neither a model (.zip) nor the folder of a run"),
     ("--gym-packages nowhere", "--gym-packages: No module named 'nowhere'"),
 ]

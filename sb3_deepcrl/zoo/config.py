@@ -15,7 +15,7 @@ import sb3_deepcrl
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.deepcrl import HER_KWARGS
-from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
+from sb3_deepcrl.deepcrl.policies import SAC_POLICY_KWARGS, DeepCRLPolicy
 
 # What RL Zoo itself takes out of a config
 ZOO_KEYS = {
@@ -95,7 +95,7 @@ def argument_names(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
-def check_hyperparams(hyperparams: Any, algo_class: type[BaseAlgorithm]) -> dict[str, Any]:
+def check_hyperparams(hyperparams: dict[str, Any], algo_class: type[BaseAlgorithm]) -> dict[str, Any]:
     """
     Check an entry of a config, so that what is wrong is told by its key.
 
@@ -104,8 +104,6 @@ def check_hyperparams(hyperparams: Any, algo_class: type[BaseAlgorithm]) -> dict
     :return: The entry, its text evaluated where it is Python
     :raises ConfigError: if something is wrong
     """
-    if not isinstance(hyperparams, dict):
-        raise ConfigError(f"the entry of the env must have keys, such as `n_timesteps`, got {hyperparams!r}")
     arguments = argument_names(algo_class)
     for key in hyperparams:
         if key in FLAGS:
@@ -119,8 +117,9 @@ def check_hyperparams(hyperparams: Any, algo_class: type[BaseAlgorithm]) -> dict
     hyperparams = evaluate_python(hyperparams)
     check_names(hyperparams, algo_class)
     if issubclass(algo_class, DeepCRL):
-        not_of_user = {"observation_space", "action_space", "lr_schedule", "use_sde"}
-        check_keys(hyperparams, "policy_kwargs", set(argument_names(DeepCRLPolicy)) - not_of_user)
+        not_of_user = {"observation_space", "action_space", "lr_schedule", "sac_kwargs"}
+        policy_keys = (set(argument_names(DeepCRLPolicy)) - not_of_user) | set(SAC_POLICY_KWARGS)
+        check_keys(hyperparams, "policy_kwargs", policy_keys)
         not_of_user = {"buffer_size", "observation_space", "action_space", "device", "n_envs"}
         buffer_keys = (set(argument_names(ContrastiveReplayBuffer)) - not_of_user) | set(HER_KWARGS)
         if hyperparams.get("replay_buffer_class") in (None, ContrastiveReplayBuffer):

@@ -103,8 +103,14 @@ class GoalExperimentManager(ExperimentManager):
             self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
         try:
             hyperparams, saved_hyperparams = super().read_hyperparameters()
-        except (OSError, ImportError, yaml.YAMLError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{self.config}: {error}") from error
+        except (TypeError, AttributeError) as error:
+            message = f"{self.config}: the entry of {self.env_name.gym_id} must have keys, such as `n_timesteps` ({error})"
+            raise ConfigError(message) from error
+        except ConfigError:
+            raise
+        except Exception as error:
+            # A Python config may raise anything
+            raise ConfigError(f"{self.config}: {type(error).__name__}: {error}") from error
         return self._checked(hyperparams, self.config), saved_hyperparams
 
     def _read_resumed_config(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -203,6 +203,14 @@ class PredictionDeepCRL(DeepCRL):
 PredictionDeepCRL.__name__ = DeepCRL.__name__
 
 
+def hub_metadata(*args: Any) -> dict[str, Any]:
+    """
+    :param args: Names of algorithm and env, mean and standard deviation of the reward
+    :return: Metadata of a model card
+    """
+    return importlib.import_module("huggingface_sb3.push_to_hub")._generate_metadata(*args).to_dict()
+
+
 @contextlib.contextmanager
 def zoo_replaced(script: str) -> Iterator[None]:
     """
@@ -228,6 +236,11 @@ def zoo_replaced(script: str) -> Iterator[None]:
             )
         else:
             stack.enter_context(patch.dict(ALGOS, deepcrl=PredictionDeepCRL))
+        if script == "push_to_hub":
+            hub = importlib.import_module("huggingface_sb3.push_to_hub")
+            if not hasattr(hub, "generate_metadata"):
+                # The name that RL Zoo 2.9.2 imports is gone in release 3.2 of what it asks for
+                stack.enter_context(patch.object(hub, "generate_metadata", hub_metadata, create=True))
         yield
 
 
