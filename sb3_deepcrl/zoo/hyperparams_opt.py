@@ -4,7 +4,7 @@ from typing import Any
 import optuna
 
 # Number of transitions for one gradient step, smallest and largest
-TRANSITIONS_PER_UPDATE = (2, 64)
+TRANSITIONS_PER_UPDATE = (4, 64)
 
 
 def convert_deepcrl_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
