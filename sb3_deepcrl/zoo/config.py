@@ -172,6 +172,9 @@ def evaluate_python(hyperparams: dict[str, Any]) -> dict[str, Any]:
     for key in ("policy_kwargs", "replay_buffer_kwargs", "monitor_kwargs", "env_kwargs"):
         if not isinstance(evaluated.get(key, {}), dict):
             raise ConfigError(f"`{key}` must be a dict, got {evaluated[key]!r}")
+    for name, value in evaluated.get("policy_kwargs", {}).items():
+        if isinstance(value, str) and (name == "activation_fn" or name.endswith("_class")):
+            raise ConfigError(f'`policy_kwargs`: `{name}: {value}` is text: write `policy_kwargs: "dict({name}={value})"`')
     return evaluated
 
 

@@ -1,4 +1,5 @@
 import shutil
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -77,10 +78,12 @@ class GoalExperimentManager(ExperimentManager):
         :return: the initialized RL model, None for a hyperparameter search
         :raises ConfigError: if something that the user gave cannot be used. The folder of the run is removed then.
         """
+        is_new = not Path(self.save_path).exists()
         try:
             return super().setup_experiment()
         except Exception as error:
-            shutil.rmtree(self.save_path, ignore_errors=True)
+            if is_new:
+                shutil.rmtree(self.save_path, ignore_errors=True)
             if isinstance(error, ValueError | AssertionError | gym.error.Error):
                 raise ConfigError(f"{type(error).__name__}: {error}") from error
             raise
@@ -193,7 +196,8 @@ class GoalExperimentManager(ExperimentManager):
 
     def create_callbacks(self) -> None:
         """Create the callbacks that the command line asks for."""
-        eval_env = None if self.optimize_hyperparameters else self.create_envs(self.n_eval_envs, eval_env=True)
+        needs_env = not self.optimize_hyperparameters and (self.eval_freq > 0 or self.show_progress)
+        eval_env = self.create_envs(self.n_eval_envs, eval_env=True) if needs_env else None
         has_goals = eval_env is not None and reports_goals(eval_env)
         if self.show_progress:
             self.callbacks.append(TrainingDisplay() if has_goals else ProgressBarCallback())
@@ -272,7 +276,11 @@ class GoalExperimentManager(ExperimentManager):
         try:
             with np.load(folder / "evaluations.npz") as file:
                 logs = {key: file[key] for key in file.files}
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            # There were none, or it was killed while it wrote them
+            return
+        if logs["results"].shape[1:] != (callback.n_eval_episodes,):
+            print("The evaluations before the stop have another number of episodes: they are not continued")
             return
         is_before = logs["timesteps"] <= num_timesteps
         callback.evaluations_timesteps = logs["timesteps"][is_before].tolist()

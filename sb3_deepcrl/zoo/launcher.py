@@ -128,7 +128,9 @@ class ZooArgumentParser(ArgumentParser):
                 check_env(parsed.env, parsed.gym_packages)
             else:
                 check_env(parsed.env.gym_id, getattr(parsed, "gym_packages", []))
-                self._check_model(parsed)
+                # RL Zoo downloads to a folder of this name what is not there
+                if "rl-trained-agents" not in parsed.folder:
+                    self._check_model(parsed)
         except ConfigError as error:
             self.error(str(error))
         return parsed
@@ -136,6 +138,11 @@ class ZooArgumentParser(ArgumentParser):
     def _resume(self, parsed: argparse.Namespace, args: Any, namespace: Any) -> argparse.Namespace:
         """
         What the command line does not tell about a run to continue is as it was.
+
+        :param parsed: The parsed arguments
+        :param args: Arguments of the command line
+        :param namespace: Where to put them
+        :return: The arguments with those of the run, and the model to go on from
         """
         model_path = find_model(parsed.trained_agent)
         config = run_config(Path(model_path))
