@@ -15,16 +15,20 @@ import numpy as np
 import optuna
 import pytest
 import yaml
+from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.zoo import cli
+from sb3_deepcrl.zoo.callbacks import make_trial_callback
 from sb3_deepcrl.zoo.checkpoints import find_model, sibling
 from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
 from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run
+from tests.envs import GoalReachEnv
 
 ROOT = Path(__file__).parent.parent
 ENV = "PointUMaze-v0"
@@ -253,6 +257,32 @@ def test_optimize_and_train_a_trial(tmp_path, capsys):
     assert model.energy == trials[0]["params_energy"]
     with pytest.raises(SystemExit, match="no trial 7 of study 'maze'"):
         train(tmp_path, "--trial-id", "7", *tiny)
+
+
+class RecordingTrial:
+    """A trial that is pruned after its second evaluation."""
+
+    def __init__(self):
+        self.reports: list[tuple[float, int]] = []
+
+    def report(self, value: float, step: int) -> None:
+        self.reports.append((value, step))
+
+    def should_prune(self) -> bool:
+        return len(self.reports) == 2
+
+
+def test_trials_are_pruned_by_time_at_goal():
+    trial = RecordingTrial()
+    callback = make_trial_callback(make_vec_env(GoalReachEnv, 2), trial, n_eval_episodes=4, eval_freq=5)
+    model = DeepCRL("MultiInputPolicy", make_vec_env(GoalReachEnv, 2), depth=4, width=16, batch_size=4, learning_starts=100)
+    model.learn(40, callback=callback)
+    assert model.num_timesteps == 20
+    assert callback.is_pruned
+    assert [step for _, step in trial.reports] == [1, 2]
+    assert trial.reports[-1][0] == callback.last_mean_reward == callback.last_means["time_at_goal_fraction"]
+    # Where nothing tells of goals, the reward counts
+    assert type(make_trial_callback(make_vec_env("Pendulum-v1"), trial)) is TrialEvalCallback
 
 
 @pytest.mark.parametrize("n_envs", [1, 16, 512])
