@@ -253,13 +253,14 @@ def zoo_replaced(script: str) -> Iterator[None]:
 
 def save_figures(path: Path) -> None:
     """
-    :param path: Where the first figure goes; a further one has its number in the name
+    :param path: Where the first figure goes; a further one has a number in its name
     """
     import matplotlib.pyplot as plt
 
-    for number in plt.get_fignums():
-        target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+    for index, number in enumerate(plt.get_fignums(), start=1):
+        target = path if index == 1 else path.with_stem(f"{path.stem}-{index}")
         plt.figure(number).savefig(target, dpi=150)
+        plt.close(number)
         print(f"Figure: {target}")
 
 
@@ -273,6 +274,8 @@ def run(script: str, argv: Sequence[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     module, function = SCRIPTS[script]
+    # Nothing but the script itself shall find what is replaced below
+    importlib.import_module("rl_zoo3.exp_manager" if function is None else module)
     with patch.object(sys, "argv", [f"sb3-deepcrl {script}", *argv]), zoo_replaced(script):
         try:
             if function is None:
