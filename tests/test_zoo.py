@@ -17,6 +17,7 @@ import pytest
 import yaml
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -137,6 +138,22 @@ def test_killed_while_saving(tmp_path):
     (folder / "evaluations.npz").write_bytes(b"PK")
     train(tmp_path, "-i", str(folder), "-n", str(models[chosen] + 80))
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == models[chosen] + 80
+
+
+class Interrupter(BaseCallback):
+    def _on_step(self) -> bool:
+        if self.n_calls >= 50:
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_interrupted_run_saves_what_it_has(resume, run_folder, tmp_path):
+    args = f"--env {ENV} --vec-env batch -n 10000 --progress".split() + (["-i", str(run_folder)] if resume else [])
+    train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Interrupter'")
+    model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    # A run that is continued counts its calls from the start
+    assert model.num_timesteps == (N_STEPS + 4 if resume else 200)
 
 
 def test_newest_complete_checkpoint(run_folder, tmp_path):

@@ -300,9 +300,18 @@ class GoalExperimentManager(ExperimentManager):
 
         :param model: an initialized RL model
         """
-        if not self.resumes:
-            super().learn(model)
-            return
+        try:
+            if self.resumes:
+                self._learn_the_rest(model)
+            else:
+                super().learn(model)
+        finally:
+            # RL Zoo ends the first callback only
+            for callback in self.callbacks:
+                if isinstance(callback, TrainingDisplay):
+                    callback.stop()
+
+    def _learn_the_rest(self, model: BaseAlgorithm) -> None:
         # RL Zoo: the default at -1, no log below
         log_interval = {-1: 4}.get(self.log_interval, self.log_interval)
         try:
@@ -316,9 +325,6 @@ class GoalExperimentManager(ExperimentManager):
             # The model is saved as it is
             pass
         finally:
-            for callback in self.callbacks:
-                if isinstance(callback, TrainingDisplay | ProgressBarCallback):
-                    callback.on_training_end()
             assert model.env is not None
             model.env.close()
 
