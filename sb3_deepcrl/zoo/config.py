@@ -1,0 +1,215 @@
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import rl_zoo3.exp_manager
+import yaml
+from rl_zoo3.utils import get_class_by_name, get_wrapper_class
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+import sb3_deepcrl
+from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.deepcrl.deepcrl import HER_KWARGS
+from sb3_deepcrl.deepcrl.policies import SAC_POLICY_KWARGS, DeepCRLPolicy
+
+# What RL Zoo itself takes out of a config
+ZOO_KEYS = {
+    "callback",
+    "env_kwargs",
+    "env_wrapper",
+    "frame_stack",
+    "monitor_kwargs",
+    "n_envs",
+    "n_timesteps",
+    "noise_std",
+    "noise_type",
+    "normalize",
+    "vec_env_wrapper",
+}
+# Arguments of the algorithms that have a flag of the command line in place of a key, where there is one
+FLAGS = {"device": "--device", "env": "--env", "seed": "--seed", "tensorboard_log": "-tb", "verbose": "--verbose"}
+LEARNING_RATES = ("learning_rate", "critic_learning_rate", "ent_coef_learning_rate")
+# Values that may be text to be evaluated
+PYTHON_KEYS = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
+
+
+class ConfigError(Exception):
+    """Something that the user gave cannot be used: one line says what and why."""
+
+
+def config_folder() -> Path:
+    """
+    :return: Folder of the configs that come with this package
+    """
+    package = Path(sb3_deepcrl.__file__).parent
+    # Inside of the package where it is installed, beside it in a clone
+    installed = package / "zoo_configs"
+    return installed if installed.is_dir() else package.parent / "zoo_configs"
+
+
+def find_config(config: str | None, algo: str, env_id: str) -> str | None:
+    """
+    :param config: What the user gave: a file, the name of a config of this package (``deepcrl-paper``), a Python module, or
+        None
+    :param algo: Name of the algorithm
+    :param env_id: Id of the env
+    :return: Path of the config or Python module, None for the one that comes with RL Zoo
+    :raises ConfigError: if there is no such file
+    """
+    if config is None:
+        path = config_folder() / f"{algo}.yml"
+        if algo == "deepcrl" or (path.is_file() and env_id in yaml.safe_load(path.read_text())):
+            return str(path)
+        return None
+    if Path(config).is_file():
+        return config
+    for suffix in ("", ".yml", ".py"):
+        if (path := config_folder() / f"{config}{suffix}").is_file():
+            return str(path)
+    if config.endswith((".yml", ".yaml", ".py")):
+        names = ", ".join(sorted(path.name for path in config_folder().glob("*.*")))
+        raise ConfigError(f"-conf: there is no file {config}. Configs of this package: {names}")
+    return config
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """
+    :param name: An unknown name
+    :param known: The known ones
+    :return: End of a message
+    """
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean `{matches[0]}`?" if matches else ""
+
+
+def argument_names(function: Callable[..., Any]) -> dict[str, Any]:
+    """
+    :param function: A function or class
+    :return: Its arguments with their defaults
+    """
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def check_hyperparams(hyperparams: dict[str, Any], algo_class: type[BaseAlgorithm]) -> dict[str, Any]:
+    """
+    Check an entry of a config, so that what is wrong is told by its key.
+
+    :param hyperparams: The entry
+    :param algo_class: The algorithm that it is for
+    :return: The entry, its text evaluated where it is Python
+    :raises ConfigError: if something is wrong
+    """
+    arguments = argument_names(algo_class)
+    for key in hyperparams:
+        if key in FLAGS:
+            raise ConfigError(f"`{key}` cannot be in a config: use the flag {FLAGS[key]}")
+        if key not in ZOO_KEYS and key not in arguments:
+            raise ConfigError(f"`{key}` is no hyperparameter{suggestion(key, [*arguments, *ZOO_KEYS])}")
+    for key in ("n_timesteps", "policy"):
+        if key not in hyperparams:
+            raise ConfigError(f"`{key}` is missing")
+    check_numbers(hyperparams, arguments)
+    hyperparams = evaluate_python(hyperparams)
+    check_names(hyperparams, algo_class)
+    if issubclass(algo_class, DeepCRL):
+        not_of_user = {"observation_space", "action_space", "lr_schedule", "sac_kwargs"}
+        policy_keys = (set(argument_names(DeepCRLPolicy)) - not_of_user) | set(SAC_POLICY_KWARGS)
+        check_keys(hyperparams, "policy_kwargs", policy_keys)
+        not_of_user = {"buffer_size", "observation_space", "action_space", "device", "n_envs"}
+        buffer_keys = (set(argument_names(ContrastiveReplayBuffer)) - not_of_user) | set(HER_KWARGS)
+        if hyperparams.get("replay_buffer_class") in (None, ContrastiveReplayBuffer):
+            check_keys(hyperparams, "replay_buffer_kwargs", buffer_keys)
+    return hyperparams
+
+
+def check_numbers(hyperparams: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """
+    :param hyperparams: An entry of a config
+    :param arguments: Arguments of the algorithm with their defaults
+    :raises ConfigError: if a number is none
+    """
+    for key in LEARNING_RATES:
+        value = hyperparams.get(key)
+        if isinstance(value, str) and not re.fullmatch(r"lin_[0-9.]+(e-?[0-9]+)?", value):
+            raise ConfigError(f"`{key}: {value}` is text: write `!!float {value}`, or `lin_3e-4` for a linear schedule")
+    defaults = {**arguments, "n_timesteps": 1.0, "n_envs": 1, "noise_std": 0.1}
+    for key, value in hyperparams.items():
+        default = defaults.get(key)
+        # A train_freq may be a list
+        if key in (*LEARNING_RATES, "train_freq") or isinstance(default, bool) or not isinstance(default, Real):
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            hint = f": write `!!float {value}`" if isinstance(value, str) and "e" in value else ""
+            raise ConfigError(f"`{key}` must be a number, got {value!r}{hint}")
+        elif isinstance(default, int) and not isinstance(value, int):
+            raise ConfigError(f"`{key}` must be an integer, got {value!r}")
+    if hyperparams.get("n_envs", 1) < 1:
+        raise ConfigError(f"`n_envs` must be at least 1, got {hyperparams['n_envs']}")
+    if hyperparams.get("noise_type") is not None and "noise_std" not in hyperparams:
+        raise ConfigError("`noise_type` needs `noise_std`")
+
+
+def evaluate_python(hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param hyperparams: An entry of a config
+    :return: The same with text evaluated where it is Python
+    :raises ConfigError: if it cannot be evaluated
+    """
+    evaluated = dict(hyperparams)
+    for key in PYTHON_KEYS:
+        value = hyperparams.get(key)
+        if isinstance(value, str):
+            try:
+                # With the names that RL Zoo knows there
+                evaluated[key] = eval(value, dict(vars(rl_zoo3.exp_manager)))
+            except Exception as error:
+                raise ConfigError(f"`{key}: {value}` is no valid Python: {error}") from None
+    for key in ("policy_kwargs", "replay_buffer_kwargs", "monitor_kwargs", "env_kwargs"):
+        if not isinstance(evaluated.get(key, {}), dict):
+            raise ConfigError(f"`{key}` must be a dict, got {evaluated[key]!r}")
+    for name, value in evaluated.get("policy_kwargs", {}).items():
+        if isinstance(value, str) and (name == "activation_fn" or name.endswith("_class")):
+            raise ConfigError(f'`policy_kwargs`: `{name}: {value}` is text: write `policy_kwargs: "dict({name}={value})"`')
+    return evaluated
+
+
+def check_names(hyperparams: dict[str, Any], algo_class: type[BaseAlgorithm]) -> None:
+    """
+    :param hyperparams: An entry of a config
+    :param algo_class: The algorithm that it is for
+    :raises ConfigError: if the policy, a wrapper or a callback does not exist
+    """
+    policy = hyperparams["policy"]
+    if not isinstance(policy, str) or ("." not in policy and policy not in algo_class.policy_aliases):
+        raise ConfigError(f"`policy: {policy}` is unknown{suggestion(str(policy), algo_class.policy_aliases)}")
+    try:
+        key = "policy"
+        if "." in policy:
+            get_class_by_name(policy)
+        for key in ("env_wrapper", "vec_env_wrapper"):
+            get_wrapper_class(hyperparams, key)
+        key = "callback"
+        callbacks = hyperparams.get(key) or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            name = next(iter(callback)) if isinstance(callback, dict) else callback
+            if isinstance(name, str):
+                get_class_by_name(name)
+    except (ImportError, AttributeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"`{key}: {hyperparams[key]}` cannot be imported: {error}") from None
+
+
+def check_keys(hyperparams: dict[str, Any], key: str, known: Iterable[str]) -> None:
+    """
+    :param hyperparams: An entry of a config
+    :param key: Key of a dict in it
+    :param known: Keys that this dict may have
+    :raises ConfigError: if it has another one
+    """
+    for name in hyperparams.get(key) or {}:
+        if name not in known:
+            raise ConfigError(f"`{key}` has no `{name}`{suggestion(name, known)}")

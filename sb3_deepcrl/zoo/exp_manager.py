@@ -1,0 +1,352 @@
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from pprint import pprint
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import yaml
+from rl_zoo3.callbacks import SaveVecNormalizeCallback
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS, SimpleLinearSchedule
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_deepcrl.common.callbacks import TrainingDisplay
+from sb3_deepcrl.common.evaluation import GoalEvalCallback
+from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.envs import BatchVecEnv
+from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, replay_buffers, reports_goals
+from sb3_deepcrl.zoo.checkpoints import run_config, sibling
+from sb3_deepcrl.zoo.config import LEARNING_RATES, ConfigError, check_hyperparams, find_config
+
+# Envs that report `is_success`: these packages, see `sb3_deepcrl.zoo`
+SUCCESS_REPORTED_BY = ("sb3_deepcrl.envs", "gymnasium_robotics.envs.maze", "gymnasium_robotics.envs.fetch")
+
+
+class GoalExperimentManager(ExperimentManager):
+    """
+    RL Zoo's experiment manager with what goal-conditioned training needs besides: configs of this package, ``BatchVecEnv``,
+    evaluation by success and time at goal, and runs that go on where they stopped.
+
+    What is wrong in a config or on the command line ends in a :class:`~sb3_deepcrl.zoo.config.ConfigError`.
+
+    :param args: Arguments of the command line
+    :param algo: Name of the algorithm
+    :param env_id: Id of the env
+    :param positional: Other arguments of RL Zoo's experiment manager
+    :param vec_env_type: "dummy", "subproc" or "batch"
+    :param config: Config, see :func:`~sb3_deepcrl.zoo.config.find_config`
+    :param trial_id: Trial of an Optuna study to take the hyperparameters of
+    :param kwargs: Other arguments of RL Zoo's experiment manager
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        algo: str,
+        env_id: str,
+        *positional: Any,
+        vec_env_type: str = "dummy",
+        config: str | None = None,
+        trial_id: int | None = None,
+        **kwargs: Any,
+    ):
+        is_batch = vec_env_type == "batch"
+        kwargs.update(
+            vec_env_type="dummy" if is_batch else vec_env_type,
+            config=find_config(config, algo, env_id),
+            trial_id=trial_id,
+        )
+        super().__init__(args, algo, env_id, *positional, **kwargs)
+        if is_batch:
+            self.vec_env_class = BatchVecEnv
+        # A run of DeepCRL goes on with its own config, where it has one and the user asks for no other
+        model_path = Path(self.trained_agent)
+        self.resumes = self.continue_training and algo == "deepcrl"
+        self.resumed_config = run_config(model_path) if self.resumes and config is None else None
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """
+        Read hyperparameters, check and pre-process them, create the environment and possibly the model.
+
+        :return: the initialized RL model, None for a hyperparameter search
+        :raises ConfigError: if something that the user gave cannot be used. The folder of the run is removed then.
+        """
+        is_new = not Path(self.save_path).exists()
+        try:
+            return super().setup_experiment()
+        except Exception as error:
+            if is_new:
+                shutil.rmtree(self.save_path, ignore_errors=True)
+            if isinstance(error, ValueError | AssertionError | gym.error.Error):
+                raise ConfigError(f"{type(error).__name__}: {error}") from error
+            raise
+
+    def create_log_folder(self) -> None:
+        """Create the folder of the run. A hyperparameter search has none, so that it is not taken for the latest run."""
+        if not self.optimize_hyperparameters:
+            super().create_log_folder()
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        :return: The entry of the config, checked, and the same as it will be saved
+        :raises ConfigError: if the config is not found or something in it is wrong
+        """
+        if self.resumed_config is not None:
+            return self._read_resumed_config(self.resumed_config)
+        if self.trial_id == 0 and self.storage and self.study_name:
+            # For RL Zoo the first trial is as good as none
+            trial = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
+        try:
+            hyperparams, saved_hyperparams = super().read_hyperparameters()
+        except (TypeError, AttributeError) as error:
+            message = f"{self.config}: the entry of {self.env_name.gym_id} must have keys, such as `n_timesteps` ({error})"
+            raise ConfigError(message) from error
+        except ConfigError:
+            raise
+        except Exception as error:
+            # A Python config may raise anything
+            raise ConfigError(f"{self.config}: {type(error).__name__}: {error}") from error
+        return self._checked(hyperparams, self.config), saved_hyperparams
+
+    def _read_resumed_config(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        path = folder / "config.yml"
+        print(f"Loading hyperparameters from: {path}")
+        # Written by RL Zoo as OrderedDict, and read by it like this
+        hyperparams = dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader))
+        hyperparams.update(self.custom_hyperparams or {})
+        if self.env_kwargs:
+            hyperparams["env_kwargs"] = self.env_kwargs
+        saved_hyperparams = OrderedDict((key, hyperparams[key]) for key in sorted(hyperparams))
+        pprint(saved_hyperparams)
+        return self._checked(hyperparams, str(path)), saved_hyperparams
+
+    def _checked(self, hyperparams: Any, source: str) -> dict[str, Any]:
+        try:
+            return check_hyperparams(hyperparams, ALGOS[self.algo])
+        except ConfigError as error:
+            raise ConfigError(f"{source}, {self.env_name.gym_id}: {error}") from None
+
+    def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> dict[str, Any]:
+        """
+        :param storage: Storage of the study
+        :param study_name: Name of the study
+        :param trial_id: Number of the trial, the best one by default
+        :param convert: Whether to make keyword arguments of the algorithm of them
+        :return: Hyperparameters of the trial
+        :raises ConfigError: if there is no such study or trial
+        """
+        try:
+            return super().load_trial(storage, study_name, trial_id, convert)
+        except (KeyError, IndexError, ValueError, OSError) as error:
+            raise ConfigError(f"--trial-id: no trial {trial_id} of study {study_name!r} in {storage} ({error})") from None
+
+    @staticmethod
+    def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        for key in LEARNING_RATES[1:]:
+            if isinstance(hyperparams.get(key), str):
+                hyperparams[key] = SimpleLinearSchedule(hyperparams[key].removeprefix("lin_"))
+        return ExperimentManager._preprocess_schedules(hyperparams)
+
+    def _preprocess_hyperparams(
+        self, hyperparams: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable | None, list[BaseCallback], Callable | None]:
+        result = super()._preprocess_hyperparams(hyperparams)
+        if self._eval_env_kwargs_args is None:
+            # RL Zoo evaluates without the `env_kwargs` of a config
+            self.eval_env_kwargs = self.env_kwargs
+        # It records videos with those of the command line only
+        self.args.env_kwargs = self.env_kwargs or None
+        if not self.monitor_kwargs and self.entry_point(self.env_name.gym_id).startswith(SUCCESS_REPORTED_BY):
+            self.monitor_kwargs = dict(info_keywords=("is_success",))
+        return result
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """
+        Create the environment and wrap it if necessary.
+
+        :param n_envs: Number of environments
+        :param eval_env: Whether is it an environment used for evaluation or not
+        :param no_log: Do not log training when doing hyperparameter optim
+        :return: the vectorized environment, with appropriate wrappers
+        :raises ConfigError: if the env does not take an argument
+        """
+        try:
+            return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
+        except TypeError as error:
+            raise ConfigError(f"`env_kwargs: {self.eval_env_kwargs if eval_env else self.env_kwargs}`: {error}") from error
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        path = sibling(Path(self.trained_agent), "vecnormalize") if self.resumes else None
+        if path is None or not path.is_file():
+            return super()._maybe_normalize(env, eval_env)
+        print(f"Loading VecNormalize stats: {path}")
+        vec_normalize = VecNormalize.load(str(path), env)
+        if eval_env:
+            vec_normalize.training = False
+            vec_normalize.norm_reward = False
+        return vec_normalize
+
+    def create_callbacks(self) -> None:
+        """Create the callbacks that the command line asks for."""
+        needs_env = not self.optimize_hyperparameters and (self.eval_freq > 0 or self.show_progress)
+        eval_env = self.create_envs(self.n_eval_envs, eval_env=True) if needs_env else None
+        has_goals = eval_env is not None and reports_goals(eval_env)
+        if self.show_progress:
+            self.callbacks.append(TrainingDisplay() if has_goals else ProgressBarCallback())
+        if self.save_freq > 0:
+            # Account for the number of parallel environments
+            self.save_freq = max(self.save_freq // self.n_envs, 1)
+            if self.algo == "deepcrl":
+                self.callbacks.append(
+                    ResumableCheckpointCallback(
+                        self.save_freq, self.save_path, save_replay_buffer=self.save_replay_buffer, verbose=self.verbose
+                    )
+                )
+            else:
+                self.callbacks.append(CheckpointCallback(self.save_freq, self.save_path, name_prefix="rl_model", verbose=1))
+        if self.eval_freq > 0 and eval_env is not None:
+            self.eval_freq = max(self.eval_freq // self.n_envs, 1)
+            callback_class = GoalEvalCallback if has_goals else EvalCallback
+            self.callbacks.append(
+                callback_class(
+                    eval_env,
+                    callback_on_new_best=SaveVecNormalizeCallback(save_freq=1, save_path=self.params_path),
+                    best_model_save_path=self.save_path,
+                    n_eval_episodes=self.n_eval_episodes,
+                    log_path=self.save_path,
+                    eval_freq=self.eval_freq,
+                    deterministic=self.deterministic_eval,
+                )
+            )
+        elif eval_env is not None:
+            eval_env.close()
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if not self.resumes:
+            return super()._load_pretrained_agent(hyperparams, env)
+        model_path = Path(self.trained_agent)
+        print(f"Loading pretrained agent {model_path}")
+        # Policy should not be changed
+        kwargs = {key: value for key, value in hyperparams.items() if key != "policy"}
+        model = DeepCRL.load(
+            model_path,
+            env=env,
+            seed=self.seed,
+            tensorboard_log=self.tensorboard_log,
+            verbose=self.verbose,
+            device=self.device,
+            **kwargs,
+        )
+        if self.n_timesteps <= model.num_timesteps:
+            raise ConfigError(
+                f"-n: {model_path} was trained for {model.num_timesteps} steps already, of {self.n_timesteps} in all: "
+                "give a larger number, it counts from the start of the run"
+            )
+        buffer_path = sibling(model_path, "replay_buffer")
+        if buffer_path.is_file():
+            print(f"Loading replay buffer {buffer_path}")
+            model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
+        else:
+            # Learning from the first few transitions alone would spoil the policy
+            print(f"No replay buffer {buffer_path.name}: collecting {model.learning_starts} steps of random actions first")
+            model.learning_starts += model.num_timesteps
+        for callback in self.callbacks:
+            # Checkpoints and evaluations at the steps they would have been done without the stop
+            callback.n_calls = model.num_timesteps // env.num_envs
+            if isinstance(callback, EvalCallback):
+                self._continue_evaluations(callback, model_path.parent, model.num_timesteps)
+        return model
+
+    def _continue_evaluations(self, callback: EvalCallback, folder: Path, num_timesteps: int) -> None:
+        """
+        Let the evaluations before and after the stop be one curve, and the best model the best of both.
+
+        :param callback: The callback that goes on
+        :param folder: Folder of the run that stopped
+        :param num_timesteps: Number of env steps from which it goes on
+        """
+        try:
+            with np.load(folder / "evaluations.npz") as file:
+                logs = {key: file[key] for key in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            # There were none, or it was killed while it wrote them
+            return
+        if logs["results"].shape[1:] != (callback.n_eval_episodes,):
+            print("The evaluations before the stop have another number of episodes: they are not continued")
+            return
+        is_before = logs["timesteps"] <= num_timesteps
+        callback.evaluations_timesteps = logs["timesteps"][is_before].tolist()
+        callback.evaluations_results = logs["results"][is_before].tolist()
+        callback.evaluations_length = logs["ep_lengths"][is_before].tolist()
+        if "successes" in logs:
+            callback.evaluations_successes = logs["successes"][is_before].tolist()
+        if (folder / "best_model.zip").is_file():
+            callback.best_mean_reward = float(logs["results"].mean(axis=1).max())
+            with atomic_path(Path(self.save_path) / "best_model.zip", ".zip") as temporary:
+                shutil.copyfile(folder / "best_model.zip", temporary)
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """
+        Train the model. A run that is continued does the steps that are left of ``n_timesteps``, and its counters and
+        schedules go on.
+
+        :param model: an initialized RL model
+        """
+        try:
+            if self.resumes:
+                self._learn_the_rest(model)
+            else:
+                super().learn(model)
+        finally:
+            # RL Zoo ends the first callback only
+            for callback in self.callbacks:
+                if isinstance(callback, TrainingDisplay):
+                    callback.stop()
+
+    def _learn_the_rest(self, model: BaseAlgorithm) -> None:
+        # RL Zoo: the default at -1, no log below
+        log_interval = {-1: 4}.get(self.log_interval, self.log_interval)
+        try:
+            model.learn(
+                self.n_timesteps - model.num_timesteps,
+                callback=self.callbacks,
+                log_interval=log_interval if log_interval > -1 else None,  # type: ignore[arg-type]
+                reset_num_timesteps=False,
+            )
+        except KeyboardInterrupt:
+            # The model is saved as it is
+            pass
+        finally:
+            assert model.env is not None
+            model.env.close()
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """
+        Save trained model optionally with its replay buffer and ``VecNormalize`` statistics, the model last: if there is
+        one, all that belongs to it is there too.
+
+        :param model: The model
+        """
+        if not isinstance(model, DeepCRL):
+            super().save_trained_model(model)
+            return
+        print(f"Saving to {self.save_path}")
+        if self.save_replay_buffer:
+            model.save_replay_buffer(Path(self.save_path) / "replay_buffer.pkl")
+        vec_normalize = model.get_vec_normalize_env()
+        if vec_normalize is not None:
+            with atomic_path(Path(self.params_path) / "vecnormalize.pkl", ".pkl") as temporary:
+                vec_normalize.save(str(temporary))
+        model.save(Path(self.save_path) / f"{self.env_name}.zip")
+        if self.save_replay_buffer:
+            # Those of the checkpoints are older
+            for path in replay_buffers(Path(self.save_path)):
+                path.unlink()

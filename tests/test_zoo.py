@@ -1,0 +1,556 @@
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+from rl_zoo3.callbacks import TrialEvalCallback
+from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.zoo import cli
+from sb3_deepcrl.zoo.callbacks import make_trial_callback
+from sb3_deepcrl.zoo.checkpoints import find_model, sibling
+from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder, find_config
+from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
+from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
+from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run
+from tests.envs import GoalReachEnv
+
+ROOT = Path(__file__).parent.parent
+ENV = "PointUMaze-v0"
+N_ENVS = 4
+TINY = "-params n_envs:4 width:16 depth:4 batch_size:16 learning_starts:100".split()
+# The run that most tests look at: evaluated and saved twice
+N_STEPS, EVERY = 1600, 800
+
+
+def has_gl() -> bool:
+    if os.environ.get("MUJOCO_GL", "") == "" and os.environ.get("DISPLAY", "") == "":
+        return False
+    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def train(folder: Path, *args: str) -> None:
+    run("train", ["-f", str(folder), "--num-threads", "1", *args])
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("logs")
+    args = f"--env {ENV} --vec-env batch -n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4".split()
+    args += f"--save-freq {EVERY} --save-replay-buffer --seed 3 -tb {folder / 'tb'}".split()
+    train(folder, *args, *TINY, "learning_rate:'lin_1e-3'", "critic_learning_rate:'lin_1e-3'")
+    return folder
+
+
+@pytest.fixture
+def run_folder(logs) -> Path:
+    return logs / "deepcrl" / f"{ENV}_1"
+
+
+def test_train_logs_what_the_zoo_reads(logs, run_folder):
+    assert {path.name for path in run_folder.iterdir()} >= {
+        f"{ENV}.zip",
+        "best_model.zip",
+        "replay_buffer.pkl",
+        f"rl_model_{EVERY}_steps.zip",
+        f"rl_model_{N_STEPS}_steps.zip",
+    }
+    # The final one takes the place of those of the checkpoints
+    assert not list(run_folder.glob("rl_model_replay_buffer_*"))
+    evaluations = np.load(run_folder / "evaluations.npz")
+    assert evaluations["timesteps"].tolist() == [EVERY, N_STEPS]
+    assert evaluations["successes"].shape == (2, 4)
+    with (run_folder / "episodes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {"success_any", "time_at_goal"} <= set(rows[0])
+    with (run_folder / "0.monitor.csv").open() as file:
+        assert file.readlines()[1].strip() == "r,l,t,is_success"
+    assert yaml.load((run_folder / ENV / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["vec_env"] == "batch"
+    assert list((logs / "tb" / ENV / "DeepCRL_1").iterdir())
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
+    model = DeepCRL.load(run_folder / f"{ENV}.zip")
+    # All that the command line does not tell is as it was. The checkpoint's buffer is gone, the final model has one
+    train(tmp_path, "-i", str(run_folder), "-n", "2400")
+    folder = tmp_path / "deepcrl" / f"{ENV}_1"
+    longer = DeepCRL.load(folder / f"{ENV}.zip")
+    longer.load_replay_buffer(folder / "replay_buffer.pkl")
+    assert longer.num_timesteps == 2400
+    assert longer.learning_starts == model.learning_starts == 100
+    assert longer._n_updates == model._n_updates + 800 // 16
+    assert longer._episode_num >= model._episode_num > 0
+    # A step is not stored when a callback saves it
+    assert longer.replay_buffer.size() * N_ENVS >= 2400 - 3 * N_ENVS
+    # The schedule ends at the end of the whole run: at the last update 16 steps are left
+    for optimizer in (longer.actor.optimizer, longer.critic.optimizer):
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (1 - 2400 / 2400), abs=1e-3 * 20 / 2400)
+    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [EVERY, N_STEPS, 2400]
+    assert (folder / "best_model.zip").is_file()
+    with pytest.raises(SystemExit, match=r"was trained for 2400 steps already, of 2400 in all"):
+        train(tmp_path, "-i", str(folder))
+    assert not (tmp_path / "deepcrl" / f"{ENV}_2").exists()
+
+
+def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, capsys):
+    train(tmp_path, "-i", str(run_folder / f"rl_model_{EVERY}_steps.zip"), "-n", "928")
+    assert "No replay buffer" in capsys.readouterr().out
+    longer = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    assert longer.num_timesteps == 928
+    before = DeepCRL.load(run_folder / f"rl_model_{EVERY}_steps.zip")._n_updates
+    assert longer._n_updates <= before + 2
+
+
+def test_killed_while_saving(tmp_path):
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "batch"]
+    command += "-n 1000000 --eval-freq -1 --save-freq 8 --save-replay-buffer --num-threads 1".split()
+    with subprocess.Popen([*command, *TINY, "buffer_size:200000"], stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
+        folder = tmp_path / "deepcrl" / f"{ENV}_1"
+        deadline = time.monotonic() + 60
+        # In the middle of writing a file, but not the first one
+        while len(list(folder.glob("rl_model_*_steps.zip"))) < 3 or not list(folder.glob(".*.tmp")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    models = {path: DeepCRL.load(path).num_timesteps for path in folder.glob("rl_model_*_steps.zip")}
+    chosen = Path(find_model(str(folder)))
+    assert models[chosen] == max(models.values())
+    assert sibling(chosen, "replay_buffer").is_file()
+    # Not written as a whole, and not needed
+    (folder / "evaluations.npz").write_bytes(b"PK")
+    train(tmp_path, "-i", str(folder), "-n", str(models[chosen] + 80))
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == models[chosen] + 80
+
+
+class Interrupter(BaseCallback):
+    def _on_step(self) -> bool:
+        if self.n_calls >= 50:
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_interrupted_run_saves_what_it_has(resume, run_folder, tmp_path):
+    args = f"--env {ENV} --vec-env batch -n 10000 --progress".split() + (["-i", str(run_folder)] if resume else [])
+    train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Interrupter'")
+    model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    # A run that is continued counts its calls from the start
+    assert model.num_timesteps == (N_STEPS + 4 if resume else 200)
+
+
+def test_newest_complete_checkpoint(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    final, buffer = folder / f"{ENV}.zip", folder / "replay_buffer.pkl"
+    assert find_model(str(folder)) == str(final)
+    # Killed after the final buffer was written, before the final model was
+    final.unlink()
+    older, newer = (folder / f"rl_model_{steps}_steps.zip" for steps in (EVERY, N_STEPS))
+    shutil.copy(buffer, sibling(newer, "replay_buffer"))
+    assert find_model(str(folder)) == str(newer)
+    # Of another tool that does not save atomically
+    newer.write_bytes(newer.read_bytes()[:1000])
+    assert find_model(str(folder)) == str(older)
+    buffer.unlink()
+    sibling(newer, "replay_buffer").rename(sibling(older, "replay_buffer"))
+    assert find_model(str(folder)) == str(older)
+    older.unlink()
+    with pytest.raises(ConfigError, match="there is no model"):
+        find_model(str(folder))
+
+
+@pytest.mark.parametrize("which", ["", "--load-best", f"--load-checkpoint {EVERY}", "--load-last-checkpoint"])
+def test_enjoy(which, logs, capsys):
+    run("enjoy", ["--env", ENV, "-f", str(logs), "-n", "301", "--no-render", *which.split()])
+    output = capsys.readouterr().out
+    assert re.search(r"Success rate: \d+\.\d+%", output)
+    name = {"": ENV, "--load-best": "best_model", "--load-last-checkpoint": f"rl_model_{N_STEPS}_steps"}
+    assert f"{name.get(which, f'rl_model_{EVERY}_steps')}.zip" in output
+
+
+def test_a_watched_model_has_no_replay_memory(run_folder):
+    model = PredictionDeepCRL.load(run_folder / f"{ENV}.zip")
+    assert type(model) is DeepCRL
+    assert model.replay_buffer.n_slots * model.replay_buffer.n_envs < 10 * N_ENVS
+    assert PredictionDeepCRL.__name__ == "DeepCRL"
+    assert ALGOS["deepcrl"] is DeepCRL
+
+
+@pytest.mark.skipif(not has_gl(), reason="no OpenGL: set MUJOCO_GL=egl (Debian: libegl1) or MUJOCO_GL=osmesa (libosmesa6)")
+def test_record_video(logs, tmp_path):
+    run("record_video", ["--env", ENV, "-f", str(logs), "-n", "5", "-o", str(tmp_path)])
+    (video,) = tmp_path.glob("*.mp4")
+    assert video.stat().st_size > 1000
+
+
+def test_plots(logs, tmp_path, capsys):
+    common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
+    # RL Zoo's plots of several runs need two
+    for number in (1, 2):
+        shutil.copytree(logs / "deepcrl" / f"{ENV}_1", tmp_path / "deepcrl" / f"{ENV}_{number}")
+    run("plot_train", [*common, "-y", "success", "-w", "2", "--figure", str(tmp_path / "train.png")])
+    run("all_plots", [*common, "-k", "successes", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "all.png")])
+    run("plot_from_file", ["-i", str(tmp_path / "all.pkl"), "--figure", str(tmp_path / "file.png")])
+    for name in ("train", "all", "file"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert "No data available" not in capsys.readouterr().out
+    cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "value.png"))
+    assert (tmp_path / "value.png").stat().st_size > 5000
+
+
+def test_push_to_hub(logs, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return f"hub/{repo_id}"
+
+        def snapshot_download(self, repo_id, local_dir):
+            Path(local_dir).mkdir(parents=True)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            assert repo_id == f"me/deepcrl-{ENV}"
+            shutil.copytree(folder_path, tmp_path / "uploaded")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **kwargs: Hub())
+    monkeypatch.chdir(tmp_path)
+    run("push_to_hub", ["--env", ENV, "-f", str(logs), "-orga", "me", "--no-render"])
+    card = (tmp_path / "uploaded" / "README.md").read_text()
+    assert f"**DeepCRL** Agent playing **{ENV}**" in card
+    assert "mean_reward" in card
+    assert DeepCRL.load(tmp_path / "uploaded" / f"deepcrl-{ENV}.zip").num_timesteps == N_STEPS
+
+
+def cli_main(*args: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sb3-deepcrl", *args])
+        cli.main()
+
+
+def test_command(capsys):
+    cli_main("--help")
+    output = capsys.readouterr().out
+    assert all(script in output for script in (*SCRIPTS, "value_map"))
+    with pytest.raises(SystemExit, match="there is no 'fly', only train, enjoy"):
+        cli_main("fly")
+    for script in SCRIPTS:
+        with pytest.raises(SystemExit) as exit_info:
+            cli_main(script, "--help")
+        assert exit_info.value.code == 0
+        assert f"usage: sb3-deepcrl {script}" in capsys.readouterr().out
+
+
+def test_optimize_and_train_a_trial(tmp_path, capsys):
+    # Few updates, as a trial may have 64 layers
+    storage = ["--storage", str(tmp_path / "study.log"), "--study-name", "maze", "--eval-episodes", "1", "--env", ENV]
+    tiny = [*storage, "--vec-env", "batch", "-n", "48", "-params", "n_envs:4", "learning_starts:44"]
+    train(tmp_path, "-optimize", "--n-trials", "2", "--n-evaluations", "1", "--no-optim-plots", *tiny)
+    (report,) = (tmp_path / "deepcrl").glob("report_*.csv")
+    with report.open() as file:
+        trials = list(csv.DictReader(file))
+    assert [trial["state"] for trial in trials] == ["COMPLETE", "COMPLETE"]
+    assert all(0.0 <= float(trial["value"]) <= 1.0 for trial in trials)
+    # A search is no run: enjoy does not take it for the latest one
+    assert not list((tmp_path / "deepcrl").glob(f"{ENV}_*"))
+    train(tmp_path, "--trial-id", "0", "--eval-freq", "-1", *tiny)
+    model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    assert model.depth == 2 ** int(trials[0]["params_depth_pow"])
+    assert model.energy == trials[0]["params_energy"]
+    with pytest.raises(SystemExit, match="no trial 7 of study 'maze'"):
+        train(tmp_path, "--trial-id", "7", *tiny)
+
+
+class RecordingTrial:
+    """A trial that is pruned after its second evaluation."""
+
+    def __init__(self):
+        self.reports: list[tuple[float, int]] = []
+
+    def report(self, value: float, step: int) -> None:
+        self.reports.append((value, step))
+
+    def should_prune(self) -> bool:
+        return len(self.reports) == 2
+
+
+def test_trials_are_pruned_by_time_at_goal():
+    trial = RecordingTrial()
+    callback = make_trial_callback(make_vec_env(GoalReachEnv, 2), trial, n_eval_episodes=4, eval_freq=5)
+    model = DeepCRL("MultiInputPolicy", make_vec_env(GoalReachEnv, 2), depth=4, width=16, batch_size=4, learning_starts=100)
+    model.learn(40, callback=callback)
+    assert model.num_timesteps == 20
+    assert callback.is_pruned
+    assert [step for _, step in trial.reports] == [1, 2]
+    assert trial.reports[-1][0] == callback.last_mean_reward == callback.last_means["time_at_goal_fraction"]
+    # Where nothing tells of goals, the reward counts
+    assert type(make_trial_callback(make_vec_env("Pendulum-v1"), trial)) is TrialEvalCallback
+
+
+@pytest.mark.parametrize("n_envs", [1, 16, 512])
+def test_sampler_and_converter_agree(n_envs):
+    study = optuna.create_study()
+    for _ in range(20):
+        trial = study.ask()
+        hyperparams = sample_deepcrl_params(trial, n_actions=2, n_envs=n_envs, additional_args={})
+        assert convert_deepcrl_params(trial.params) == hyperparams
+        transitions = hyperparams["train_freq"] * n_envs / hyperparams["gradient_steps"]
+        assert TRANSITIONS_PER_UPDATE[0] <= transitions <= TRANSITIONS_PER_UPDATE[1]
+        assert transitions == trial.user_attrs["transitions_per_update"]
+        check_hyperparams({**hyperparams, "n_timesteps": 1, "policy": "MultiInputPolicy"}, DeepCRL)
+
+
+def read(config: Path) -> dict:
+    hyperparams: dict = {}
+    if config.suffix == ".py":
+        exec(config.read_text(), hyperparams)
+        return hyperparams["hyperparams"]
+    return yaml.safe_load(config.read_text())
+
+
+CONFIGS = sorted(path.name for path in config_folder().glob("*.*") if path.suffix in (".yml", ".py"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_entry_trains(config, tmp_path, capsys):
+    algo = re.split(r"[-_.]", config)[0].replace("depth", "deepcrl")
+    entries = read(config_folder() / config)
+    seen = set()
+    for env_id, entry in entries.items():
+        checked = check_hyperparams(dict(entry), ALGOS[algo])
+        if env_id == "default":
+            continue
+        # One env of each kind and of each set of hyperparameters; all of them for DeepCRL
+        kind = re.sub(r"U\d?Maze|Big|Hardest|Push|Slide|PickAndPlace|Binpick|Easy|Hard|_.*|Maze", "", env_id)
+        if config != "deepcrl.yml" and kind in seen:
+            continue
+        seen.add(kind)
+        small: dict = {"n_envs": 2, "learning_starts": 2, "batch_size": 4, "buffer_size": 2000}
+        if algo == "deepcrl":
+            small |= {"depth": 4, "width": 16, "train_freq": 1, "gradient_steps": 1}
+        else:
+            # HerReplayBuffer has nothing to sample before the end of an episode
+            small |= {"policy_kwargs": {"net_arch": [16]}, "gradient_steps": 0 if "replay_buffer_class" in checked else 1}
+        args = ["--algo", algo, "-conf", config.removesuffix(".yml"), "--env", env_id, "-n", "10", "--eval-freq", "-1"]
+        if "_" not in env_id and "Fetch" not in env_id:
+            args += ["--vec-env", "batch"]
+        train(tmp_path, *args, "-params", *(f"{key}:{value!r}" for key, value in small.items()))
+        (model_path,) = (tmp_path / algo / f"{env_id}_1").glob(f"{env_id}.zip")
+        with zipfile.ZipFile(model_path) as archive:
+            data = json.loads(archive.read("data"))
+        assert data["num_timesteps"] == 10
+        assert data["_n_updates"] > 0 or small.get("gradient_steps") == 0
+    capsys.readouterr()
+
+
+def test_configs_say_what_was_run():
+    robots = ("Point", "Ant", "Humanoid")
+    mazes = {f"{robot}{maze}Maze-v0" for robot in robots for maze in ("U", "U4", "U5", "Big", "Hardest")}
+    others = {"HumanoidGoal-v0", "AntGoal-v0", "ArmPushEasy-v0", "ArmPushHard-v0", "ArmBinpickHard-v0", "default"}
+    robotics = {"PointMaze_UMaze-v3", "PointMaze_Large-v3", "AntMaze_UMaze-v5", "FetchReach-v4", "FetchPickAndPlace-v4"}
+    assert mazes | others | robotics <= set(read(config_folder() / "deepcrl.yml"))
+    paper = read(config_folder() / "deepcrl-paper.yml")
+    assert {(entry["n_envs"], entry["batch_size"], entry["depth"]) for entry in paper.values()} == {(512, 512, 64)}
+    for config in CONFIGS:
+        if config.endswith(".yml"):
+            lines = (config_folder() / config).read_text().splitlines()
+            for index, line in enumerate(lines):
+                if re.match(r"\S.*:( &\S+)?$", line) and not line.startswith("#"):
+                    assert lines[index - 1].startswith("# "), f"{config}: {line} has no comment"
+
+
+def test_depth_of_a_sweep(monkeypatch):
+    monkeypatch.setenv("DEPTH", "64")
+    assert read(config_folder() / "depth_sweep.py")["AntUMaze-v0"]["depth"] == 64
+
+
+HER_ENTRY = """
+  n_timesteps: !!float 20000
+  policy: 'MultiInputPolicy'
+  buffer_size: 1000000
+  ent_coef: 'auto'
+  batch_size: 256
+  gamma: 0.95
+  learning_rate: 0.001
+  learning_starts: 1000
+  normalize: True
+  replay_buffer_class: HerReplayBuffer
+  replay_buffer_kwargs: "dict(
+    goal_selection_strategy='future',
+    n_sampled_goal=4
+  )"
+  policy_kwargs: "dict(net_arch=[64, 64])"
+"""
+
+
+def test_existing_her_config(tmp_path, capsys):
+    config = tmp_path / "sac.yml"
+    config.write_text(f"FetchReach-v4: &fetch{HER_ENTRY}\nPointMaze_UMaze-v3:\n  <<: *fetch\n")
+    for env_id in ("FetchReach-v4", "PointMaze_UMaze-v3"):
+        args = ["--env", env_id, "-conf", str(config), "-n", "330", "--eval-freq", "160", "--eval-episodes", "1"]
+        args += ["--save-freq", "160", "--save-replay-buffer"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(tmp_path, *args, "-params", "learning_starts:100", "depth:4", "width:16")
+        assert any("ContrastiveReplayBuffer in place of HerReplayBuffer" in str(warning.message) for warning in caught)
+        folder = tmp_path / "deepcrl" / f"{env_id}_1"
+        assert (folder / "0.monitor.csv").read_text().splitlines()[1] == "r,l,t,is_success"
+        assert (folder / "rl_model_vecnormalize_320_steps.pkl").is_file()
+    run("enjoy", ["--env", env_id, "-f", str(tmp_path), "-n", "301", "--no-render"])
+    assert "Success rate: " in capsys.readouterr().out
+    # The statistics of VecNormalize go on too
+    train(tmp_path, "-i", str(folder), "-n", "340")
+    assert f"Loading VecNormalize stats: {folder / env_id / 'vecnormalize.pkl'}" in capsys.readouterr().out
+
+
+def test_plain_zoo_with_custom_envs(tmp_path):
+    (tmp_path / "custom_envs.py").write_text("import sb3_deepcrl.zoo\n")
+    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "deepcrl", "--env", ENV, "-n", "128"]
+    command += ["-conf", str(config_folder() / "deepcrl.yml"), "-f", str(tmp_path), "--eval-freq", "-1", "--num-threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([*command, *TINY], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 128
+
+
+def test_installed_wheel_finds_its_configs(tmp_path):
+    source, site, work = tmp_path / "source", tmp_path / "site", tmp_path / "work"
+    source.mkdir()
+    work.mkdir()
+    for name in ("sb3_deepcrl", "zoo_configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    subprocess.run([*pip, str(source)], check=True, capture_output=True)
+    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "sb3_deepcrl").rglob("*.py")}
+    assert {path.parent.relative_to(site) for path in (site / "sb3_deepcrl").rglob("*.py")} >= packages
+    command = [sys.executable, str(site / "bin" / "sb3-deepcrl"), "train", "--env", ENV, "--vec-env", "batch", "-n", "120"]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    result = subprocess.run(
+        [*command, "--eval-freq", "-1", *TINY], cwd=work, env=environment, check=True, capture_output=True, text=True
+    )
+    assert f"Loading hyperparameters from: {site / 'sb3_deepcrl' / 'zoo_configs' / 'deepcrl.yml'}" in result.stdout
+    assert (work / "logs" / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").is_file()
+
+
+def test_default_configs():
+    assert find_config(None, "deepcrl", "Any-v0") == str(config_folder() / "deepcrl.yml")
+    assert find_config(None, "sac", "AntU4Maze-v0") == str(config_folder() / "sac.yml")
+    # RL Zoo's own file
+    assert find_config(None, "sac", "Pendulum-v1") is None
+    assert find_config("deepcrl-paper", "deepcrl", ENV) == str(config_folder() / "deepcrl-paper.yml")
+    assert find_config("some.module", "deepcrl", ENV) == "some.module"
+
+
+BAD = [
+    ("--env PointUMaz-v0", "--env: PointUMaz-v0 is no registered env, did you mean PointUMaze-v0?"),
+    ("--env Pendulum-v1", "`achieved_goal`, `desired_goal` missing"),
+    ("--env FetchReach-v4 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only"),
+    ("-params dept:4", "`dept` is no hyperparameter, did you mean `depth`?"),
+    ("-params depth:6", "`depth` must be a positive multiple of 4"),
+    ("-params policy:'MultiInputPolcy'", "`policy: MultiInputPolcy` is unknown, did you mean `MultiInputPolicy`?"),
+    ("-params policy:'nowhere.Policy'", "`policy: nowhere.Policy` cannot be imported"),
+    ("-params policy:MultiInputPolicy", "'policy:MultiInputPolicy' is not `key:value` with a Python value"),
+    ("-params learning_rate:'5e-4'", "`learning_rate: 5e-4` is text: write `!!float 5e-4`"),
+    ("-params gamma:'1e-1'", "`gamma` must be a number, got '1e-1': write `!!float 1e-1`"),
+    ("-params buffer_size:1e6", "`buffer_size` must be an integer, got 1000000.0"),
+    ("-params n_envs:0", "`n_envs` must be at least 1, got 0"),
+    ("-params policy_kwargs:dict(residual_scal=1)", "`policy_kwargs` has no `residual_scal`, did you mean `residual_scale`?"),
+    ("-params policy_kwargs:'dict(activation_fn=nn.Rleu)'", "`policy_kwargs: dict(activation_fn=nn.Rleu)` is no valid Python"),
+    ("-params policy_kwargs:{'activation_fn':'nn.ReLU'}", "`activation_fn: nn.ReLU` is text"),
+    ("-params replay_buffer_kwargs:dict(n_sampled_goals=4)", "`replay_buffer_kwargs` has no `n_sampled_goals`"),
+    ("-params env_wrapper:'nowhere.Wrapper'", "`env_wrapper: nowhere.Wrapper` cannot be imported"),
+    ("-params seed:3", "`seed` cannot be in a config: use the flag --seed"),
+    ("-params noise_type:'normal'", "`noise_type` needs `noise_std`"),
+    ("--env-kwargs maez:'u'", "maez"),
+    ("-conf nowhere.yml", "-conf: there is no file nowhere.yml"),
+    ("-conf nowhere", "nowhere: ModuleNotFoundError: No module named 'nowhere'"),
+    ("-i nowhere.zip", "-i: nowhere.zip is neither a model (.zip) nor the folder of a run"),
+    ("--gym-packages nowhere", "--gym-packages: No module named 'nowhere'"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD)
+def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
+    args = args if "--env " in args else f"--env {ENV} --vec-env batch {args}"
+    with pytest.raises(SystemExit) as exit_info:
+        train(tmp_path, *args.split())
+    assert exit_info.value.code not in (0, None)
+    # What Python prints for a SystemExit with a message
+    line = exit_info.value.code if isinstance(exit_info.value.code, str) else capsys.readouterr().err
+    assert message in line
+    assert line.startswith("sb3-deepcrl train: error: ")
+    assert line.strip().count("\n") == 0
+    assert not list(tmp_path.glob("deepcrl/*"))
+
+
+def test_bad_config_has_no_traceback(tmp_path):
+    config = tmp_path / "my.yml"
+    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  policy: 'MultiInputPolicy'\n  depht: 8\n")
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "--env", ENV, "-conf", str(config), "-f", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    *_, line = result.stderr.strip().splitlines()
+    assert line == (f"sb3-deepcrl train: error: {config}, {ENV}: `depht` is no hyperparameter, did you mean `depth`?")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{ENV}: 3", "must have keys"),
+        (f"{ENV}:\n  policy: 'MultiInputPolicy'", "`n_timesteps` is missing"),
+        (f"{ENV}:\n  n_timesteps: 10", "`policy` is missing"),
+        ("Other-v0:\n  n_timesteps: 10", f"not found for deepcrl-{ENV}"),
+        (f"{ENV}: [", "while parsing"),
+    ],
+)
+def test_bad_config_file(text, message, tmp_path):
+    config = tmp_path / "my.yml"
+    config.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path, "--env", ENV, "-conf", str(config))
+
+
+def test_missing_model_ends_in_one_line(tmp_path, capsys):
+    for script in ("enjoy", "record_video"):
+        with pytest.raises(SystemExit):
+            run(script, ["--env", ENV, "-f", str(tmp_path)])
+        assert f"--env {ENV}: The " in capsys.readouterr().err
+
+
+def test_env_kwargs_of_a_config_hold_for_evaluation_and_videos(tmp_path):
+    config = tmp_path / "my.yml"
+    config.write_text(
+        f"{ENV}:\n  n_timesteps: 10\n  policy: 'MultiInputPolicy'\n  depth: 4\n  width: 16\n  env_kwargs:\n    maze: 'u4'\n"
+    )
+    seen = []
+
+    class Manager(GoalExperimentManager):
+        def create_envs(self, *args, **kwargs):
+            env = super().create_envs(*args, **kwargs)
+            seen.append((kwargs.get("eval_env", False), env.get_attr("unwrapped")[0].task_kwargs["maze"]))
+            assert type(env) is DummyVecEnv
+            return env
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
+        train(tmp_path, "--env", ENV, "-conf", str(config))
+    assert sorted(seen) == [(False, "u4"), (True, "u4")]
+    args = (tmp_path / "deepcrl" / f"{ENV}_1" / ENV / "args.yml").read_text()
+    assert yaml.load(args, Loader=yaml.UnsafeLoader)["env_kwargs"] == {"maze": "u4"}
