@@ -111,6 +111,20 @@ def test_settings_may_change_while_compiled():
     assert not th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
 
 
+@needs_compiler
+def test_settings_may_change_between_two_calls_of_learn():
+    model = make_model(compile=False).learn(40)
+    blocks = acceleration.residual_blocks(model.policy)
+    model.compile, model.precision, model.checkpoint_activations = True, "bfloat16", True
+    model.learn(20, reset_num_timesteps=False)
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert model.actor.tower.autocast_dtype is th.bfloat16 and model.critic.g_encoder.checkpoint_activations
+    model.compile, model.precision, model.checkpoint_activations = False, "float32", False
+    model.learn(20, reset_num_timesteps=False)
+    assert all(block._compiled_call_impl is None for block in blocks)
+    assert model.actor.tower.autocast_dtype is None and not model.critic.g_encoder.checkpoint_activations
+
+
 def test_without_a_compiler_there_is_one_warning(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no C++ compiler found")
@@ -162,6 +176,72 @@ def test_losses_are_one_graph():
 def test_wrong_settings(kwargs, match):
     with pytest.raises(ValueError, match=match):
         make_model(**kwargs)
+
+
+def reference_update(model: DeepCRL, observations: dict[str, th.Tensor], actions: th.Tensor) -> None:
+    """One update as the paper's code does it: a forward pass for each loss, nothing shared, nothing frozen."""
+    actor, critic = model.actor, model.critic
+    state, goal = (th.cat([observations["observation"], observations["achieved_goal"]], 1), observations["desired_goal"])
+    # The actor takes the goals of the next transition for the first rows
+    n_random = int(model.random_goals * len(actions))
+    rows = th.arange(len(actions))
+    rows[:n_random] = (rows[:n_random] + 1) % len(actions)
+    mean, log_std = actor.get_action_dist_params({**observations, "desired_goal": goal[rows]})
+    normal = th.distributions.Normal(mean, log_std.exp())
+    before_squashing = mean + log_std.exp() * th.randn_like(mean)
+    actions_pi = before_squashing.tanh()
+    log_prob = (normal.log_prob(before_squashing) - th.log1p(-actions_pi.square())).sum(1)
+    ent_coef = model.log_ent_coef.detach().exp()
+    distance = (critic.sa_encoder(th.cat([state, actions_pi], 1)) - critic.g_encoder(goal[rows])).norm(dim=1)
+    actor.optimizer.zero_grad()
+    (ent_coef * log_prob + distance).mean().backward()
+    actor.optimizer.step()
+
+    model.ent_coef_optimizer.zero_grad()
+    (-model.log_ent_coef.exp() * (log_prob.detach() + model.target_entropy)).mean().backward()
+    model.ent_coef_optimizer.step()
+
+    logits = -th.cdist(
+        critic.sa_encoder(th.cat([state, actions], 1)),
+        critic.g_encoder(goal),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
+    loss = th.nn.functional.cross_entropy(logits, th.arange(len(actions)))
+    critic.optimizer.zero_grad()
+    (loss + model.logsumexp_coef * logits.logsumexp(1).square().mean()).backward()
+    critic.optimizer.step()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "kwargs", [dict(random_goals=0.0), dict(), dict(checkpoint_activations=True, contrastive_chunk_size=7)]
+)
+def test_update_equals_the_reference(monkeypatch, kwargs, compiled):
+    """Both from the same parameters, in float64, several steps of Adam: parameters, temperature and gradients agree."""
+    model, reference = (make_model(compile=False, **kwargs).learn(40) for _ in range(2))
+    batch, actions = model.replay_buffer.sample_contrastive(3 * 16)
+    batch, actions = {key: value.double() for key, value in batch.items()}, actions.double()
+    noise = th.randn(3, 16, actions.shape[1], dtype=th.float64)
+    for one in (model, reference):
+        one.policy.double()
+        one.log_ent_coef = th.log(th.full((1,), 0.1, dtype=th.float64)).requires_grad_()
+        for owner, parameters in ((one.actor, one.actor.parameters()), (one.critic, one.critic.parameters())):
+            owner.optimizer = th.optim.Adam(parameters, lr=1e-3)
+        one.ent_coef_optimizer = th.optim.Adam([one.log_ent_coef], lr=1e-3)
+    if compiled:
+        assert compile_blocks(model.policy)
+    for k in range(3):
+        rows = slice(16 * k, 16 * (k + 1))
+        monkeypatch.setattr(th, "randn_like", lambda mean, k=k: noise[k])
+        observations = {key: value[rows] for key, value in batch.items()}
+        model._update(observations, actions[rows])
+        reference_update(reference, observations, actions[rows])
+        for owner in ("actor", "critic"):
+            for actual, wanted in zip(getattr(model, owner).parameters(), getattr(reference, owner).parameters(), strict=True):
+                if owner == "critic" or actual.grad is not None:
+                    th.testing.assert_close(actual.grad, wanted.grad, rtol=1e-7, atol=1e-10)
+                th.testing.assert_close(actual, wanted, rtol=1e-7, atol=1e-8)
+    th.testing.assert_close(model.log_ent_coef, reference.log_ent_coef, rtol=1e-9, atol=1e-12)
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------------
@@ -283,6 +363,43 @@ def test_graph_is_captured_anew_when_what_it_keeps_changes(change):
     assert backend.graphs[0].is_reset and len(backend.graphs) == 2
 
 
+@pytest.mark.parametrize("ent_coef", [0.1, "auto"])
+def test_graph_is_captured_anew_for_another_temperature(ent_coef):
+    """The tensor itself, not its value, which a graph reads."""
+    model = make_model(ent_coef=ent_coef).learn(40)
+    backend = graph(model)
+    model.train(5, 32)
+    if ent_coef == "auto":
+        model.log_ent_coef = model.log_ent_coef.detach().clone().requires_grad_()
+    else:
+        model.ent_coef_tensor = th.tensor(0.5)
+    model.train(5, 32)
+    assert backend.graphs[0].is_reset and len(backend.graphs) == 2
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_graphed_policy_acts_the_same(deterministic):
+    model = make_model().learn(40)
+    observation = model.env.reset()
+    th.manual_seed(0)
+    expected = [model.predict(observation, deterministic=deterministic)[0] for _ in range(6)]
+    backend = StandInBackend(th.empty(1, 2))
+    model.policy.graph_actor(backend)
+    th.manual_seed(0)
+    for wanted in expected:
+        np.testing.assert_array_equal(model.predict(observation, deterministic=deterministic)[0], wanted)
+    assert len(backend.graphs) == 1 and backend.graphs[0].n_replays == 3
+    # Another head at another address
+    with th.no_grad():
+        model.actor.mu.weight.data = th.zeros_like(model.actor.mu.weight)
+        model.actor.mu.bias.data = th.zeros_like(model.actor.mu.bias)
+    for _ in range(4):
+        actions = model.predict(observation, deterministic=deterministic)[0]
+    assert len(backend.graphs) == 2 and backend.graphs[0].is_reset
+    if deterministic:
+        assert not actions.any()
+
+
 def test_graph_reads_the_learning_rate():
     model = make_model().learn(40)
     backend = graph(model)
@@ -337,19 +454,25 @@ def test_update_keeps_nothing():
     assert count() == before
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
-def test_cuda_graphs_on_a_gpu(tmp_path):
+def test_cuda_graphs_on_a_gpu(tmp_path, monkeypatch):
+    # Without noise both do the same updates on the same minibatches
+    monkeypatch.setattr(th, "randn_like", th.zeros_like)
     models = [make_model(device="cuda", cuda_graph=graph).learn(40) for graph in (False, True)]
     models[1].set_parameters(deepcopy(models[0].get_parameters()))
+    models[1].replay_buffer = deepcopy(models[0].replay_buffer)
     for model in models:
-        # The noise of the actor differs, so compare what does not depend on it: one step of the critic
+        model.set_random_seed(0)
         model.train(20, 32)
     assert models[1]._graphed_update._graph is not None
-    values = [model.logger.name_to_value["train/critic_loss"] for model in models]
-    assert values[0] == pytest.approx(values[1], rel=0.2)
+    assert models[0]._graphed_update is None
+    for actual, wanted in zip(models[1].policy.parameters(), models[0].policy.parameters(), strict=True):
+        th.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
     observation = models[1].env.reset()
     for _ in range(5):
         actions = models[1].predict(observation, deterministic=True)[0]
+    np.testing.assert_allclose(actions, models[0].predict(observation, deterministic=True)[0], atol=1e-3)
     models[1].save(tmp_path / "model")
     for device in ("cpu", "cuda"):
         loaded = DeepCRL.load(tmp_path / "model", env=GoalReachEnv(), device=device)

@@ -371,7 +371,14 @@ def test_configs_say_what_was_run():
             lines = (config_folder() / config).read_text().splitlines()
             for index, line in enumerate(lines):
                 if re.match(r"\S.*:( &\S+)?$", line) and not line.startswith("#"):
-                    assert lines[index - 1].startswith("# "), f"{config}: {line} has no comment"
+                    comment = ""
+                    while lines[index - 1].startswith("# "):
+                        index -= 1
+                        comment = lines[index][2:] + " " + comment
+                    said = re.search(r"[Nn]ot run here|[Rr]un .* seed", comment)
+                    assert said, f"{config}: {line} has no comment that says what was run: {comment!r}"
+                    for result in re.findall(r"docs/results/\S+\.md", comment):
+                        assert (config_folder().parent / result).is_file(), f"{config}: {line} names {result}, which is not there"
 
 
 def test_depth_of_a_sweep(monkeypatch):

@@ -159,9 +159,8 @@ class GoalExperimentManager(ExperimentManager):
         self, hyperparams: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable | None, list[BaseCallback], Callable | None]:
         result = super()._preprocess_hyperparams(hyperparams)
-        if self._eval_env_kwargs_args is None:
-            # RL Zoo evaluates without the `env_kwargs` of a config
-            self.eval_env_kwargs = self.env_kwargs
+        # RL Zoo evaluates without the `env_kwargs` of a config
+        self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
         # It records videos with those of the command line only
         self.args.env_kwargs = self.env_kwargs or None
         if not self.monitor_kwargs and self.entry_point(self.env_name.gym_id).startswith(SUCCESS_REPORTED_BY):
