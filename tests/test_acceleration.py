@@ -265,6 +265,8 @@ class StandInGraph:
 class StandInBackend:
     """Capturing does nothing but record, as on a GPU."""
 
+    device = th.device("cpu")
+
     def __init__(self, example_output):
         self.example_output, self.graphs, self.n_warm_ups = example_output, [], 0
 
@@ -316,6 +318,57 @@ def test_graphed_function_captures_anew(change):
     assert result.item() == len(changed)
     assert old.is_reset and old.n_replays == 2
     assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[1].n_replays) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_what_cannot_be_captured_runs_as_it_is(required):
+    class RefusingBackend(StandInBackend):
+        def capture(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], RefusingBackend(th.empty(3)), n_warmup=1, required=required)
+    graphed({"x": th.ones(3)})
+    if required:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            graphed({"x": th.ones(3)})
+        return
+    with pytest.warns(UserWarning, match="not permitted.*cuda_graph=False"):
+        result = graphed({"x": th.ones(3)})
+    assert result.tolist() == [2, 2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert graphed({"x": th.full((3,), 2.0)}).tolist() == [4, 4, 4]
+
+
+def test_what_runs_elsewhere_is_not_captured():
+    backend = StandInBackend(th.empty(3))
+    backend.device = th.device("cuda")
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend, n_warmup=1)
+    assert [graphed({"x": th.full((3,), float(i))})[0].item() for i in range(4)] == [0, 2, 4, 6]
+    assert not backend.graphs and not backend.n_warm_ups
+
+
+def test_policy_with_graphs_can_be_copied():
+    class Uncopyable(StandInBackend):
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot copy a stream")
+
+    model = make_model()
+    model.policy.graph_actor(Uncopyable(th.empty(1, 2)))
+    observation = model.env.reset()
+    copied = deepcopy(model.policy)
+    np.testing.assert_array_equal(
+        copied.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0]
+    )
+
+
+def test_optimizer_that_cannot_be_captured(monkeypatch):
+    model = make_model(policy_kwargs=dict(optimizer_class=th.optim.SGD))
+    assert not model._optimizers_are_capturable()
+    assert make_model()._optimizers_are_capturable()
+    model.cuda_graph = True
+    with pytest.raises(ValueError, match="SGD"):
+        model._optimizers_are_capturable()
 
 
 def graph(model: DeepCRL) -> StandInBackend:

@@ -210,8 +210,10 @@ def test_examples_of_the_readme(line):
         "HerReplayBuffer": HerReplayBuffer,
     }
     model = eval(line, scope)
-    assert len(towers(model.policy)) >= 1
-    assert_same(model, model, observations(model))
+    depth = model.policy_kwargs.get("depth", 16)
+    depths = set(depth.values()) if isinstance(depth, dict) else {depth}
+    assert {4 * len(tower.blocks) for tower in towers(model.policy)} == depths
+    assert model.predict(observations(model))[0].shape[1:] == model.action_space.shape
 
 
 def test_readme_names_every_algorithm_and_policy():

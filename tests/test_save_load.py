@@ -106,6 +106,10 @@ def test_load_with_other_settings(trained, tmp_path):
     model = DeepCRL.load(tmp_path / "model", learning_rate=0.5, gamma=0.9, depth=4, policy_kwargs=dict(width=16, norm="layer"))
     assert (model.gamma, model.lr_schedule(1.0), model.critic_lr_schedule(1.0)) == (0.9, 0.5, 0.5)
     assert DeepCRL.load(tmp_path / "model", policy_kwargs=None, train_freq=3, gradient_steps=2).train_freq.frequency == 3
+    # What was given once is kept
+    DeepCRL.load(tmp_path / "model", train_freq=3, gradient_steps=2).save(tmp_path / "again")
+    again = DeepCRL.load(tmp_path / "again")
+    assert (again.train_freq.frequency, again.gradient_steps) == (3, 2)
     model = DeepCRL.load(tmp_path / "model", custom_objects=dict(learning_rate=0.0, lr_schedule=lambda _: 0.0))
     assert model.lr_schedule(1.0) == 0.0
 

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 
 import torch as th
 from torch import nn
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import compile_fx
 
 from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
@@ -40,14 +38,15 @@ def check_switch(value: bool | str, name: str) -> bool | str:
 @functools.cache
 def why_not_compiled(device_type: str) -> str | None:
     """
-    Compile a small function, to find out whether there is a compiler that works.
+    Compile a small function and its gradient, to find out whether there is a compiler that works.
 
     :param device_type: "cpu" or "cuda"
     :return: What went wrong, None if nothing did
     """
     try:
-        th.compile(th.nn.functional.silu)(th.ones(16, device=device_type))
-    except Exception as error:  # whatever is missing: compiler, headers, triton
+        x = th.ones(16, device=device_type, requires_grad=True)
+        th.compile(nn.functional.silu, backend=lean_inductor)(x).sum().backward()
+    except Exception as error:  # whatever is missing: compiler, headers, triton, the option of lean_inductor
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
@@ -84,7 +83,10 @@ def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
     :param example_inputs: Its inputs
     :return: The compiled function
     """
-    with functorch_config.patch(ban_recompute_materialized_backward=False):
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(ban_recompute_materialized_backward=False):
         return compile_fx(graph, example_inputs)
 
 
@@ -105,8 +107,8 @@ def compile_blocks(module: nn.Module) -> bool:
     reason = why_not_compiled(next(blocks[0].parameters()).device.type)
     if reason is not None:
         warnings.warn(
-            f"The networks run uncompiled, because torch.compile fails here ({reason}). Install a C++ compiler, or set "
-            "`compile=False`"
+            f"The networks run uncompiled, because torch.compile fails here ({reason}). Install a C++ compiler, or do "
+            "without (`compile=False` of DeepCRL)"
         )
         return False
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
@@ -193,6 +195,8 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
 class GraphBackend(Protocol):
     """What :class:`GraphedFunction` needs of CUDA. Tests put a stand-in here."""
 
+    device: th.device
+
     def warm_up(self) -> AbstractContextManager[None]:
         """
         :return: Context in which a function runs as it will be captured: on a stream of its own
@@ -215,6 +219,7 @@ class CudaGraphBackend:
     """
 
     def __init__(self, device: th.device):
+        self.device = device
         self.stream = th.cuda.Stream(device)
 
     @contextmanager
@@ -252,6 +257,7 @@ class GraphedFunction:
         and what it changes stays at its address.
     :param backend: Who captures
     :param n_warmup: Number of calls before the capture
+    :param required: Whether a function that cannot be captured is an error. Else there is a warning, and it runs as it is.
     """
 
     def __init__(
@@ -259,10 +265,13 @@ class GraphedFunction:
         function: Callable[[dict[str, th.Tensor]], th.Tensor],
         backend: GraphBackend,
         n_warmup: int = 3,
+        required: bool = False,
     ):
         self.function = function
         self.backend = backend
         self.n_warmup = n_warmup
+        self.required = required
+        self._can_be_captured = True
         self._signature: Hashable = None
         self._n_calls = 0
         self._graph: Any = None
@@ -275,6 +284,10 @@ class GraphedFunction:
         :param key: What the graph depends on besides them
         :return: What the function returns; later calls do not change it
         """
+        devices = {value.device.type for value in inputs.values()}
+        if not self._can_be_captured or devices != {self.backend.device.type}:
+            # A graph of what runs elsewhere, for instance after `policy.to("cpu")`, would hold nothing
+            return self.function(inputs)
         signature = (key, tuple((name, value.shape, value.dtype, value.device) for name, value in inputs.items()))
         if signature != self._signature:
             self.invalidate()
@@ -285,7 +298,18 @@ class GraphedFunction:
                 return self.function(inputs)
         if self._graph is None:
             self._inputs = {name: value.clone() for name, value in inputs.items()}
-            self._graph, self._output = self.backend.capture(lambda: self.function(self._inputs))
+            try:
+                self._graph, self._output = self.backend.capture(lambda: self.function(self._inputs))
+            except RuntimeError as error:
+                if self.required:
+                    raise
+                warnings.warn(
+                    f"Runs without a CUDA graph, because something in it cannot be captured ({str(error).splitlines()[0]}): a "
+                    "features extractor or optimizer of your own may read values on the host. `cuda_graph=False` says so at once"
+                )
+                self._can_be_captured = False
+                self.invalidate()
+                return self.function(inputs)
         for name, value in inputs.items():
             self._inputs[name].copy_(value)
         self._graph.replay()

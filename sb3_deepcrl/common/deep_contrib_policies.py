@@ -17,7 +17,7 @@ from torch import nn
 from sb3_deepcrl.common.deep_policies import (
     ACTOR_CRITIC,
     DeepNetwork,
-    DeepOffPolicyPolicy,
+    DeepContinuousPolicy,
     DeepPolicy,
     add_policies,
     policy_names,
@@ -44,7 +44,7 @@ class DeepTQCCritic(DeepNetwork, tqc.Critic):
         return self.q_networks
 
 
-class DeepTQCPolicy(DeepOffPolicyPolicy, tqc.TQCPolicy):
+class DeepTQCPolicy(DeepContinuousPolicy, tqc.TQCPolicy):
     """
     Deep residual policy for TQC, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
     """
@@ -83,7 +83,7 @@ class DeepCrossQCritic(DeepNetwork, crossq.CrossQCritic):
         return self.q_networks  # type: ignore[return-value]
 
 
-class DeepCrossQPolicy(DeepOffPolicyPolicy, crossq.CrossQPolicy):
+class DeepCrossQPolicy(DeepContinuousPolicy, crossq.CrossQPolicy):
     """
     Deep residual policy for CrossQ, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
 

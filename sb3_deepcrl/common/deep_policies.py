@@ -196,7 +196,7 @@ class DeepPolicy(BasePolicy):
         return data
 
 
-class DeepOffPolicyPolicy(DeepPolicy):
+class DeepContinuousPolicy(DeepPolicy):
     """
     What the deep policies of SAC, TD3, DDPG, TQC and CrossQ share: an actor and Q-networks of their own.
     """
@@ -242,7 +242,7 @@ class DeepContinuousCritic(DeepNetwork, ContinuousCritic):
         return self.q_networks  # type: ignore[return-value]
 
 
-class DeepSACPolicy(DeepOffPolicyPolicy, sac.SACPolicy):
+class DeepSACPolicy(DeepContinuousPolicy, sac.SACPolicy):
     """
     Deep residual policy for SAC: two towers for the critics and one for the actor, see :class:`DeepPolicy`.
     """
@@ -275,7 +275,7 @@ class DeepTD3Actor(DeepNetwork, td3.Actor):
         return [self.mu]
 
 
-class DeepTD3Policy(DeepOffPolicyPolicy, td3.TD3Policy):
+class DeepTD3Policy(DeepContinuousPolicy, td3.TD3Policy):
     """
     Deep residual policy for TD3 and DDPG, see :class:`DeepPolicy`.
     """
@@ -391,6 +391,7 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
     Dict observations through its ``CombinedExtractor``.
 
     In off-policy actor-critic algorithms the actions come in behind it: there the deep policies are the better choice.
+    With on-policy ones pass ``ortho_init=False`` too, or the towers lose their own initialization.
 
     :param observation_space: Observation space
     :param depth: Number of Dense layers inside the residual blocks, a positive multiple of 4
@@ -531,7 +532,7 @@ def import_contrib_policies() -> None:
     """
     try:
         importlib.import_module("sb3_deepcrl.common.deep_contrib_policies")
-    except ImportError as error:
+    except Exception as error:  # of another release, whatever is missing: the user only wanted to import sb3-contrib
         warnings.warn(f"No deep policies for sb3-contrib ({error}): they need `pip install 'sb3-contrib>=2.9'`")
 
 

@@ -538,9 +538,25 @@ class DeepCRL(OffPolicyAlgorithm):
             uncompile_blocks(self.policy)
             self._compiled = None
         backend = CudaGraphBackend(self.device) if self.device.type == "cuda" and self.cuda_graph is not False else None
-        self._graphed_update = None if backend is None else GraphedFunction(self._update_minibatch, backend)
-        self.policy.graph_actor(backend)
+        required = self.cuda_graph is True
+        self._graphed_update = None
+        if backend is not None and self._optimizers_are_capturable():
+            self._graphed_update = GraphedFunction(self._update_minibatch, backend, required=required)
+        self.policy.graph_actor(backend, required)
         self._prepare_optimizers()
+
+    def _optimizers_are_capturable(self) -> bool:
+        """
+        :return: Whether the steps of all optimizers can be captured in a CUDA graph
+        :raises ValueError: if ``cuda_graph=True`` asks for it and they cannot
+        """
+        others = [type(o).__name__ for o in self._optimizers() if not all("capturable" in group for group in o.param_groups)]
+        if others and self.cuda_graph is True:
+            raise ValueError(
+                f"`cuda_graph=True` needs optimizers that know `capturable`, which {others[0]} does not: leave it at \"auto\", "
+                "or use th.optim.Adam"
+            )
+        return not others
 
     def _prepare_optimizers(self) -> None:
         for optimizer in self._optimizers():
@@ -566,7 +582,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self.checkpoint_activations,
             self._compiled,
         ]
-        tensors = list(self.policy.parameters())
+        tensors = [*self.policy.parameters(), self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef]
         for optimizer in self._optimizers():
             for group in optimizer.param_groups:
                 hyperparameters = tuple((name, value) for name, value in group.items() if name not in ("params", "lr"))
@@ -908,7 +924,9 @@ class DeepCRL(OffPolicyAlgorithm):
                 )
         for name in auto_settings:
             kwargs.setdefault(name, "auto")
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model._auto_settings = [name for name in auto_settings if kwargs[name] == "auto"]
+        return model
 
     @staticmethod
     def _stored_settings(

@@ -396,21 +396,31 @@ class DeepCRLPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         if self._graphed_actors is None or th.is_grad_enabled():
             return self.actor(observation, deterministic)
-        tower = self.actor.tower
-        key = (next(tower.parameters()).data_ptr(), tower.autocast_dtype)
+        # Moving or replacing parameters one by one is rare: these stand for all of them
+        tower, mu, log_std = self.actor.tower, self.actor.mu, self.actor.log_std
+        addresses = (next(tower.parameters()).data_ptr(), mu.weight.data_ptr(), log_std.weight.data_ptr())
+        key = (addresses, tower.autocast_dtype, self.actor.training)
         return self._graphed_actors[deterministic](observation, key)  # type: ignore[arg-type]
 
-    def graph_actor(self, backend: GraphBackend | None) -> None:
+    def graph_actor(self, backend: GraphBackend | None, required: bool = False) -> None:
         """
         Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions.
 
         :param backend: Who captures, None to run it as it is
+        :param required: Whether an actor that cannot be captured is an error
         """
         if backend is None:
             self._graphed_actors = None
         else:
             deterministic = partial(self.actor, deterministic=True)
-            self._graphed_actors = (GraphedFunction(self.actor, backend), GraphedFunction(deterministic, backend))
+            self._graphed_actors = (
+                GraphedFunction(self.actor, backend, required=required),
+                GraphedFunction(deterministic, backend, required=required),
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs can neither be copied nor pickled
+        return {**super().__getstate__(), "_graphed_actors": None}
 
     def set_training_mode(self, mode: bool) -> None:
         """
