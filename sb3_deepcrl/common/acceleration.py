@@ -87,7 +87,9 @@ def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
     from torch._inductor.compile_fx import compile_fx
 
     with config.patch(ban_recompute_materialized_backward=False):
-        return compile_fx(graph, example_inputs)
+        compiled = compile_fx(graph, example_inputs)
+    assert callable(compiled)
+    return compiled
 
 
 def compile_blocks(module: nn.Module) -> bool:

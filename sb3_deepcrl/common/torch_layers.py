@@ -129,7 +129,9 @@ class ResidualBlock(nn.Module):
         The same as ``branch``, but each bias is added after the matrix product, which lets a compiler add it on the way
         to the normalisation: the fused product copies it to all rows first.
         """
-        for dense, norm, activation in zip(self.branch[::3], self.branch[1::3], self.branch[2::3], strict=True):
+        layers = list(self.branch)
+        for dense, norm, activation in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
+            assert isinstance(dense, nn.Linear)
             product = F.linear(x, dense.weight)
             x = activation(norm(product + dense.bias.to(product.dtype)))
         return x
