@@ -99,7 +99,11 @@ def argument_names(function: Callable[..., Any]) -> dict[str, Any]:
     :param function: A function or class
     :return: Its arguments with their defaults
     """
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    # A float may have a whole number as its default
+    floats = {parameter.name for parameter in parameters if parameter.annotation is float}
+    return {name: float(value) if name in floats and isinstance(value, int) else value for name, value in defaults.items()}
 
 
 def check_hyperparams(hyperparams: dict[str, Any], algo_class: type[BaseAlgorithm]) -> dict[str, Any]:

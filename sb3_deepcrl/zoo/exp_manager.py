@@ -358,9 +358,7 @@ class GoalExperimentManager(ExperimentManager):
         if self.log_interval != -1:
             kwargs["log_interval"] = self.log_interval if self.log_interval > -1 else None
         try:
-            model.learn(
-                self.n_timesteps - model.num_timesteps, callback=self.callbacks, reset_num_timesteps=False, **kwargs
-            )
+            model.learn(self.n_timesteps - model.num_timesteps, callback=self.callbacks, reset_num_timesteps=False, **kwargs)
         except KeyboardInterrupt:
             # The model is saved as it is
             pass
