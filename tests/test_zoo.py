@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL, GoalEvalCallback
+from sb3_deepcrl.analysis import plot_value_map
 from sb3_deepcrl.zoo import cli
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
 from sb3_deepcrl.zoo.checkpoints import find_model, sibling
@@ -325,6 +327,9 @@ def test_plots(logs, tmp_path, capsys):
     assert "No data available" not in capsys.readouterr().out
     cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "value.png"))
     assert (tmp_path / "value.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
+    assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
 
 
 def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
@@ -555,7 +560,7 @@ HER_ENTRY = """
 """
 
 
-def test_existing_her_config(tmp_path, capsys):
+def test_existing_her_config(tmp_path, capsys, monkeypatch):
     config = tmp_path / "sac.yml"
     config.write_text(f"FetchReach-v4: &fetch{HER_ENTRY}\nPointMaze_UMaze-v3:\n  <<: *fetch\n")
     for env_id in ("FetchReach-v4", "PointMaze_UMaze-v3"):
@@ -573,8 +578,17 @@ def test_existing_her_config(tmp_path, capsys):
     # The statistics of VecNormalize go on too
     train(tmp_path, "-i", str(folder), "-n", "340")
     assert f"Loading VecNormalize stats: {folder / env_id / 'vecnormalize.pkl'}" in capsys.readouterr().out
+    models = []
+
+    def plot(model, *args, **kwargs):
+        models.append(model)
+        return plot_value_map(model, *args, **kwargs)
+
+    monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", plot)
     cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1", "-o", str(tmp_path / "value.png"))
     assert (tmp_path / "value.png").stat().st_size > 5000
+    saved = pickle.loads((folder / env_id / "vecnormalize.pkl").read_bytes()).obs_rms["observation"]
+    assert models[0].get_vec_normalize_env().obs_rms["observation"].mean == pytest.approx(saved.mean)
     (folder / env_id / "vecnormalize.pkl").unlink()
     with pytest.raises(SystemExit, match=r"-i: .*vecnormalize\.pkl is missing"):
         train(tmp_path, "-i", str(folder), "-n", "340")
