@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -10,18 +11,21 @@ import time
 import warnings
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import optuna
 import pytest
+import rl_zoo3
 import yaml
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.utils import ALGOS
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_deepcrl import DeepCRL
+from sb3_deepcrl import DeepCRL, GoalEvalCallback
+from sb3_deepcrl.analysis import plot_value_map
 from sb3_deepcrl.zoo import cli
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
 from sb3_deepcrl.zoo.checkpoints import find_model, sibling
@@ -29,6 +33,7 @@ from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
 from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run
+from sb3_deepcrl.zoo.value_map import env_of_run
 from tests.envs import GoalReachEnv
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +109,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     for optimizer in (longer.actor.optimizer, longer.critic.optimizer):
         assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (1 - 2400 / 2400), abs=1e-3 * 20 / 2400)
     assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [EVERY, N_STEPS, 2400]
+    with (folder / "episodes.csv").open() as file:
+        assert [int(row["timesteps"]) for row in csv.DictReader(file)] == [EVERY] * 4 + [N_STEPS] * 4 + [2400] * 4
     assert (folder / "best_model.zip").is_file()
     with pytest.raises(SystemExit, match=r"was trained for 2400 steps already, of 2400 in all"):
         train(tmp_path, "-i", str(folder))
@@ -111,12 +118,81 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
 
 
 def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, capsys):
-    train(tmp_path, "-i", str(run_folder / f"rl_model_{EVERY}_steps.zip"), "-n", "928")
-    assert "No replay buffer" in capsys.readouterr().out
+    path, steps = run_folder / f"rl_model_{EVERY}_steps.zip", EVERY
+    for number in (1, 2):
+        before = DeepCRL.load(path)._n_updates
+        train(tmp_path, "-i", str(path), "-n", str(steps + 128))
+        assert f"No replay buffer of {path.name}: collecting 100 steps of random actions" in capsys.readouterr().out
+        path = tmp_path / "deepcrl" / f"{ENV}_{number}" / f"{ENV}.zip"
+        longer = DeepCRL.load(path)
+        assert longer.num_timesteps == steps + 128
+        assert longer.learning_starts == steps + 100
+        assert before < longer._n_updates <= before + 2
+        steps += 128
+        if number == 1:
+            (path.parent / "replay_buffer.pkl").unlink()
+    # With its replay buffer, a run that stopped in the warm-up would go on with it
+    train(tmp_path, "-i", str(path.parent), "-n", str(steps + 16))
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_3" / f"{ENV}.zip").learning_starts == steps - 128 + 100
+    with (path.parent / "episodes.csv").open() as file:
+        assert [row["timesteps"] for row in csv.DictReader(file)] == [str(EVERY)] * 4
+
+
+def test_the_best_model_does_not_take_the_final_replay_buffer(run_folder, tmp_path, capsys):
+    steps = DeepCRL.load(run_folder / "best_model.zip").num_timesteps
+    train(tmp_path, "-i", str(run_folder / "best_model.zip"), "-n", str(steps + 16))
+    assert "No replay buffer of best_model.zip: collecting 100 steps" in capsys.readouterr().out
     longer = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
-    assert longer.num_timesteps == 928
-    before = DeepCRL.load(run_folder / f"rl_model_{EVERY}_steps.zip")._n_updates
-    assert longer._n_updates <= before + 2
+    assert (longer.num_timesteps, longer.learning_starts) == (steps + 16, steps + 100)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_the_best_model_goes_on(is_broken, run_folder, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    best = np.load(folder / "evaluations.npz")["results"].mean(axis=1).max()
+    if is_broken:
+        (folder / "evaluations.npz").write_bytes(b"PK")
+    (folder / ENV / "vecnormalize.pkl").write_bytes(b"statistics")
+    seen = []
+
+    class Manager(GoalExperimentManager):
+        def _maybe_normalize(self, env, eval_env):
+            return env
+
+        def learn(self, model):
+            (callback,) = (callback for callback in self.callbacks if isinstance(callback, EvalCallback))
+            seen.append(callback.best_mean_reward)
+            super().learn(model)
+
+    monkeypatch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
+    # No evaluation before the end
+    train(tmp_path, "-i", str(folder), "-n", str(N_STEPS + 16), "--eval-episodes", "3")
+    message = "cannot be read" if is_broken else "have another number of episodes"
+    assert message in capsys.readouterr().out
+    assert seen == [-np.inf if is_broken else best]
+    new = tmp_path / "deepcrl" / f"{ENV}_1"
+    assert (new / "best_model.zip").read_bytes() == (folder / "best_model.zip").read_bytes()
+    assert (new / ENV / "vecnormalize.pkl").read_bytes() == b"statistics"
+
+
+def test_episodes_of_a_killed_run_go_on(run_folder, tmp_path):
+    lines = (run_folder / "episodes.csv").read_text().splitlines(keepends=True)
+    old = tmp_path / "old.csv"
+
+    def continued() -> list[list[str]] | None:
+        callback = GoalEvalCallback(make_vec_env(GoalReachEnv), log_path=str(tmp_path))
+        callback.continue_episodes(old, N_STEPS)
+        path = tmp_path / "episodes.csv"
+        return list(csv.reader(path.read_text().splitlines())) if path.is_file() else None
+
+    # There is none, or its columns are others
+    assert continued() is None
+    old.write_text("timesteps,reward\n800,1.0\n")
+    assert continued() is None
+    # Killed in the middle of the last line
+    old.write_text("".join(lines)[:-3])
+    assert continued() == list(csv.reader(lines[:-1]))
 
 
 def test_killed_while_saving(tmp_path):
@@ -149,11 +225,48 @@ class Interrupter(BaseCallback):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_interrupted_run_saves_what_it_has(resume, run_folder, tmp_path):
-    args = f"--env {ENV} --vec-env batch -n 10000 --progress".split() + (["-i", str(run_folder)] if resume else [])
+    args = f"--env {ENV} --vec-env batch -n 10000 --progress --eval-freq -1".split()
+    args += ["-i", str(run_folder)] if resume else []
     train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Interrupter'")
     model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
     # A run that is continued counts its calls from the start
     assert model.num_timesteps == (N_STEPS + 4 if resume else 200)
+
+
+class RecordedBar(ProgressBarCallback):
+    bars: ClassVar[list] = []
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self.bars.append(self.pbar)
+
+
+def test_interrupted_progress_bar_is_closed(run_folder, tmp_path):
+    callbacks = "callback:['tests.test_zoo.RecordedBar','tests.test_zoo.Interrupter']"
+    train(tmp_path, "-i", str(run_folder), "-n", "10000", "-params", callbacks)
+    (bar,) = RecordedBar.bars
+    # What tqdm is after close()
+    assert bar.disable
+
+
+@pytest.mark.parametrize("depth", [4, 6])
+def test_two_runs_that_start_at_the_same_moment(depth, tmp_path, monkeypatch):
+    class Manager(GoalExperimentManager):
+        def read_hyperparameters(self):
+            Path(self.save_path).mkdir(parents=True)
+            (Path(self.save_path) / "theirs").touch()
+            return super().read_hyperparameters()
+
+    monkeypatch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
+    args = ["--env", ENV, "--vec-env", "batch", "-n", "16", "--eval-freq", "-1", *TINY, f"depth:{depth}"]
+    if depth == 6:
+        with pytest.raises(SystemExit, match="`depth` must be a positive multiple of 4"):
+            train(tmp_path, *args)
+    else:
+        train(tmp_path, *args)
+        assert (tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").is_file()
+    assert [path.name for path in (tmp_path / "deepcrl" / f"{ENV}_1").iterdir()] == ["theirs"]
+    assert (tmp_path / "deepcrl" / f"{ENV}_2").exists() == (depth == 4)
 
 
 def test_newest_complete_checkpoint(run_folder, tmp_path):
@@ -214,6 +327,21 @@ def test_plots(logs, tmp_path, capsys):
     assert "No data available" not in capsys.readouterr().out
     cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "value.png"))
     assert (tmp_path / "value.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
+    assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
+
+
+def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
+    (tmp_path / "config.yml").write_text("env_wrapper: gymnasium.wrappers.ClipAction\n")
+    (tmp_path / "args.yml").write_text("env_kwargs: {maze: u4}\n")
+    vec_env, env = env_of_run(tmp_path, ENV)
+    assert vec_env.num_envs == 1
+    assert env.unwrapped.task_kwargs["maze"] == "u4"
+    assert "ClipAction" in str(env)
+    (tmp_path / "config.yml").write_text("frame_stack: 4\n")
+    with pytest.raises(ValueError, match="the run has `frame_stack: 4`"):
+        env_of_run(tmp_path, ENV)
 
 
 def test_push_to_hub(logs, tmp_path, monkeypatch):
@@ -378,7 +506,34 @@ def test_configs_say_what_was_run():
                     said = re.search(r"[Nn]ot run here|[Rr]un .* seed", comment)
                     assert said, f"{config}: {line} has no comment that says what was run: {comment!r}"
                     for result in re.findall(r"docs/results/\S+\.md", comment):
-                        assert (config_folder().parent / result).is_file(), f"{config}: {line} names {result}, which is not there"
+                        is_file = (config_folder().parent / result).is_file()
+                        assert is_file, f"{config}: {line} names {result}, which is not there"
+
+
+@pytest.mark.parametrize("algo", sorted(set(ALGOS) - {"deepcrl"}))
+def test_rl_zoos_own_configs_pass(algo):
+    entries = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml").read_text())
+    failures = {}
+    for env_id, entry in entries.items():
+        try:
+            check_hyperparams(dict(entry), ALGOS[algo])
+        except ConfigError as error:
+            failures[env_id] = str(error)
+    if algo == "ppo_lstm":
+        # RecurrentPPO does not know it either
+        assert failures.pop("default") == "`policy: MlpPolicy` is unknown, did you mean `MlpLstmPolicy`?"
+        assert "MlpPolicy" not in ALGOS[algo].policy_aliases
+    # Wrappers of packages that are not installed
+    assert all("cannot be imported: No module named" in message for message in failures.values()), failures
+    assert len(failures) < len(entries)
+
+
+@pytest.mark.parametrize(("algo", "key"), [("ppo", "clip_range"), ("ppo", "clip_range_vf"), ("ars", "delta_std")])
+def test_schedules_of_other_algorithms(algo, key):
+    entry = {"n_timesteps": 10, "policy": "MlpPolicy"}
+    assert check_hyperparams({**entry, key: "lin_0.2"}, ALGOS[algo])[key] == "lin_0.2"
+    with pytest.raises(ConfigError, match=f"`{key}: 2e-1` is text: write `!!float 2e-1`"):
+        check_hyperparams({**entry, key: "2e-1"}, ALGOS[algo])
 
 
 def test_depth_of_a_sweep(monkeypatch):
@@ -405,7 +560,7 @@ HER_ENTRY = """
 """
 
 
-def test_existing_her_config(tmp_path, capsys):
+def test_existing_her_config(tmp_path, capsys, monkeypatch):
     config = tmp_path / "sac.yml"
     config.write_text(f"FetchReach-v4: &fetch{HER_ENTRY}\nPointMaze_UMaze-v3:\n  <<: *fetch\n")
     for env_id in ("FetchReach-v4", "PointMaze_UMaze-v3"):
@@ -423,6 +578,23 @@ def test_existing_her_config(tmp_path, capsys):
     # The statistics of VecNormalize go on too
     train(tmp_path, "-i", str(folder), "-n", "340")
     assert f"Loading VecNormalize stats: {folder / env_id / 'vecnormalize.pkl'}" in capsys.readouterr().out
+    models = []
+
+    def plot(model, *args, **kwargs):
+        models.append(model)
+        return plot_value_map(model, *args, **kwargs)
+
+    monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", plot)
+    cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1", "-o", str(tmp_path / "value.png"))
+    assert (tmp_path / "value.png").stat().st_size > 5000
+    saved = pickle.loads((folder / env_id / "vecnormalize.pkl").read_bytes()).obs_rms["observation"]
+    assert models[0].get_vec_normalize_env().obs_rms["observation"].mean == pytest.approx(saved.mean)
+    (folder / env_id / "vecnormalize.pkl").unlink()
+    with pytest.raises(SystemExit, match=r"-i: .*vecnormalize\.pkl is missing"):
+        train(tmp_path, "-i", str(folder), "-n", "340")
+    with pytest.raises(SystemExit):
+        cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1")
+    assert "vecnormalize.pkl not found" in capsys.readouterr().err
 
 
 def test_plain_zoo_with_custom_envs(tmp_path):
@@ -484,6 +656,25 @@ BAD = [
     ("-params env_wrapper:'nowhere.Wrapper'", "`env_wrapper: nowhere.Wrapper` cannot be imported"),
     ("-params seed:3", "`seed` cannot be in a config: use the flag --seed"),
     ("-params noise_type:'normal'", "`noise_type` needs `noise_std`"),
+    ("-params noise_type:'norm' noise_std:0.1", "`noise_type: norm` is unknown, there are normal and ornstein-uhlenbeck"),
+    ("-params normalize:dict(norm_obss=True)", "`normalize` has no `norm_obss`, did you mean `norm_obs`?"),
+    (
+        "-params monitor_kwargs:dict(info_keyword=('l',))",
+        "`monitor_kwargs` has no `info_keyword`, did you mean `info_keywords`?",
+    ),
+    (
+        "-params replay_buffer_class:'HerReplayBuffer' replay_buffer_kwargs:dict(online_sampling=True)",
+        "`replay_buffer_kwargs` has no `online_sampling`",
+    ),
+    (
+        "--algo sac -params replay_buffer_kwargs:dict(online_sampling=True)",
+        "`replay_buffer_kwargs` has no `online_sampling`",
+    ),
+    ("--algo sac -params policy_kwargs:dict(net_archh=[8]) buffer_size:2000", "unexpected keyword argument 'net_archh'"),
+    (
+        "--env FetchReach-v4 -params env_wrapper:{'gymnasium.wrappers.TimeLimit':{'max_step':3}}",
+        "error: `env_wrapper`: TimeLimit.__init__() got an unexpected keyword argument 'max_step'",
+    ),
     ("--env-kwargs maez:'u'", "maez"),
     ("-conf nowhere.yml", "-conf: there is no file nowhere.yml"),
     ("-conf nowhere", "nowhere: ModuleNotFoundError: No module named 'nowhere'"),
@@ -503,7 +694,7 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
     assert message in line
     assert line.startswith("sb3-deepcrl train: error: ")
     assert line.strip().count("\n") == 0
-    assert not list(tmp_path.glob("deepcrl/*"))
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_bad_config_has_no_traceback(tmp_path):
@@ -534,6 +725,13 @@ def test_bad_config_file(text, message, tmp_path):
         train(tmp_path, "--env", ENV, "-conf", str(config))
 
 
+def test_an_error_inside_of_a_python_config_is_told_as_it_is(tmp_path):
+    config = tmp_path / "my.py"
+    config.write_text("hyperparams = dict(n_timesteps=1 + '1')\n")
+    with pytest.raises(SystemExit, match=r"my\.py: TypeError: unsupported operand"):
+        train(tmp_path, "--env", ENV, "-conf", str(config))
+
+
 def test_missing_model_ends_in_one_line(tmp_path, capsys):
     for script in ("enjoy", "record_video"):
         with pytest.raises(SystemExit):
@@ -551,13 +749,14 @@ def test_env_kwargs_of_a_config_hold_for_evaluation_and_videos(tmp_path):
     class Manager(GoalExperimentManager):
         def create_envs(self, *args, **kwargs):
             env = super().create_envs(*args, **kwargs)
-            seen.append((kwargs.get("eval_env", False), env.get_attr("unwrapped")[0].task_kwargs["maze"]))
+            task_kwargs = env.get_attr("unwrapped")[0].task_kwargs
+            seen.append((kwargs.get("eval_env", False), task_kwargs["maze"], task_kwargs.get("goal_set")))
             assert type(env) is DummyVecEnv
             return env
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
-        train(tmp_path, "--env", ENV, "-conf", str(config))
-    assert sorted(seen) == [(False, "u4"), (True, "u4")]
+        train(tmp_path, "--env", ENV, "-conf", str(config), "--eval-env-kwargs", "goal_set:'eval'")
+    assert sorted(seen) == [(False, "u4", None), (True, "u4", "eval")]
     args = (tmp_path / "deepcrl" / f"{ENV}_1" / ENV / "args.yml").read_text()
     assert yaml.load(args, Loader=yaml.UnsafeLoader)["env_kwargs"] == {"maze": "u4"}

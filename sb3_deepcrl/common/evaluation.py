@@ -187,6 +187,26 @@ class GoalEvalCallback(EvalCallback):
         self.last_means: dict[str, float] = {}
         self._recorder = GoalEpisodeRecorder(self.eval_env)
 
+    def continue_episodes(self, path: str | os.PathLike[str], num_timesteps: int) -> None:
+        """
+        Let ``episodes.csv`` start with the rows of a run that this one continues.
+
+        :param path: The file of that run; nothing is done if there is none, or if it is of another version
+        :param num_timesteps: Number of env steps from which the run is continued: later rows are left out
+        """
+        if self.episodes_path is None or not os.path.isfile(path):
+            return
+        header = ["timesteps", *(field.name for field in fields(GoalEpisode))]
+        with open(path) as file:
+            # The last line may not have been written to its end
+            first, *lines = file.read().split("\n")[:-1] or [""]
+        if first.split(",") != header:
+            return
+        rows = [row for row in csv.reader(lines) if int(row[0]) <= num_timesteps]
+        with open(self.episodes_path, "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+        self._has_rows = True
+
     def _on_step(self) -> bool:
         if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
             # An evaluation that was interrupted leaves nothing behind

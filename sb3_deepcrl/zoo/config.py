@@ -9,7 +9,10 @@ from typing import Any
 import rl_zoo3.exp_manager
 import yaml
 from rl_zoo3.utils import get_class_by_name, get_wrapper_class
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecNormalize
 
 import sb3_deepcrl
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
@@ -33,7 +36,11 @@ ZOO_KEYS = {
 }
 # Arguments of the algorithms that have a flag of the command line in place of a key, where there is one
 FLAGS = {"device": "--device", "env": "--env", "seed": "--seed", "tensorboard_log": "-tb", "verbose": "--verbose"}
-LEARNING_RATES = ("learning_rate", "critic_learning_rate", "ent_coef_learning_rate")
+# May be text such as `lin_3e-4`: RL Zoo makes schedules of the first ones, this package of the learning rates of DeepCRL
+ZOO_SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std")
+DEEPCRL_SCHEDULES = ("critic_learning_rate", "ent_coef_learning_rate")
+SCHEDULES = (*ZOO_SCHEDULES, *DEEPCRL_SCHEDULES)
+NOISE_TYPES = ("normal", "ornstein-uhlenbeck")
 # Values that may be text to be evaluated
 PYTHON_KEYS = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
 
@@ -92,7 +99,11 @@ def argument_names(function: Callable[..., Any]) -> dict[str, Any]:
     :param function: A function or class
     :return: Its arguments with their defaults
     """
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    # A float may have a whole number as its default
+    floats = {parameter.name for parameter in parameters if parameter.annotation is float}
+    return {name: float(value) if name in floats and isinstance(value, int) else value for name, value in defaults.items()}
 
 
 def check_hyperparams(hyperparams: dict[str, Any], algo_class: type[BaseAlgorithm]) -> dict[str, Any]:
@@ -120,10 +131,17 @@ def check_hyperparams(hyperparams: dict[str, Any], algo_class: type[BaseAlgorith
         not_of_user = {"observation_space", "action_space", "lr_schedule", "sac_kwargs"}
         policy_keys = (set(argument_names(DeepCRLPolicy)) - not_of_user) | set(SAC_POLICY_KWARGS)
         check_keys(hyperparams, "policy_kwargs", policy_keys)
-        not_of_user = {"buffer_size", "observation_space", "action_space", "device", "n_envs"}
+        not_of_user = {"buffer_size", "observation_space", "action_space", "device", "n_envs", "optimize_memory_usage"}
         buffer_keys = (set(argument_names(ContrastiveReplayBuffer)) - not_of_user) | set(HER_KWARGS)
-        if hyperparams.get("replay_buffer_class") in (None, ContrastiveReplayBuffer):
+        # It takes its own buffer in place of HerReplayBuffer
+        if hyperparams.get("replay_buffer_class") in (None, ContrastiveReplayBuffer, HerReplayBuffer):
             check_keys(hyperparams, "replay_buffer_kwargs", buffer_keys)
+    elif hyperparams.get("replay_buffer_class") is HerReplayBuffer:
+        # Others belong to the algorithm
+        check_keys(hyperparams, "replay_buffer_kwargs", {*HER_KWARGS, "handle_timeout_termination"})
+    if isinstance(hyperparams.get("normalize"), dict):
+        check_keys(hyperparams, "normalize", set(argument_names(VecNormalize)) - {"venv"})
+    check_keys(hyperparams, "monitor_kwargs", set(argument_names(Monitor)) - {"env", "filename"})
     return hyperparams
 
 
@@ -133,7 +151,7 @@ def check_numbers(hyperparams: dict[str, Any], arguments: dict[str, Any]) -> Non
     :param arguments: Arguments of the algorithm with their defaults
     :raises ConfigError: if a number is none
     """
-    for key in LEARNING_RATES:
+    for key in SCHEDULES:
         value = hyperparams.get(key)
         if isinstance(value, str) and not re.fullmatch(r"lin_[0-9.]+(e-?[0-9]+)?", value):
             raise ConfigError(f"`{key}: {value}` is text: write `!!float {value}`, or `lin_3e-4` for a linear schedule")
@@ -141,7 +159,7 @@ def check_numbers(hyperparams: dict[str, Any], arguments: dict[str, Any]) -> Non
     for key, value in hyperparams.items():
         default = defaults.get(key)
         # A train_freq may be a list
-        if key in (*LEARNING_RATES, "train_freq") or isinstance(default, bool) or not isinstance(default, Real):
+        if key in (*SCHEDULES, "train_freq") or isinstance(default, bool) or not isinstance(default, Real):
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             hint = f": write `!!float {value}`" if isinstance(value, str) and "e" in value else ""
@@ -150,8 +168,12 @@ def check_numbers(hyperparams: dict[str, Any], arguments: dict[str, Any]) -> Non
             raise ConfigError(f"`{key}` must be an integer, got {value!r}")
     if hyperparams.get("n_envs", 1) < 1:
         raise ConfigError(f"`n_envs` must be at least 1, got {hyperparams['n_envs']}")
-    if hyperparams.get("noise_type") is not None and "noise_std" not in hyperparams:
-        raise ConfigError("`noise_type` needs `noise_std`")
+    noise_type = hyperparams.get("noise_type")
+    if noise_type is not None:
+        if not any(known in str(noise_type) for known in NOISE_TYPES):
+            raise ConfigError(f"`noise_type: {noise_type}` is unknown, there are {' and '.join(NOISE_TYPES)}")
+        if "noise_std" not in hyperparams:
+            raise ConfigError("`noise_type` needs `noise_std`")
 
 
 def evaluate_python(hyperparams: dict[str, Any]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import os
 import shutil
 import zipfile
 from collections import OrderedDict
@@ -11,7 +12,7 @@ import numpy as np
 import yaml
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.utils import ALGOS, SimpleLinearSchedule
+from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -22,8 +23,8 @@ from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, replay_buffers, reports_goals
-from sb3_deepcrl.zoo.checkpoints import run_config, sibling
-from sb3_deepcrl.zoo.config import LEARNING_RATES, ConfigError, check_hyperparams, find_config
+from sb3_deepcrl.zoo.checkpoints import CHECKPOINT, run_config, sibling
+from sb3_deepcrl.zoo.config import DEEPCRL_SCHEDULES, ConfigError, argument_names, check_hyperparams, find_config
 
 # Envs that report `is_success`: these packages, see `sb3_deepcrl.zoo`
 SUCCESS_REPORTED_BY = ("sb3_deepcrl.envs", "gymnasium_robotics.envs.maze", "gymnasium_robotics.envs.fetch")
@@ -66,6 +67,8 @@ class GoalExperimentManager(ExperimentManager):
         super().__init__(args, algo, env_id, *positional, **kwargs)
         if is_batch:
             self.vec_env_class = BatchVecEnv
+        # Whether this process has created the folder of the run
+        self.has_folder = False
         # A run of DeepCRL goes on with its own config, where it has one and the user asks for no other
         model_path = Path(self.trained_agent)
         self.resumes = self.continue_training and algo == "deepcrl"
@@ -78,20 +81,30 @@ class GoalExperimentManager(ExperimentManager):
         :return: the initialized RL model, None for a hyperparameter search
         :raises ConfigError: if something that the user gave cannot be used. The folder of the run is removed then.
         """
-        is_new = not Path(self.save_path).exists()
         try:
             return super().setup_experiment()
         except Exception as error:
-            if is_new:
+            if self.has_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
-            if isinstance(error, ValueError | AssertionError | gym.error.Error):
+            # The last two: what constructors say of arguments that they do not know
+            if isinstance(error, ValueError | AssertionError | gym.error.Error | TypeError | RuntimeError):
                 raise ConfigError(f"{type(error).__name__}: {error}") from error
             raise
 
     def create_log_folder(self) -> None:
         """Create the folder of the run. A hyperparameter search has none, so that it is not taken for the latest run."""
-        if not self.optimize_hyperparameters:
-            super().create_log_folder()
+        if self.optimize_hyperparameters:
+            return
+        while not self.has_folder:
+            try:
+                os.makedirs(self.save_path)
+                self.has_folder = True
+            except FileExistsError:
+                # Another run was started at the same moment
+                run_id = get_latest_run_id(self.log_path, self.env_name) + 1
+                self.save_path = os.path.join(self.log_path, f"{self.env_name}_{run_id}")
+                self.params_path = f"{self.save_path}/{self.env_name}"
+        super().create_log_folder()
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
@@ -106,12 +119,12 @@ class GoalExperimentManager(ExperimentManager):
             self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
         try:
             hyperparams, saved_hyperparams = super().read_hyperparameters()
-        except (TypeError, AttributeError) as error:
-            message = f"{self.config}: the entry of {self.env_name.gym_id} must have keys, such as `n_timesteps` ({error})"
-            raise ConfigError(message) from error
         except ConfigError:
             raise
         except Exception as error:
+            if isinstance(error, TypeError | AttributeError) and self.config.endswith((".yml", ".yaml")):
+                message = f"the entry of {self.env_name.gym_id} must have keys, such as `n_timesteps` ({error})"
+                raise ConfigError(f"{self.config}: {message}") from error
             # A Python config may raise anything
             raise ConfigError(f"{self.config}: {type(error).__name__}: {error}") from error
         return self._checked(hyperparams, self.config), saved_hyperparams
@@ -150,7 +163,7 @@ class GoalExperimentManager(ExperimentManager):
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        for key in LEARNING_RATES[1:]:
+        for key in DEEPCRL_SCHEDULES:
             if isinstance(hyperparams.get(key), str):
                 hyperparams[key] = SimpleLinearSchedule(hyperparams[key].removeprefix("lin_"))
         return ExperimentManager._preprocess_schedules(hyperparams)
@@ -175,17 +188,28 @@ class GoalExperimentManager(ExperimentManager):
         :param eval_env: Whether is it an environment used for evaluation or not
         :param no_log: Do not log training when doing hyperparameter optim
         :return: the vectorized environment, with appropriate wrappers
-        :raises ConfigError: if the env does not take an argument
+        :raises ConfigError: if the env or a wrapper does not take an argument
         """
         try:
             return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
         except TypeError as error:
-            raise ConfigError(f"`env_kwargs: {self.eval_env_kwargs if eval_env else self.env_kwargs}`: {error}") from error
+            env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
+            sources = [f"`env_kwargs: {env_kwargs}`"] if env_kwargs else []
+            wrappers = {"env_wrapper": self.env_wrapper, "vec_env_wrapper": self.vec_env_wrapper}
+            sources += [f"`{key}`" for key, wrapper in wrappers.items() if wrapper is not None]
+            raise ConfigError(f"{' or '.join(sources) or self.env_name.gym_id}: {error}") from error
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
-        path = sibling(Path(self.trained_agent), "vecnormalize") if self.resumes else None
-        if path is None or not path.is_file():
+        if not self.resumes:
             return super()._maybe_normalize(env, eval_env)
+        path = sibling(Path(self.trained_agent), "vecnormalize")
+        if not path.is_file():
+            if self.normalize:
+                raise ConfigError(
+                    f"-i: {path} is missing, the statistics of VecNormalize that {self.trained_agent} was trained with: "
+                    "new ones would spoil it. Choose a model that has them"
+                )
+            return env
         print(f"Loading VecNormalize stats: {path}")
         vec_normalize = VecNormalize.load(str(path), env)
         if eval_env:
@@ -196,7 +220,9 @@ class GoalExperimentManager(ExperimentManager):
     def create_callbacks(self) -> None:
         """Create the callbacks that the command line asks for."""
         needs_env = not self.optimize_hyperparameters and (self.eval_freq > 0 or self.show_progress)
-        eval_env = self.create_envs(self.n_eval_envs, eval_env=True) if needs_env else None
+        # One is enough to see what to display
+        n_eval_envs = self.n_eval_envs if self.eval_freq > 0 else 1
+        eval_env = self.create_envs(n_eval_envs, eval_env=True) if needs_env else None
         has_goals = eval_env is not None and reports_goals(eval_env)
         if self.show_progress:
             self.callbacks.append(TrainingDisplay() if has_goals else ProgressBarCallback())
@@ -233,8 +259,8 @@ class GoalExperimentManager(ExperimentManager):
             return super()._load_pretrained_agent(hyperparams, env)
         model_path = Path(self.trained_agent)
         print(f"Loading pretrained agent {model_path}")
-        # Policy should not be changed
-        kwargs = {key: value for key, value in hyperparams.items() if key != "policy"}
+        # Policy should not be changed, and learning starts when it would have, where the replay buffer goes on
+        kwargs = {key: value for key, value in hyperparams.items() if key not in ("policy", "learning_starts")}
         model = DeepCRL.load(
             model_path,
             env=env,
@@ -249,14 +275,19 @@ class GoalExperimentManager(ExperimentManager):
                 f"-n: {model_path} was trained for {model.num_timesteps} steps already, of {self.n_timesteps} in all: "
                 "give a larger number, it counts from the start of the run"
             )
+        warmup = hyperparams.get("learning_starts", argument_names(DeepCRL)["learning_starts"])
         buffer_path = sibling(model_path, "replay_buffer")
-        if buffer_path.is_file():
+        # The best model is older than the buffer beside it
+        has_own_buffer = model_path.stem == self.env_name or CHECKPOINT.fullmatch(model_path.stem) is not None
+        if has_own_buffer and buffer_path.is_file():
             print(f"Loading replay buffer {buffer_path}")
             model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
+            if "learning_starts" in (self.custom_hyperparams or {}):
+                model.learning_starts = warmup
         else:
             # Learning from the first few transitions alone would spoil the policy
-            print(f"No replay buffer {buffer_path.name}: collecting {model.learning_starts} steps of random actions first")
-            model.learning_starts += model.num_timesteps
+            print(f"No replay buffer of {model_path.name}: collecting {warmup} steps of random actions first")
+            model.learning_starts = model.num_timesteps + warmup
         for callback in self.callbacks:
             # Checkpoints and evaluations at the steps they would have been done without the stop
             callback.n_calls = model.num_timesteps // env.num_envs
@@ -272,12 +303,25 @@ class GoalExperimentManager(ExperimentManager):
         :param folder: Folder of the run that stopped
         :param num_timesteps: Number of env steps from which it goes on
         """
+        best_model = folder / "best_model.zip"
+        files = {best_model: Path(self.save_path), sibling(best_model, "vecnormalize"): Path(self.params_path)}
+        for path, target in files.items() if best_model.is_file() else ():
+            if path.is_file():
+                with atomic_path(target / path.name, path.suffix) as temporary:
+                    shutil.copyfile(path, temporary)
+        if isinstance(callback, GoalEvalCallback):
+            callback.continue_episodes(folder / "episodes.csv", num_timesteps)
         try:
             with np.load(folder / "evaluations.npz") as file:
                 logs = {key: file[key] for key in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            # There were none, or it was killed while it wrote them
+        except FileNotFoundError:
             return
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            # It was killed while it wrote them
+            print(f"{folder / 'evaluations.npz'} cannot be read ({error}): the next evaluation is taken for the best so far")
+            return
+        if best_model.is_file():
+            callback.best_mean_reward = float(logs["results"].mean(axis=1).max())
         if logs["results"].shape[1:] != (callback.n_eval_episodes,):
             print("The evaluations before the stop have another number of episodes: they are not continued")
             return
@@ -287,10 +331,6 @@ class GoalExperimentManager(ExperimentManager):
         callback.evaluations_length = logs["ep_lengths"][is_before].tolist()
         if "successes" in logs:
             callback.evaluations_successes = logs["successes"][is_before].tolist()
-        if (folder / "best_model.zip").is_file():
-            callback.best_mean_reward = float(logs["results"].mean(axis=1).max())
-            with atomic_path(Path(self.save_path) / "best_model.zip", ".zip") as temporary:
-                shutil.copyfile(folder / "best_model.zip", temporary)
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
@@ -309,17 +349,16 @@ class GoalExperimentManager(ExperimentManager):
             for callback in self.callbacks:
                 if isinstance(callback, TrainingDisplay):
                     callback.stop()
+                elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+                    callback.pbar.close()
 
     def _learn_the_rest(self, model: BaseAlgorithm) -> None:
-        # RL Zoo: the default at -1, no log below
-        log_interval = {-1: 4}.get(self.log_interval, self.log_interval)
+        kwargs: dict[str, Any] = {}
+        # As RL Zoo does: the default at -1, no log below
+        if self.log_interval != -1:
+            kwargs["log_interval"] = self.log_interval if self.log_interval > -1 else None
         try:
-            model.learn(
-                self.n_timesteps - model.num_timesteps,
-                callback=self.callbacks,
-                log_interval=log_interval if log_interval > -1 else None,  # type: ignore[arg-type]
-                reset_num_timesteps=False,
-            )
+            model.learn(self.n_timesteps - model.num_timesteps, callback=self.callbacks, reset_num_timesteps=False, **kwargs)
         except KeyboardInterrupt:
             # The model is saved as it is
             pass

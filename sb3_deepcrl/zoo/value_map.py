@@ -9,12 +9,33 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 from huggingface_sb3 import EnvironmentName
-from rl_zoo3.utils import get_model_path
+from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.zoo.checkpoints import saved_env_kwargs
 from sb3_deepcrl.zoo.launcher import DEFAULT_ENV
+
+
+def env_of_run(config: Path, env_id: str) -> tuple[VecEnv, gym.Env]:
+    """
+    :param config: Folder with the ``config.yml`` and ``args.yml`` of a run
+    :param env_id: Id of its env
+    :return: One env with the arguments, wrappers and ``VecNormalize`` statistics of the run, and the same without statistics
+    :raises ValueError: if the model sees something else than what the env gives, but for statistics
+    """
+    hyperparams, stats_path = get_saved_hyperparams(str(config), test_mode=True)
+    for key in ("frame_stack", "vec_env_wrapper"):
+        if hyperparams.get(key):
+            raise ValueError(f"the run has `{key}: {hyperparams[key]}`: what its model sees cannot be placed on a map")
+    env_kwargs = saved_env_kwargs(config)
+    vec_env = create_test_env(
+        env_id, stats_path=stats_path, should_render=False, hyperparams=hyperparams, env_kwargs=env_kwargs
+    )
+    base = vec_env.unwrapped
+    assert isinstance(base, DummyVecEnv)
+    return vec_env, base.envs[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,14 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, help="Picture, by default value.png in the folder of the run")
     args = parser.parse_args(argv)
-    try:
-        _, model_path, log_path = get_model_path(args.exp_id, args.folder, "deepcrl", args.env, args.load_best)
-        env = gym.make(args.env.gym_id, **saved_env_kwargs(Path(log_path) / args.env))
-        maze = MazeMap.from_env(env)
-    except (AssertionError, ValueError, gym.error.Error) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    # The first free cell is the end of a corridor in most mazes
-    goal = maze.centers(*np.argwhere(~maze.walls)[0]) if args.goal is None else np.array(args.goal)
 
     import matplotlib
 
@@ -46,7 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    plot_value_map(DeepCRL.load(model_path, buffer_size=1), env, goal, seed=0, ax=ax)
+    try:
+        _, model_path, log_path = get_model_path(args.exp_id, args.folder, "deepcrl", args.env, args.load_best)
+        vec_env, env = env_of_run(Path(log_path) / args.env, args.env.gym_id)
+        maze = MazeMap.from_env(env)
+        # The first free cell is the end of a corridor in most mazes
+        goal = maze.centers(*np.argwhere(~maze.walls)[0]) if args.goal is None else np.array(args.goal)
+        plot_value_map(DeepCRL.load(model_path, env=vec_env, buffer_size=1), env, goal, seed=0, ax=ax)
+    except (AssertionError, ValueError, gym.error.Error) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     ax.set_title(f"{args.env.gym_id}: learned value and policy")
     output = args.output or Path(log_path) / "value.png"
     figure.savefig(output, dpi=150)
