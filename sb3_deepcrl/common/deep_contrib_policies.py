@@ -16,8 +16,8 @@ from torch import nn
 
 from sb3_deepcrl.common.deep_policies import (
     ACTOR_CRITIC,
-    DeepNetwork,
     DeepContinuousPolicy,
+    DeepNetwork,
     DeepPolicy,
     add_policies,
     policy_names,

@@ -553,7 +553,7 @@ class DeepCRL(OffPolicyAlgorithm):
         others = [type(o).__name__ for o in self._optimizers() if not all("capturable" in group for group in o.param_groups)]
         if others and self.cuda_graph is True:
             raise ValueError(
-                f"`cuda_graph=True` needs optimizers that know `capturable`, which {others[0]} does not: leave it at \"auto\", "
+                f'`cuda_graph=True` needs optimizers that know `capturable`, which {others[0]} does not: leave it at "auto", '
                 "or use th.optim.Adam"
             )
         return not others
