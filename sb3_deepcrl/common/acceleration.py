@@ -306,8 +306,8 @@ class GraphedFunction:
                 if self.required:
                     raise
                 warnings.warn(
-                    f"Runs without a CUDA graph, because something in it cannot be captured ({str(error).splitlines()[0]}): a "
-                    "features extractor or optimizer of your own may read values on the host. `cuda_graph=False` says so at once"
+                    f"Runs without a CUDA graph, because something in it cannot be captured ({str(error).splitlines()[0]}): "
+                    "a features extractor of your own may read values on the host. Set `cuda_graph=False` to get rid of this warning"
                 )
                 self._can_be_captured = False
                 self.invalidate()
