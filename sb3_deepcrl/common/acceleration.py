@@ -307,7 +307,7 @@ class GraphedFunction:
                     raise
                 warnings.warn(
                     f"Runs without a CUDA graph, because something in it cannot be captured ({str(error).splitlines()[0]}): "
-                    "a features extractor of your own may read values on the host. Set `cuda_graph=False` to get rid of this warning"
+                    "a features extractor of your own may read values on the host. `cuda_graph=False` ends this warning"
                 )
                 self._can_be_captured = False
                 self.invalidate()
