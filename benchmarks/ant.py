@@ -136,7 +136,8 @@ def report(rows: list[dict[str, str]], output: Path, args: argparse.Namespace) -
                 f"{float(row['success_any']):.2f} | {float(row['success_last']):.2f} | {float(row['time_at_goal']):.1f} |"
             )
     axes[0].set(ylabel="success at any step")
-    axes[1].set(ylabel="time at goal (steps)", ylim=(0, None))
+    most = max(float(row["time_at_goal"]) for row in rows)
+    axes[1].set(ylabel="time at goal (steps)", ylim=(0, 1.05 * most or 1.0))
     axes[0].legend()
     fig.savefig(output.with_suffix(".png"), dpi=120)
     output.write_text("\n".join(lines) + "\n")
