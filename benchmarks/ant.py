@@ -117,9 +117,9 @@ def report(rows: list[dict[str, str]], output: Path, args: argparse.Namespace) -
     lines = [
         f"# {args.env}: a long run at the paper's update ratio",
         "",
-        f"DeepCRL, depth {args.depth}, batch size {args.batch_size}, {N_ENVS} envs, one update for {TRANSITIONS_PER_UPDATE} "
-        f"transitions, seed {args.seed}, {args.eval_episodes} episodes an evaluation. Seconds are CPU seconds of `learn()`, "
-        f"without the evaluations. {machine(1)}",
+        f"DeepCRL, depth {args.depth}, batch size {args.batch_size}, precision {args.precision}, "
+        f"{N_ENVS} envs, one update for {TRANSITIONS_PER_UPDATE} transitions, seed {args.seed}, {args.eval_episodes} episodes an "
+        f"evaluation. Seconds are CPU seconds of `learn()`, without the evaluations. {machine(1)}",
         "",
         "Printed by `python benchmarks/ant.py`.",
         "",

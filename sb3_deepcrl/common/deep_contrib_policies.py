@@ -12,10 +12,9 @@ from sb3_contrib.crossq import policies as crossq
 from sb3_contrib.qrdqn import policies as qrdqn
 from sb3_contrib.tqc import policies as tqc
 from stable_baselines3.common.type_aliases import Schedule
-from torch import nn
 
 from sb3_deepcrl.common.deep_policies import (
-    ACTOR_CRITIC,
+    ACTOR_CRITIC_POLICIES,
     DeepContinuousPolicy,
     DeepNetwork,
     DeepPolicy,
@@ -31,8 +30,7 @@ class DeepTQCActor(DeepNetwork, tqc.Actor):
     Actor of TQC with a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return [self.latent_pi]
+    network_name = "latent_pi"
 
 
 class DeepTQCCritic(DeepNetwork, tqc.Critic):
@@ -40,8 +38,7 @@ class DeepTQCCritic(DeepNetwork, tqc.Critic):
     Critics of TQC, each a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return self.q_networks
+    network_name = "q_networks"
 
 
 class DeepTQCPolicy(DeepContinuousPolicy, tqc.TQCPolicy):
@@ -70,8 +67,7 @@ class DeepCrossQActor(DeepNetwork, crossq.Actor):
     Actor of CrossQ with a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return [self.latent_pi]
+    network_name = "latent_pi"
 
 
 class DeepCrossQCritic(DeepNetwork, crossq.CrossQCritic):
@@ -79,8 +75,7 @@ class DeepCrossQCritic(DeepNetwork, crossq.CrossQCritic):
     Critics of CrossQ, each a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return self.q_networks  # type: ignore[return-value]
+    network_name = "q_networks"
 
 
 class DeepCrossQPolicy(DeepContinuousPolicy, crossq.CrossQPolicy):
@@ -143,8 +138,7 @@ class DeepQuantileNetwork(DeepNetwork, qrdqn.QuantileNetwork):
     Quantile network of QR-DQN with a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return [self.quantile_net]
+    network_name = "quantile_net"
 
 
 class DeepQRDQNPolicy(DeepPolicy, qrdqn.QRDQNPolicy):
@@ -179,6 +173,6 @@ add_policies(
         # CrossQ itself has no policies for images and Dict observations
         CrossQ: policy_names(DeepCrossQPolicy),
         QRDQN: policy_names(DeepQRDQNPolicy, DeepQRDQNCnnPolicy, DeepQRDQNMultiInputPolicy),
-        TRPO: ACTOR_CRITIC,
+        TRPO: ACTOR_CRITIC_POLICIES,
     }
 )

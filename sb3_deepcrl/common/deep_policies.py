@@ -86,17 +86,15 @@ class DeepNetwork(BaseModel):
     :param kwargs: Keyword arguments of that class
     """
 
+    #: Attribute with the network, or the list of networks, whose hidden layer becomes a tower
+    network_name: ClassVar[str]
+
     def __init__(self, *args: Any, tower_kwargs: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.tower_kwargs = tower_kwargs
-        for network in self.shallow_networks():
+        networks = getattr(self, self.network_name)
+        for network in [networks] if isinstance(networks, nn.Sequential) else networks:
             deepen(network, tower_kwargs)
-
-    def shallow_networks(self) -> list[nn.Sequential]:
-        """
-        :return: The networks whose hidden layer becomes a tower
-        """
-        raise NotImplementedError()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "tower_kwargs": self.tower_kwargs}
@@ -229,8 +227,7 @@ class DeepSACActor(DeepNetwork, sac.Actor):
     Actor of SAC with a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return [self.latent_pi]
+    network_name = "latent_pi"
 
 
 class DeepContinuousCritic(DeepNetwork, ContinuousCritic):
@@ -238,8 +235,7 @@ class DeepContinuousCritic(DeepNetwork, ContinuousCritic):
     Critics of SAC, TD3 and DDPG, each a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return self.q_networks  # type: ignore[return-value]
+    network_name = "q_networks"
 
 
 class DeepSACPolicy(DeepContinuousPolicy, sac.SACPolicy):
@@ -271,8 +267,7 @@ class DeepTD3Actor(DeepNetwork, td3.Actor):
     Actor of TD3 and DDPG with a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return [self.mu]
+    network_name = "mu"
 
 
 class DeepTD3Policy(DeepContinuousPolicy, td3.TD3Policy):
@@ -304,8 +299,7 @@ class DeepQNetwork(DeepNetwork, dqn.QNetwork):
     Q-network of DQN with a residual tower.
     """
 
-    def shallow_networks(self) -> list[nn.Sequential]:
-        return [self.q_net]
+    network_name = "q_net"
 
 
 class DeepDQNPolicy(DeepPolicy, dqn.DQNPolicy):
@@ -451,7 +445,7 @@ def policy_names(
     return {name: policy for name, policy in policies.items() if policy is not None}
 
 
-ACTOR_CRITIC = policy_names(DeepActorCriticPolicy, DeepActorCriticCnnPolicy, DeepMultiInputActorCriticPolicy)
+ACTOR_CRITIC_POLICIES = policy_names(DeepActorCriticPolicy, DeepActorCriticCnnPolicy, DeepMultiInputActorCriticPolicy)
 TD3_POLICIES = policy_names(DeepTD3Policy, DeepTD3CnnPolicy, DeepTD3MultiInputPolicy)
 
 #: Deep policies by algorithm and name. Those for sb3-contrib come in when it is imported.
@@ -460,8 +454,8 @@ POLICIES: dict[type[BaseAlgorithm], dict[str, type[BasePolicy]]] = {
     TD3: TD3_POLICIES,
     DDPG: TD3_POLICIES,
     DQN: policy_names(DeepDQNPolicy, DeepDQNCnnPolicy, DeepDQNMultiInputPolicy),
-    PPO: ACTOR_CRITIC,
-    A2C: ACTOR_CRITIC,
+    PPO: ACTOR_CRITIC_POLICIES,
+    A2C: ACTOR_CRITIC_POLICIES,
 }
 
 
