@@ -118,8 +118,8 @@ def report(rows: list[dict[str, str]], output: Path, args: argparse.Namespace) -
         f"# {args.env}: a long run at the paper's update ratio",
         "",
         f"DeepCRL, depth {args.depth}, batch size {args.batch_size}, precision {args.precision}, "
-        f"{N_ENVS} envs, one update for {TRANSITIONS_PER_UPDATE} transitions, seed {args.seed}, {args.eval_episodes} episodes an "
-        f"evaluation. Seconds are CPU seconds of `learn()`, without the evaluations. {machine(1)}",
+        f"{N_ENVS} envs, one update for {TRANSITIONS_PER_UPDATE} transitions, seed {args.seed}, {args.eval_episodes} episodes "
+        f"an evaluation. Seconds are CPU seconds of `learn()`, without the evaluations. {machine(1)}",
         "",
         "Printed by `python benchmarks/ant.py`.",
         "",
