@@ -1,0 +1,97 @@
+"""
+The command ``python -m sb3_deepcrl.analysis``.
+"""
+
+import argparse
+import ast
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from sb3_deepcrl.analysis.depth import DepthStudy
+from sb3_deepcrl.analysis.study import Study
+
+STUDIES: dict[str, type[Study]] = {study.name: study for study in (DepthStudy,)}
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """
+    :param text: ``key:value``, where the value is a Python literal or else a string
+    :return: Key and value
+    """
+    key, colon, value = text.partition(":")
+    if not colon or not key:
+        raise argparse.ArgumentTypeError(f"expected key:value, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
+
+
+def add_option(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
+    """
+    :param parser: The parser
+    :param item: Field of a study
+    """
+    default = item.default_factory() if item.default_factory is not MISSING else item.default
+    kwargs: dict[str, Any] = dict(item.metadata)
+    kwargs["help"] += " (default: %(default)s)" if default or default == 0 else ""
+    if isinstance(default, dict):
+        kwargs.update(type=key_value, nargs="+", metavar="KEY:VALUE")
+    elif isinstance(default, list):
+        kwargs.update(type=type(default[0]), nargs="+")
+    elif isinstance(default, bool):
+        kwargs.update(action=argparse.BooleanOptionalAction)
+    else:
+        kwargs.update(type=type(default))
+    parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, **kwargs)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Run a study.
+
+    :param argv: Arguments of the command line
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m sb3_deepcrl.analysis",
+        description="Studies of depth. Each trains what has not been trained yet, and writes Markdown, a CSV file and a picture.",
+    )
+    subparsers = parser.add_subparsers(dest="study", required=True, metavar="study")
+    for name, study_class in STUDIES.items():
+        subparser = subparsers.add_parser(name, help=study_class.summary, description=study_class.__doc__)
+        for item in fields(study_class):
+            add_option(subparser, item)
+        subparser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of all runs (default: %(default)s)")
+        subparser.add_argument("--output", type=Path, help="Markdown file to write (default: in the folder of the runs)")
+        subparser.add_argument("--jobs", type=int, help="Number of runs side by side (default: the number of cores)")
+    args = vars(parser.parse_args(argv))
+    study_class = STUDIES[args.pop("study")]
+    runs, output, jobs = args.pop("runs"), args.pop("output"), args.pop("jobs")
+    console = Console()
+    try:
+        # Pairs from the command line become a dict
+        settings: dict[str, Any] = {name: dict(value) if _is_pairs(value) else value for name, value in args.items()}
+        study = study_class(**settings)
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"`jobs` must be at least 1, got {jobs}")
+        command = shlex.join(["python", "-m", "sb3_deepcrl.analysis", *argv])
+        report = study.run(runs, output, jobs, command, console)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog} {study_class.name}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
+    path = output or runs / f"{study.name}-{study.env}.md"
+    console.print(Markdown(report.markdown(command, path.with_suffix(".png").name, "")))
+    console.print(f"Written to {path}")
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], tuple)

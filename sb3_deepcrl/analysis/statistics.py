@@ -1,0 +1,99 @@
+"""
+Interquartile means with bootstrap intervals, by rliable (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# As in the paper, a number for a run is the mean over its last five evaluations (section 4.1)
+N_LAST = 5
+
+
+class Estimate(NamedTuple):
+    """
+    A mean over seeds and its interval. With one seed there is none: ``low`` and ``high`` are not a number.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        digits = 2 if abs(self.mean) < 10 else 0
+        if np.isnan(self.low):
+            return f"{self.mean:.{digits}f}"
+        return f"{self.mean:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+    def is_above(self, other: "Estimate") -> bool:
+        """
+        :param other: Another estimate
+        :return: Whether the whole interval lies above that of the other one
+        """
+        return self.low > other.high
+
+
+def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> list[Estimate]:
+    """
+    Interquartile mean over the seeds at each point, with percentile bootstrap intervals over the seeds.
+    With less than four seeds the interquartile mean is the mean.
+
+    :param curves: Scores of shape ``(n_seeds, n_points)``
+    :param confidence: Probability of the intervals
+    :param n_resamples: Number of bootstrap samples
+    :param seed: Seed of the bootstrap
+    :return: One estimate a point
+    :raises ValueError: if there are no scores
+    """
+    from rliable.library import get_interval_estimates
+    from rliable.metrics import aggregate_iqm
+
+    curves = np.asarray(curves, dtype=np.float64)
+    if curves.ndim != 2 or not curves.size:
+        raise ValueError(f"Scores must have the shape (n_seeds, n_points) with at least one of each, got {curves.shape}")
+
+    def aggregate(scores: np.ndarray) -> np.ndarray:
+        return np.array([aggregate_iqm(scores[..., point]) for point in range(scores.shape[-1])])
+
+    # rliable wants (n_runs, n_tasks, n_points)
+    scores = {"": curves[:, None, :]}
+    if len(curves) == 1:
+        return [Estimate(float(value), np.nan, np.nan) for value in aggregate(scores[""])]
+    means, intervals = get_interval_estimates(
+        scores, aggregate, reps=n_resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
+    )
+    return [Estimate(*map(float, values)) for values in zip(means[""], *intervals[""], strict=True)]
+
+
+def final_scores(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> np.ndarray:
+    """
+    :param runs: Evaluations of each seed
+    :param column: What is measured
+    :return: Mean over the last five evaluations of each seed, shape ``(n_seeds,)``
+    """
+    return np.array([np.mean([float(row[column]) for row in rows[-N_LAST:]]) for rows in runs])
+
+
+def curves_of(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> np.ndarray:
+    """
+    :param runs: Evaluations of each seed
+    :param column: What is measured
+    :return: Its values, shape ``(n_seeds, n_evaluations)``; seeds with more evaluations than others are cut
+    """
+    n = min(map(len, runs))
+    return np.array([[float(row[column]) for row in rows[:n]] for rows in runs])
+
+
+def critical_depth(scores: Mapping[int, Estimate]) -> int | None:
+    """
+    Where performance jumps (section 4.3 of the paper).
+
+    :param scores: Score by depth
+    :return: The smallest depth whose interval lies above those of all smaller depths, None if there is none
+    """
+    depths = sorted(scores)
+    for index, depth in enumerate(depths):
+        if index and all(scores[depth].is_above(scores[smaller]) for smaller in depths[:index]):
+            return depth
+    return None

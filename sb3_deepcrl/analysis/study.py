@@ -1,0 +1,294 @@
+"""
+What all studies are: settings, each trained with several seeds, and a report of what came out.
+"""
+
+import platform
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch as th
+from rich.console import Console
+
+from sb3_deepcrl.analysis.runs import (
+    Run,
+    check_env_id,
+    eval_env_of,
+    n_usable_cores,
+    results_of,
+    train,
+    train_all,
+    write_rows,
+)
+from sb3_deepcrl.analysis.statistics import interquartile_mean
+from sb3_deepcrl.common.save_util import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The evaluations of each seed, by setting
+Results = dict[str, list[list[dict[str, str]]]]
+
+
+def option(default: Any, help: str, **kwargs: Any) -> Any:
+    """
+    A field of a study, which is also an option of the command line.
+
+    :param default: Its default
+    :param help: What it is
+    :param kwargs: Other arguments of ``argparse``
+    :return: The field
+    """
+    metadata = {"help": help, **kwargs}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Report:
+    """
+    What a study found.
+
+    :param title: First line
+    :param rows: Rows of the CSV file, all with the same columns
+    :param table: Rows of the table, all with the same columns
+    :param notes: Sentences below it
+    :param figure: The picture
+    """
+
+    title: str
+    rows: list[dict[str, Any]]
+    table: list[dict[str, Any]]
+    notes: list[str]
+    figure: "Figure"
+
+    def markdown(self, command: str, figure_name: str, machine: str) -> str:
+        """
+        :param command: The command that makes this report
+        :param figure_name: File name of the picture
+        :param machine: What it was made on
+        :return: The report as text
+        """
+        lines = [f"# {self.title}", "", f"Command: `{command}`. {machine}", ""]
+        columns = list(self.table[0])
+        lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in self.table]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join([*lines, "", f"![{self.title}]({figure_name})", ""])
+
+
+@dataclass
+class Study(ABC):
+    """
+    Base class of the studies. Each field is an option of the command line with the same name.
+
+    A study trains every setting with several seeds, each a run of its own that is saved at every evaluation. Called again it
+    goes on where it was stopped, with other studies' runs of the same settings, or with more steps or seeds.
+
+    :raises ValueError: If an env does not exist, or a number is out of its range
+    """
+
+    name: ClassVar[str]
+    #: One line for the help of the command line
+    summary: ClassVar[str]
+
+    env: str = option("PointU4Maze-v0", "Env that is trained on")
+    eval_env: str = option("", "Env that is evaluated on, by default the one with the evaluation goals of the same maze")
+    seeds: int = option(3, "Number of seeds")
+    steps: int = option(1_000_000, "Number of env steps of each run")
+    n_evaluations: int = option(20, "Number of evaluations of each run")
+    n_eval_episodes: int = option(64, "Number of episodes of each evaluation")
+    n_envs: int = option(64, "Number of parallel envs")
+    transitions_per_update: int = option(40, "Number of transitions that are collected for each update")
+    batch_size: int = option(256, "Size of the minibatches")
+    precision: str = option("auto", "Precision of the matrix products", choices=("float32", "bfloat16", "auto"))
+    hyperparams: dict[str, Any] = option({}, "Other arguments of DeepCRL, e.g. gamma:0.98")
+    env_kwargs: dict[str, Any] = option({}, "Arguments of both envs, e.g. cell_size:4.0")
+
+    def __post_init__(self) -> None:
+        for name in ("env", "eval_env"):
+            if getattr(self, name):
+                check_env_id(getattr(self, name))
+        self.eval_env = self.eval_env or eval_env_of(self.env)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, int) and number < 1 for number in numbers if not isinstance(number, bool)):
+                raise ValueError(f"`{item.name}` must be at least 1, got {value}")
+            if isinstance(value, list) and len(set(map(str, value))) < len(value):
+                raise ValueError(f"`{item.name}` holds a value twice: {value}")
+        if self.steps < self.n_evaluations:
+            raise ValueError(f"`n_evaluations` must be at most the number of steps {self.steps}, got {self.n_evaluations}")
+
+    def make_run(self, **hyperparams: Any) -> Run:
+        """
+        :param hyperparams: Arguments of DeepCRL, besides those of the study, which have priority
+        :return: A run of this study
+        """
+        return Run(
+            env=self.env,
+            steps=self.steps,
+            eval_freq=self.steps // self.n_evaluations,
+            eval_env=self.eval_env,
+            n_eval_episodes=self.n_eval_episodes,
+            n_envs=self.n_envs,
+            transitions_per_update=self.transitions_per_update,
+            hyperparams={"batch_size": self.batch_size, "precision": self.precision, **hyperparams, **self.hyperparams},
+            env_kwargs=self.env_kwargs,
+            eval_kwargs=self.env_kwargs,
+        )
+
+    @abstractmethod
+    def settings(self) -> dict[str, Run]:
+        """
+        :return: A run of each setting, by label
+        """
+
+    @abstractmethod
+    def report(self, results: Results, runs: Path) -> Report:
+        """
+        :param results: Evaluations of each seed by setting, all of them complete
+        :param runs: Folder of all runs
+        :return: What came out
+        """
+
+    def train_run(self, run: Run, runs: Path, n_threads: int | None = None) -> None:
+        """
+        :param run: What to train
+        :param runs: Folder of all runs
+        :param n_threads: Number of threads
+        """
+        train(run, runs, n_threads)
+
+    def seeds_of(self, run: Run) -> list[Run]:
+        """
+        :param run: A run
+        :return: The same with each seed
+        """
+        return [Run(**{**vars(run), "seed": seed}) for seed in range(self.seeds)]
+
+    def run(
+        self,
+        runs: str | Path = "runs",
+        output: str | Path | None = None,
+        jobs: int | None = None,
+        command: str | None = None,
+        console: Console | None = None,
+    ) -> Report:
+        """
+        Train what has not been trained, and write the report: a Markdown file, a CSV file and a picture.
+
+        :param runs: Folder of all runs
+        :param output: Path of the Markdown file; the others lie beside it. By default in the folder of the runs.
+        :param jobs: Number of runs side by side, by default the number of cores
+        :param command: The command to name in the report
+        :param console: Where to show the progress
+        :return: The report
+        """
+        runs = Path(runs)
+        runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
+        train_all(runs_by_label, runs, jobs, self.train_run, console)
+        results = {label: [results_of(run, runs) for run in seeds] for label, seeds in runs_by_label.items()}
+        report = self.report(results, runs)
+        path = Path(output) if output else runs / f"{self.name}-{self.env}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path.with_suffix(".csv"), report.rows)
+        with atomic_path(path.with_suffix(".png"), ".png") as temporary:
+            report.figure.savefig(temporary, format="png", dpi=150)
+        text = report.markdown(command or self.command(), path.with_suffix(".png").name, machine())
+        with atomic_path(path, ".md") as temporary:
+            temporary.write_text(text)
+        return report
+
+    def command(self) -> str:
+        """
+        :return: The command line of this study
+        """
+        words = ["python", "-m", "sb3_deepcrl.analysis", self.name]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            if item.name == "env" or (value != default and (item.name, value) != ("eval_env", eval_env_of(self.env))):
+                words.append(f"--{item.name.replace('_', '-')}")
+                if isinstance(value, dict):
+                    words += [f"{key}:{entry!r}" for key, entry in value.items()]
+                else:
+                    words += map(str, value if isinstance(value, list) else [value])
+        return shlex.join(words)
+
+
+def machine() -> str:
+    """
+    :return: What the runs were made on
+    """
+    gpu = f", {th.cuda.get_device_name()}" if th.cuda.is_available() else ""
+    return (
+        f"Machine: {platform.machine()}, {n_usable_cores()} cores{gpu}, torch {th.__version__}. Seconds are CPU seconds of "
+        "training, without evaluations, with other runs beside it: compare them within this report only."
+    )
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """
+    :param results: Evaluations of each seed by setting
+    :return: All of them, with columns for setting and seed
+    """
+    return [
+        {"setting": label, "seed": seed, **row}
+        for label, seeds in results.items()
+        for seed, rows in enumerate(seeds)
+        for row in rows
+    ]
+
+
+def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: float = 3.4) -> tuple["Figure", Any]:
+    """
+    :param n_rows: Number of rows of axes
+    :param n_columns: Number of columns of axes
+    :param width: Width of each in inches
+    :param height: Height of each in inches
+    :return: The figure and its axes, shape ``(n_rows, n_columns)``
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(n_columns * width, n_rows * height), layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False)
+
+
+def draw_curve(ax: "Axes", x: Sequence[float] | Any, curves: Any, label: str, color: Any = None, linestyle: str = "-") -> None:
+    """
+    Draw the interquartile mean over the seeds as a line and its interval as a band.
+
+    :param ax: Where
+    :param x: Horizontal positions, shape ``(n_points,)``
+    :param curves: Scores of shape ``(n_seeds, n_points)``
+    :param label: Name of the line
+    :param color: Its color
+    :param linestyle: Its style
+    """
+    estimates = interquartile_mean(curves)
+    (line,) = ax.plot(x, [estimate.mean for estimate in estimates], label=label, color=color, linestyle=linestyle)
+    ax.fill_between(
+        x,
+        [estimate.low for estimate in estimates],
+        [estimate.high for estimate in estimates],
+        color=line.get_color(),
+        alpha=0.2,
+        linewidth=0,
+    )
+
+
+def depth_colors(depths: Sequence[int]) -> Mapping[int, Any]:
+    """
+    :param depths: Depths
+    :return: A color for each, the darker the deeper
+    """
+    from matplotlib import colormaps
+
+    return {depth: colormaps["viridis_r"](0.15 + 0.8 * i / max(len(depths) - 1, 1)) for i, depth in enumerate(sorted(depths))}
