@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m sb3_deepcrl.analysis",
-        description="Studies of depth. Each trains what has not been trained yet, and writes Markdown, a CSV file and a picture.",
+        description="Studies of depth. Each trains what has not been trained yet and writes a report: Markdown, CSV, picture.",
     )
     subparsers = parser.add_subparsers(dest="study", required=True, metavar="study")
     for name, study_class in STUDIES.items():
