@@ -14,10 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from sb3_deepcrl.analysis.ablation import AblationStudy
+from sb3_deepcrl.analysis.baselines import BaselinesStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
+from sb3_deepcrl.analysis.grid import GridStudy
+from sb3_deepcrl.analysis.scale import ScaleStudy
 from sb3_deepcrl.analysis.study import Study
 
-STUDIES: dict[str, type[Study]] = {study.name: study for study in (DepthStudy,)}
+STUDIES: dict[str, type[Study]] = {
+    study.name: study for study in (DepthStudy, ScaleStudy, GridStudy, AblationStudy, BaselinesStudy)
+}
 
 
 def key_value(text: str) -> tuple[str, Any]:

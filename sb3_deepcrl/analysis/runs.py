@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.save_util import atomic_path
@@ -146,14 +148,33 @@ def make_model(run: Run, env: VecEnv) -> OffPolicyAlgorithm:
     :raises ValueError: if there is no such algorithm
     """
     settings = {**update_schedule(run.n_envs, run.transitions_per_update), "seed": run.seed, "device": "auto"}
+    # Stable-Baselines3 writes into the dicts that it gets, which belong to the name of the run's folder
+    hyperparams = with_modules(deepcopy(run.hyperparams))
     if run.algorithm == "DeepCRL":
-        return DeepCRL("MultiInputPolicy", env, **{**settings, **run.hyperparams})
+        return DeepCRL("MultiInputPolicy", env, **{**settings, **hyperparams})
     if run.algorithm not in ALGORITHMS:
         raise ValueError(f"Unknown algorithm {run.algorithm!r}. Choose one of: {', '.join(ALGORITHMS)}")
     from stable_baselines3 import HerReplayBuffer
 
     settings["replay_buffer_class"] = HerReplayBuffer
-    return algorithm_class(run.algorithm)("MultiInputPolicy", env, **{**settings, **run.hyperparams})
+    return algorithm_class(run.algorithm)("MultiInputPolicy", env, **{**settings, **hyperparams})
+
+
+def with_modules(hyperparams: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A run names its activation function, as all that it holds must be text for its file and the name of its folder.
+
+    :param hyperparams: Arguments of an algorithm, in whose ``policy_kwargs`` ``activation_fn`` may be a name, such as "ReLU"
+    :return: The same with the class of that name
+    :raises ValueError: if there is no such activation function
+    """
+    policy_kwargs = hyperparams.get("policy_kwargs", {})
+    name = policy_kwargs.get("activation_fn")
+    if not isinstance(name, str):
+        return dict(hyperparams)
+    if name not in nn.modules.activation.__all__:
+        raise ValueError(f"`activation_fn` must be the name of an activation function of torch.nn, such as ReLU, got {name!r}")
+    return {**hyperparams, "policy_kwargs": {**policy_kwargs, "activation_fn": getattr(nn, name)}}
 
 
 def algorithm_class(algorithm: str) -> type[OffPolicyAlgorithm]:

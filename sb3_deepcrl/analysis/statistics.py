@@ -33,6 +33,15 @@ class Estimate(NamedTuple):
         """
         return self.low > other.high
 
+    def compare(self, other: "Estimate") -> str:
+        """
+        :param other: Another estimate
+        :return: Whether the interval of this one lies above or below that of the other one, in words
+        """
+        if np.isnan([self.low, other.low]).any():
+            return "one seed tells nothing"
+        return "higher" if self.is_above(other) else "lower" if other.is_above(self) else "intervals overlap"
+
 
 def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> list[Estimate]:
     """

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch as th
 from rich.console import Console
 
@@ -23,7 +24,7 @@ from sb3_deepcrl.analysis.runs import (
     train_all,
     write_rows,
 )
-from sb3_deepcrl.analysis.statistics import interquartile_mean
+from sb3_deepcrl.analysis.statistics import Estimate, curves_of, final_scores, interquartile_mean
 from sb3_deepcrl.common.save_util import atomic_path
 
 if TYPE_CHECKING:
@@ -144,6 +145,29 @@ class Study(ABC):
             eval_kwargs=self.env_kwargs,
         )
 
+    def check_free(self, options: Mapping[str, str]) -> None:
+        """
+        Check that ``hyperparams`` leaves alone what the study sets: it has priority, so that all settings would be the same.
+
+        :param options: Argument of DeepCRL or key of its ``policy_kwargs``, and the option that sets it
+        :raises ValueError: if it does not
+        """
+        for name, value in {**self.hyperparams.get("policy_kwargs", {}), **self.hyperparams}.items():
+            if name in options:
+                raise ValueError(
+                    f"`hyperparams` holds `{name}={value!r}`, which this study sets itself: use `{options[name]}`"
+                )
+
+    def protocol(self) -> str:
+        """
+        :return: How the runs were made and what was measured, in words
+        """
+        return (
+            f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
+            "is the number of steps of an episode at the goal, success reaching it at any step. Interquartile means over "
+            f"{self.seeds} seeds with 95 % bootstrap intervals, of the mean over the last five evaluations."
+        )
+
     @abstractmethod
     def settings(self) -> dict[str, Run]:
         """
@@ -234,17 +258,42 @@ def machine() -> str:
     )
 
 
-def rows_of(results: Results) -> list[dict[str, Any]]:
+def rows_of(results: Results, columns: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
     """
     :param results: Evaluations of each seed by setting
+    :param columns: More columns of each setting, the same for all
     :return: All of them, with columns for setting and seed
     """
     return [
-        {"setting": label, "seed": seed, **row}
+        {"setting": label, **(columns[label] if columns else {}), "seed": seed, **row}
         for label, seeds in results.items()
         for seed, rows in enumerate(seeds)
         for row in rows
     ]
+
+
+def final_estimate(seeds: Sequence[Sequence[Mapping[str, str]]], column: str = "time_at_goal") -> Estimate:
+    """
+    :param seeds: Evaluations of each seed
+    :param column: What is measured
+    :return: Interquartile mean over the seeds of the mean over the last evaluations
+    """
+    return interquartile_mean(final_scores(seeds, column)[:, None])[0]
+
+
+def summarize(seeds: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, Any]:
+    """
+    :param seeds: Evaluations of each seed
+    :return: What a table says of a setting
+    """
+    return {
+        "time at goal": final_estimate(seeds),
+        "each seed": ", ".join(f"{score:.0f}" for score in final_scores(seeds, "time_at_goal")),
+        "success": final_estimate(seeds, "success_any"),
+        "best success": interquartile_mean(curves_of(seeds, "success_any").max(axis=1)[:, None])[0],
+        "updates": seeds[0][-1]["updates"],
+        "seconds": f"{np.median([float(rows[-1]['seconds']) for rows in seeds]):.0f}",
+    }
 
 
 def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: float = 3.4) -> tuple["Figure", Any]:
@@ -282,6 +331,52 @@ def draw_curve(ax: "Axes", x: Sequence[float] | Any, curves: Any, label: str, co
         alpha=0.2,
         linewidth=0,
     )
+
+
+def draw_estimates(
+    ax: "Axes", x: Sequence[float] | Any, estimates: Sequence[Estimate], label: str, color: Any = None, fmt: str = "o-"
+) -> None:
+    """
+    Draw estimates as points with their intervals.
+
+    :param ax: Where
+    :param x: Horizontal positions
+    :param estimates: An estimate for each
+    :param label: Name of the points
+    :param color: Their color
+    :param fmt: Their marker and the line between them
+    """
+    means, lows, highs = np.array(estimates).T
+    # Of a skewed bootstrap distribution the mean may lie outside of the interval
+    errors = np.maximum([means - lows, highs - means], 0)
+    ax.errorbar(x, means, errors, fmt=fmt, label=label, color=color, capsize=3)
+
+
+def draw_learning_curves(results: Results, styles: Mapping[str, tuple[Any, str]]) -> "Figure":
+    """
+    Draw time at goal and success over env steps and over seconds.
+
+    :param results: Evaluations of each seed by setting
+    :param styles: Color and line style of each setting that is drawn
+    :return: The figure
+    """
+    figure, axes = new_figure(2, 2)
+    for label, (color, linestyle) in styles.items():
+        seeds = results[label]
+        over = {
+            "env steps (thousands)": curves_of(seeds, "timesteps").mean(axis=0) / 1000,
+            "CPU seconds": curves_of(seeds, "seconds").mean(axis=0),
+        }
+        for row, (column, name) in enumerate((("time_at_goal", "time at goal (steps)"), ("success_any", "success"))):
+            for ax, (x_name, x) in zip(axes[row], over.items(), strict=True):
+                draw_curve(ax, x, curves_of(seeds, column), label, color, linestyle)
+                ax.set(xlabel=x_name, ylabel=name)
+    for ax in axes[1]:
+        ax.set_ylim(-0.02, 1.02)
+    for ax in axes[0]:
+        ax.set_ylim(bottom=0)
+    axes[0, 0].legend()
+    return figure
 
 
 def depth_colors(depths: Sequence[int]) -> Mapping[int, Any]:
