@@ -321,16 +321,25 @@ def draw_curve(ax: "Axes", x: Sequence[float] | Any, curves: Any, label: str, co
     :param color: Its color
     :param linestyle: Its style
     """
-    estimates = interquartile_mean(curves)
-    (line,) = ax.plot(x, [estimate.mean for estimate in estimates], label=label, color=color, linestyle=linestyle)
-    ax.fill_between(
-        x,
-        [estimate.low for estimate in estimates],
-        [estimate.high for estimate in estimates],
-        color=line.get_color(),
-        alpha=0.2,
-        linewidth=0,
-    )
+    draw_band(ax, x, interquartile_mean(curves), label, color, linestyle)
+
+
+def draw_band(
+    ax: "Axes", x: Sequence[float] | Any, estimates: Sequence[Estimate], label: str, color: Any = None, linestyle: str = "-"
+) -> None:
+    """
+    Draw estimates as a line and their intervals as a band.
+
+    :param ax: Where
+    :param x: Horizontal positions, shape ``(n_points,)``
+    :param estimates: An estimate for each
+    :param label: Name of the line
+    :param color: Its color
+    :param linestyle: Its style
+    """
+    means, lows, highs = np.array(estimates).T
+    (line,) = ax.plot(x, means, label=label, color=color, linestyle=linestyle)
+    ax.fill_between(x, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def draw_estimates(
@@ -368,8 +377,9 @@ def draw_learning_curves(results: Results, styles: Mapping[str, tuple[Any, str]]
             "CPU seconds": curves_of(seeds, "seconds").mean(axis=0),
         }
         for row, (column, name) in enumerate((("time_at_goal", "time at goal (steps)"), ("success_any", "success"))):
+            estimates = interquartile_mean(curves_of(seeds, column))
             for ax, (x_name, x) in zip(axes[row], over.items(), strict=True):
-                draw_curve(ax, x, curves_of(seeds, column), label, color, linestyle)
+                draw_band(ax, x, estimates, label, color, linestyle)
                 ax.set(xlabel=x_name, ylabel=name)
     for ax in axes[1]:
         ax.set_ylim(-0.02, 1.02)

@@ -1,0 +1,177 @@
+import gymnasium as gym
+import pytest
+import torch as th
+from torch.utils.flop_counter import FlopCounterMode
+
+from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.analysis import DepthStudy, ScaleStudy
+from sb3_deepcrl.analysis.scale import MATCHES, Size, count_operations, count_parameters, nearest, policy_of
+from tests.studies import STEPS, results_of_scores, run_study, table_of
+
+NETWORKS = [
+    dict(depth=4, width=16),
+    dict(depth=12, width=8, repr_dim=5),
+    dict(depth=4, actor_depth=8, width=8),
+    dict(depth=4, critic_depth=8, width=8, energy="dot"),
+    dict(depth=8, width=8, policy_kwargs=dict(norm="none", residual_scale=1, activation_fn="ReLU")),
+]
+
+
+def spaces_of(env_id):
+    env = gym.make(env_id)
+    return env.observation_space, env.action_space
+
+
+@pytest.mark.parametrize("hyperparams", NETWORKS)
+@pytest.mark.parametrize("env_id", ["PointU4Maze-v0", "AntU4Maze-v0"])
+def test_counts_are_those_of_a_real_update(env_id, hyperparams):
+    kwargs = {**hyperparams, "policy_kwargs": {**hyperparams.get("policy_kwargs", {})}}
+    if "activation_fn" in kwargs["policy_kwargs"]:
+        kwargs["policy_kwargs"]["activation_fn"] = th.nn.ReLU
+    batch_size = 24
+    model = DeepCRL("MultiInputPolicy", env_id, buffer_size=2000, batch_size=batch_size, device="cpu", compile=False, **kwargs)
+    policy = policy_of(model.observation_space, model.action_space, hyperparams)
+
+    trained = {
+        id(p): p.numel() for optimizer in model._optimizers() for group in optimizer.param_groups for p in group["params"]
+    }
+    assert count_parameters(policy) == sum(trained.values()) - model.log_ent_coef.numel()
+    observations = {key: th.randn(batch_size, *space.shape) for key, space in model.observation_space.items()}
+    actions = th.rand(batch_size, *model.action_space.shape)
+    with FlopCounterMode(display=False) as counter:
+        model._update(observations, actions)
+    assert count_operations(policy, batch_size) == counter.get_total_flops()
+
+
+def test_a_layer_is_passed_11_times():
+    spaces = spaces_of("AntU4Maze-v0")
+    width, batch_size = 64, 32
+    counts = [count_operations(policy_of(*spaces, dict(depth=depth, width=width)), batch_size) for depth in (8, 12, 1000)]
+    assert counts[1] - counts[0] == 11 * 2 * 4 * width**2 * batch_size
+    # First and last layers and logits matter less and less
+    assert counts[2] / (11 * 2 * 1000 * width**2 * batch_size) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(("target", "number"), [(0, 1), (2, 1), (3, 2), (9, 3), (12, 3), (13, 4), (16, 4), (10_001, 100)])
+def test_nearest_number(target, number):
+    assert nearest(lambda value: value**2, target) == number
+
+
+@pytest.mark.parametrize("env_id", ["PointU4Maze-v0", "AntU4Maze-v0"])
+@pytest.mark.parametrize("match", MATCHES)
+def test_matches_are_equal_within_one_unit(env_id, match):
+    study = ScaleStudy(env=env_id, depth=4, width=64, depths=[16, 64], match=[match])
+    for depth in study.depths:
+        deeper, size = Size(depth, 64, study.batch_size), study.matches[depth, match]
+        count = study.parameters if match == "parameters" else study.operations
+        assert size.depth == 4
+        if match == "batch":
+            assert size.width == 64 and size.batch_size > study.batch_size
+            one_more, one_less = (Size(4, 64, size.batch_size + unit) for unit in (1, -1))
+        else:
+            assert size.width > 64 and size.batch_size == study.batch_size
+            one_more, one_less = (Size(4, size.width + unit, size.batch_size) for unit in (1, -1))
+        target = count(deeper)
+        assert count(one_less) < target < count(one_more)
+        assert abs(count(size) - target) <= min(count(one_more) - target, target - count(one_less))
+
+
+def test_wider_by_the_square_root_of_the_depth():
+    # Parameters and operations of large networks are in proportion to depth times squared width
+    study = ScaleStudy(depth=16, width=256, depths=[64, 256], match=["parameters", "operations"])
+    for (depth, _), size in study.matches.items():
+        assert size.width == pytest.approx(256 * (depth / 16) ** 0.5, rel=0.01)
+
+
+def test_settings_are_shared():
+    study = ScaleStudy(depths=[16], match=["batch"], batch_sizes=[256, 512])
+    names = list(study.sizes.values())
+    assert names == [["shallow"], ["deeper"], ["larger batch, operations of depth 16"], ["other batch"], ["other batch"]]
+    batch_size = study.matches[16, "batch"].batch_size
+    assert ["other batch"] not in ScaleStudy(depths=[16], match=["batch"], batch_sizes=[256]).sizes.values()
+    assert (
+        ScaleStudy(depths=[16], match=["batch"], batch_sizes=[batch_size, 256]).sizes[study.matches[16, "batch"]] == names[2]
+    )
+    shared = DepthStudy(depths=[4, 16]).settings()
+    settings = study.settings()
+    assert settings["depth 4, width 256, batch 256"] == shared["depth 4"]
+    assert settings["depth 16, width 256, batch 256"] == shared["depth 16"]
+
+
+def test_report_of_known_scores(tmp_path):
+    study = ScaleStudy(depths=[8], width=16, batch_size=32, batch_sizes=[32, 64], seeds=3)
+    sizes = {match: study.matches[8, match] for match in MATCHES}
+    scores = {str(size): [10.0, 11.0, 12.0] for size in study.sizes}
+    scores["depth 8, width 16, batch 32"] = [20.0, 21.0, 22.0]
+    scores[str(sizes["operations"])] = [30.0, 31.0, 32.0]
+    scores[str(sizes["batch"])] = [19.0, 21.0, 23.0]
+    scores["depth 8, width 16, batch 64"] = [50.0, 51.0, 52.0]
+    report = study.report(results_of_scores(scores), tmp_path)
+
+    verdicts = [note.rpartition(": ")[2] for note in report.notes[2:]]
+    assert verdicts == ["higher.", "lower.", "intervals overlap.", "intervals overlap.", "higher."]
+    assert report.notes[3].startswith(
+        f"Depth 8, width 16, batch 32 (21 (20 to 22)) against {sizes['operations']} (31 (30 to 32))"
+    )
+    assert [str(row["size"]) for row in report.table] == list(scores)
+    assert [row["time at goal"].mean for row in report.table] == [11.0, 21.0, 11.0, 31.0, 21.0, 11.0, 51.0]
+    assert len(report.rows) == len(scores) * 3 * 6
+    assert {row["parameters"] for row in report.rows if row["depth"] == 8} == {study.parameters(Size(8, 16, 32))}
+
+    parameters, operations, batches = report.figure.axes
+    assert [len(ax.containers) for ax in (parameters, operations, batches)] == [2, 3, 2]
+    deep = batches.containers[1].lines[0]
+    assert list(deep.get_xdata()) == [32, 64] and list(deep.get_ydata()) == [21.0, 51.0]
+    wider = parameters.containers[1].lines[0]
+    assert list(wider.get_xdata()) == sorted(study.parameters(size) for size in {study.shallow, *list(sizes.values())[:2]})
+
+
+def test_command(tmp_path):
+    options = (
+        "--width",
+        "8",
+        "--depths",
+        "8",
+        "--batch-sizes",
+        "8",
+        "16",
+        "--seeds",
+        "1",
+        "--hyperparams",
+        "learning_starts:80",
+    )
+    rows, text = run_study(tmp_path, "scale", *options)
+    table = table_of(text)
+    assert [row[""] for row in table] == [
+        "shallow",
+        "deeper",
+        "wider, parameters of depth 8",
+        "wider, operations of depth 8",
+        "larger batch, operations of depth 8",
+        "other batch",
+        "other batch",
+    ]
+    assert {row["time at goal"] for row in table} == {str(STEPS)}
+    assert {row["seed"] for row in rows} == {"0"} and all(int(row["updates"]) > 0 for row in rows if row["timesteps"] == "320")
+    counted = {(int(row["depth"]), int(row["width"]), int(row["batch_size"])): int(row["parameters"]) for row in rows}
+    models = [DeepCRL.load(path, custom_objects={"buffer_size": 1}) for path in (tmp_path / "runs").glob("*/seed-0/model.zip")]
+    trained = {
+        (model.depth, model.width, model.batch_size): sum(p.numel() for p in model.policy.parameters()) for model in models
+    }
+    assert counted == trained and len(counted) == len(table)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(depths=[6]), "got 6: use 4 or 8"),
+        (dict(depths=[4, 8]), r"`depths` must be larger than `depth`, got \[4, 8\] and 4"),
+        (dict(batch_sizes=[1, 8]), r"must be at least 2, got 256 and \[1, 8\]"),
+        (dict(hyperparams={"width": 64}), "`hyperparams` holds `width=64`.*use `width`"),
+        (dict(hyperparams={"policy_kwargs": {"critic_depth": 8}}), "`critic_depth=8`.*use `depths`"),
+        (dict(hyperparams={"batch_size": 64}), "`batch_size=64`.*use `batch_sizes`"),
+    ],
+)
+def test_bad_options(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ScaleStudy(**kwargs)
