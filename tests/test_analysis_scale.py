@@ -78,7 +78,7 @@ def test_matches_are_equal_within_one_unit(env_id, match):
 
 def test_wider_by_the_square_root_of_the_depth():
     # Parameters and operations of large networks are in proportion to depth times squared width
-    study = ScaleStudy(depth=16, width=256, depths=[64, 256], match=["parameters", "operations"])
+    study = ScaleStudy(depth=16, width=256, depths=[64, 144], match=["parameters", "operations"])
     for (depth, _), size in study.matches.items():
         assert size.width == pytest.approx(256 * (depth / 16) ** 0.5, rel=0.01)
 
@@ -110,9 +110,7 @@ def test_report_of_known_scores(tmp_path):
 
     verdicts = [note.rpartition(": ")[2] for note in report.notes[2:]]
     assert verdicts == ["higher.", "lower.", "intervals overlap.", "intervals overlap.", "higher."]
-    assert report.notes[3].startswith(
-        f"Depth 8, width 16, batch 32 (21 (20 to 22)) against {sizes['operations']} (31 (30 to 32))"
-    )
+    assert report.notes[3].startswith(f"Time at goal of depth 8, width 16, batch 32 against {sizes['operations']}, which")
     assert [str(row["size"]) for row in report.table] == list(scores)
     assert [row["time at goal"].mean for row in report.table] == [11.0, 21.0, 11.0, 31.0, 21.0, 11.0, 51.0]
     assert len(report.rows) == len(scores) * 3 * 6
@@ -123,7 +121,9 @@ def test_report_of_known_scores(tmp_path):
     deep = batches.containers[1].lines[0]
     assert list(deep.get_xdata()) == [32, 64] and list(deep.get_ydata()) == [21.0, 51.0]
     wider = parameters.containers[1].lines[0]
-    assert list(wider.get_xdata()) == sorted(study.parameters(size) for size in {study.shallow, *list(sizes.values())[:2]})
+    assert list(wider.get_xdata()) == sorted(
+        study.parameters(size) / 1e6 for size in {study.shallow, *list(sizes.values())[:2]}
+    )
 
 
 def test_command(tmp_path):

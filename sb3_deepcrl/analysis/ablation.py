@@ -9,6 +9,7 @@ from sb3_deepcrl.analysis.study import (
     Report,
     Results,
     Study,
+    add_legend,
     draw_curve,
     draw_estimates,
     final_estimate,
@@ -110,7 +111,7 @@ class AblationStudy(Study):
         return notes
 
     def _figure(self, results: Results) -> Any:
-        figure, axes = new_figure(1, 1 + len(self.depths), width=4.4)
+        figure, axes = new_figure(1, 1 + len(self.depths), width=4.4, height=3.8)
         colors = {variant: f"C{index}" for index, variant in enumerate(VARIANTS)}
         ax = axes[0, 0]
         for index, variant in enumerate(self.variants):
@@ -125,9 +126,10 @@ class AblationStudy(Study):
                 steps = curves_of(seeds, "timesteps").mean(axis=0) / 1000
                 draw_curve(ax, steps, curves_of(seeds, "time_at_goal"), variant, colors[variant])
             ax.set(xlabel="env steps (thousands)", title=f"depth {depth}")
+        top = max(ax.get_ylim()[1] for ax in axes[0])
         for ax in axes[0]:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, top)
             ax.set_ylabel("time at goal (steps)")
-        axes[0, 1].legend()
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seeds")
+        add_legend(figure, axes[0, 1])
+        figure.suptitle(self.caption())
         return figure

@@ -144,5 +144,5 @@ class BaselinesStudy(Study):
         styles = {f"DeepCRL, depth {depth}": (colors[depth], "-") for depth in self.depths}
         styles.update({baseline: (f"C{1 + index}", "--") for index, baseline in enumerate(self.baselines)})
         figure = draw_learning_curves(results, styles)
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seeds")
+        figure.suptitle(self.caption())
         return figure

@@ -38,6 +38,7 @@ class DepthStudy(Study):
         super().__post_init__()
         for depth in self.depths:
             check_depth(depth)
+        self.check_free({"depth": "depths", **{name: "depths" for part in self.parts for name in PARTS[part]}})
 
     def label(self, part: str, depth: int) -> str:
         """
@@ -72,5 +73,5 @@ class DepthStudy(Study):
         linestyles = dict(zip(PARTS, ("-", "--", ":"), strict=True))
         styles = {self.label(part, depth): (colors[depth], linestyles[part]) for part in self.parts for depth in self.depths}
         figure = draw_learning_curves(results, styles)
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seeds")
+        figure.suptitle(self.caption())
         return figure

@@ -106,5 +106,5 @@ class GridStudy(Study):
         ax.set_yticks(range(len(self.critic_depths)), map(str, self.critic_depths))
         ax.set(xlabel="depth of the actor", ylabel="depth of the critic")
         figure.colorbar(image, label="time at goal (steps)")
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seeds")
+        figure.suptitle(self.caption())
         return figure

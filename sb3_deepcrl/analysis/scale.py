@@ -289,8 +289,7 @@ class ScaleStudy(Study):
                 least, most = (Size(depth, self.width, edge(self.batch_sizes)) for edge in (min, max))
                 pairs.append((most, least, ""))
         return [
-            f"{str(size).capitalize()} ({estimates[size]}) against {other} ({estimates[other]}){why}: "
-            f"{estimates[size].compare(estimates[other])}."
+            f"Time at goal of {size} against {other}{why}: {estimates[size].compare(estimates[other])}."
             for size, other, why in pairs
         ]
 
@@ -301,32 +300,29 @@ class ScaleStudy(Study):
             "wider": (lambda size: (size.depth, size.batch_size) == (self.depth, self.batch_size), "tab:orange"),
             "larger batch": (lambda size: (size.depth, size.width) == (self.depth, self.width), "tab:green"),
         }
-        for ax, count, name in (
-            (axes[0, 0], self.parameters, "parameters"),
-            (axes[0, 1], self.operations, "operations an update"),
-        ):
+        counts = {"million parameters": (self.parameters, 1e6), "10^9 operations an update": (self.operations, 1e9)}
+        for ax, (name, (count, unit)) in zip(axes[0], counts.items(), strict=False):
             for label, (belongs, color) in lines.items():
                 # A larger batch has no more parameters
-                if (name, label) != ("parameters", "larger batch"):
-                    self._draw(ax, {count(size): estimates[size] for size in estimates if belongs(size)}, label, color)
-            ax.set(xscale="log", xlabel=name)
+                if label != "larger batch" or count == self.operations:
+                    points = {count(size) / unit: estimates[size] for size in estimates if belongs(size)}
+                    self._draw(ax, points, label, color)
+            ax.set(xlabel=name)
         ax = axes[0, 2]
-        colors = depth_colors([self.depth, *self.depths])
-        for depth, color in colors.items():
-            points = {
-                size.batch_size: estimates[size] for size in estimates if (size.depth, size.width) == (depth, self.width)
-            }
-            self._draw(ax, points, f"depth {depth}", color)
+        for depth, color in depth_colors([self.depth, *self.depths]).items():
+            sizes = [size for size in estimates if (size.depth, size.width) == (depth, self.width)]
+            self._draw(ax, {size.batch_size: estimates[size] for size in sizes}, f"depth {depth}", color)
         ax.set(xlabel="batch size")
-        ax.set_xscale("log", base=2)
         for ax in axes[0]:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter("{x:.4g}")
             ax.set_ylim(bottom=0)
             ax.set_ylabel("time at goal (steps)")
             ax.legend()
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seeds")
+        figure.suptitle(self.caption())
         return figure
 
     @staticmethod
-    def _draw(ax: "Axes", points: Mapping[int, Estimate], label: str, color: Any) -> None:
+    def _draw(ax: "Axes", points: Mapping[float, Estimate], label: str, color: Any) -> None:
         x = sorted(points)
         draw_estimates(ax, x, [points[value] for value in x], label, color)

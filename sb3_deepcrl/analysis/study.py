@@ -162,11 +162,18 @@ class Study(ABC):
         """
         :return: How the runs were made and what was measured, in words
         """
+        several = f"Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals, of the mean"
         return (
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
-            "is the number of steps of an episode at the goal, success reaching it at any step. Interquartile means over "
-            f"{self.seeds} seeds with 95 % bootstrap intervals, of the mean over the last five evaluations."
+            "is the number of steps of an episode at the goal, success reaching it at any step. "
+            f"{several if self.seeds > 1 else 'One seed, mean'} over the last five evaluations."
         )
+
+    def caption(self) -> str:
+        """
+        :return: Title of a picture
+        """
+        return f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
 
     @abstractmethod
     def settings(self) -> dict[str, Run]:
@@ -385,8 +392,18 @@ def draw_learning_curves(results: Results, styles: Mapping[str, tuple[Any, str]]
         ax.set_ylim(-0.02, 1.02)
     for ax in axes[0]:
         ax.set_ylim(bottom=0)
-    axes[0, 0].legend()
+    add_legend(figure, axes[0, 0])
     return figure
+
+
+def add_legend(figure: "Figure", ax: "Axes") -> None:
+    """
+    Name the lines below the figure, where the legend hides none of them.
+
+    :param figure: The figure
+    :param ax: Axes whose lines have the names
+    """
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def depth_colors(depths: Sequence[int]) -> Mapping[int, Any]:
