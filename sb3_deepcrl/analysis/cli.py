@@ -9,15 +9,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markdown import Markdown
 
+from sb3_deepcrl.analysis.collector import CollectorStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
 from sb3_deepcrl.analysis.study import Study
 
-STUDIES: dict[str, type[Study]] = {study.name: study for study in (DepthStudy,)}
+STUDIES: dict[str, type[Study]] = {study.name: study for study in (DepthStudy, CollectorStudy)}
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    A parser that says what is wrong in one line.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """
+        :param message: What is wrong
+        """
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -60,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     :param argv: Arguments of the command line
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sb3_deepcrl.analysis",
         description="Studies of depth. Each trains what has not been trained yet and writes a report: Markdown, CSV, picture.",
     )

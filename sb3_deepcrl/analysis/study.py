@@ -16,6 +16,7 @@ from rich.console import Console
 from sb3_deepcrl.analysis.runs import (
     Run,
     check_env_id,
+    check_hyperparams,
     eval_env_of,
     n_usable_cores,
     results_of,
@@ -116,6 +117,7 @@ class Study(ABC):
             if getattr(self, name):
                 check_env_id(getattr(self, name))
         self.eval_env = self.eval_env or eval_env_of(self.env)
+        check_hyperparams(self.hyperparams)
         for item in fields(self):
             value = getattr(self, item.name)
             numbers = value if isinstance(value, list) else [value]
