@@ -17,8 +17,9 @@ from rich.markdown import Markdown
 from sb3_deepcrl.analysis.collector import CollectorStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
 from sb3_deepcrl.analysis.study import Study
+from sb3_deepcrl.analysis.walk import WalkStudy
 
-STUDIES: dict[str, type[Study]] = {study.name: study for study in (DepthStudy, CollectorStudy)}
+STUDIES: dict[str, type[Study]] = {study.name: study for study in (DepthStudy, CollectorStudy, WalkStudy)}
 
 
 class Parser(argparse.ArgumentParser):

@@ -304,11 +304,13 @@ def make_learners(run: Run, env: VecEnv) -> dict[str, DeepCRL]:
     """
     if run.learners and run.algorithm != "DeepCRL":
         raise ValueError(f"Learners share the replay buffer of DeepCRL, but the algorithm is {run.algorithm}: leave them out")
-    models = {}
+    models: dict[str, DeepCRL] = {}
     for index, (name, hyperparams) in enumerate(run.learners.items()):
         # Not the seed of the collector, or one of the same depth would start with its networks
         seed = derived_seed(run.seed, index)
-        models[name] = make_model(replace(run, seed=seed, hyperparams={**run.hyperparams, **hyperparams}), env)
+        model = make_model(replace(run, seed=seed, hyperparams={**run.hyperparams, **hyperparams}), env)
+        assert isinstance(model, DeepCRL)
+        models[name] = model
     return models
 
 
@@ -397,17 +399,17 @@ class Evaluations(BaseCallback):
 
     def _save(self) -> None:
         assert isinstance(self.model, OffPolicyAlgorithm)
-        files = {self.path / f"buffer-{self.num_timesteps}.pkl"}
-        with atomic_path(*files, ".pkl") as path:
+        buffer = self.path / f"buffer-{self.num_timesteps}.pkl"
+        with atomic_path(buffer, ".pkl") as path:
             self.model.save_replay_buffer(path)
-        for name, learner in self.learners.items():
-            files.add(learner_path(self.path, name, self.num_timesteps))
-            learner.save(learner_path(self.path, name, self.num_timesteps))
+        learners = {learner_path(self.path, name, self.num_timesteps): model for name, model in self.learners.items()}
+        for path, learner in learners.items():
+            learner.save(path)
         # Which of the others count is for the model to say: killed in between, the run goes on from the previous ones
         with atomic_path(self.path / "model.zip", ".zip") as path:
             self.model.save(path)
         write_rows(self.path / "results.csv", self.rows)
-        for path in {*self.path.glob("buffer*.pkl"), *self.path.glob("learner-*.zip")} - files:
+        for path in {*self.path.glob("buffer*.pkl"), *self.path.glob("learner-*.zip")} - {buffer, *learners}:
             path.unlink()
 
 

@@ -2,6 +2,7 @@
 Interquartile means with bootstrap intervals, by rliable (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -60,9 +61,12 @@ def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples
     scores = {"": curves[:, None, :]}
     if len(curves) == 1:
         return [Estimate(float(value), np.nan, np.nan) for value in aggregate(scores[""])]
-    means, intervals = get_interval_estimates(
-        scores, aggregate, reps=n_resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
-    )
+    with warnings.catch_warnings():
+        # rliable has no other way to set a seed
+        warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)
+        means, intervals = get_interval_estimates(
+            scores, aggregate, reps=n_resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
+        )
     return [Estimate(*map(float, values)) for values in zip(means[""], *intervals[""], strict=True)]
 
 
