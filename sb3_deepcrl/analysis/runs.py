@@ -12,11 +12,14 @@ import math
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -542,31 +545,85 @@ def train_all(
                 train_function(run, runs, None)
                 refresh()
             return
-        # Fresh processes, not forks: threads of PyTorch do not survive a fork. Ctrl-C in a terminal reaches them, too, but it
-        # is this process that stops them.
-        pool = ProcessPoolExecutor(
+        train_side_by_side(
+            [(f"{label}, seed {run.seed}", (run, runs, max(1, n_cores // jobs))) for label, run in open_runs],
+            train_function,
             jobs,
-            mp_context=get_context("spawn"),
-            initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),
-            max_tasks_per_child=1,
+            refresh,
         )
-        try:
-            pending: set[Future[None]] = {
-                pool.submit(train_function, run, runs, max(1, n_cores // jobs)) for _, run in open_runs
-            }
-            while pending:
-                finished, pending = wait(pending, timeout=1)
-                refresh()
-                for future in finished:
-                    future.result()
-        except BaseException:
-            # Don't wait for the others, which go on from their last evaluation the next time
-            for process in list(pool._processes.values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+
+def train_side_by_side(
+    calls: Sequence[tuple[str, tuple[Run, Path, int | None]]],
+    train_function: Callable[[Run, Path, int | None], None],
+    jobs: int,
+    refresh: Callable[[], None],
+) -> None:
+    """
+    Train in processes of their own. If one fails, or this process is interrupted, all of them are stopped.
+
+    :param calls: Name and arguments of each call
+    :param train_function: What is called
+    :param jobs: How many at a time
+    :param refresh: Called about every second and when a call has ended
+    :raises RuntimeError: if a process was killed
+    """
+    # Not forks: threads of PyTorch do not survive a fork
+    context = get_context("spawn")
+    waiting = list(calls)
+    running: dict[str, tuple[SpawnProcess, Connection]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name, arguments = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_call_and_report, args=(sender, train_function, arguments))
+                process.start()
+                # The receiver learns of the end of the process only if this is the other's alone
+                sender.close()
+                running[name] = process, receiver
+            connection.wait([process.sentinel for process, _ in running.values()], timeout=1)
+            refresh()
+            for name, (process, receiver) in list(running.items()):
+                if process.is_alive():
+                    continue
+                if receiver.poll() and (report := _receive(receiver)) is not None:
+                    error, text = report
+                    raise error from RuntimeError(text)
+                if process.exitcode != 0:
+                    raise RuntimeError(
+                        f"The process of {name!r} ended with exit code {process.exitcode}. If it was killed for lack of "
+                        "memory, use fewer `jobs`. The next call goes on from the last evaluations"
+                    )
+                del running[name]
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join()
+
+
+def _receive(receiver: Connection) -> Any:
+    try:
+        return receiver.recv()
+    except EOFError:
+        # It ended without a report
+        return None
+
+
+def _call_and_report(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """
+    :param sender: Where to send an exception and its traceback as text
+    :param function: What to call
+    :param arguments: Its arguments
+    """
+    # Ctrl-C in a terminal comes here too, but it is the other process that stops this one, which then cleans up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        function(*arguments)
+    except Exception as error:
+        sender.send((error, traceback.format_exc()))
 
 
 def n_usable_cores() -> int:
