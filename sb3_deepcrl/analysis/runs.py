@@ -13,11 +13,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -560,7 +561,7 @@ def train_side_by_side(
     refresh: Callable[[], None],
 ) -> None:
     """
-    Train in processes of their own. If one fails, or this process is interrupted, all of them are stopped.
+    Train in processes of their own. If one fails, or this process is interrupted or killed, all of them are stopped.
 
     :param calls: Name and arguments of each call
     :param train_function: What is called
@@ -611,6 +612,13 @@ def _receive(receiver: Connection) -> Any:
         return None
 
 
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _call_and_report(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """
     :param sender: Where to send an exception and its traceback as text
@@ -620,6 +628,7 @@ def _call_and_report(sender: Connection, function: Callable[..., None], argument
     # Ctrl-C in a terminal comes here too, but it is the other process that stops this one, which then cleans up
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         function(*arguments)
     except Exception as error:

@@ -90,7 +90,8 @@ class Study(ABC):
     Base class of the studies. Each field is an option of the command line with the same name.
 
     A study trains every setting with several seeds, each a run of its own that is saved at every evaluation. Called again it
-    goes on where it was stopped, with other studies' runs of the same settings, or with more steps or seeds.
+    goes on where it was stopped, with other studies' runs of the same settings, with more seeds, or with more steps and
+    evaluations in the same proportion.
 
     :raises ValueError: If an env does not exist, or a number is out of its range
     """
