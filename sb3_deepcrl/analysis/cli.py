@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"`jobs` must be at least 1, got {jobs}")
         command = shlex.join(["python", "-m", "sb3_deepcrl.analysis", *argv])
         report = study.run(runs, output, jobs, command, console)
-    except ValueError as error:
+    except (ValueError, ChildProcessError) as error:
         parser.exit(2, f"{parser.prog} {study_class.name}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")

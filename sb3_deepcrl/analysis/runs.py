@@ -567,7 +567,7 @@ def train_side_by_side(
     :param train_function: What is called
     :param jobs: How many at a time
     :param refresh: Called about every second and when a call has ended
-    :raises RuntimeError: if a process was killed
+    :raises ChildProcessError: if a process was killed
     """
     # Not forks: threads of PyTorch do not survive a fork
     context = get_context("spawn")
@@ -583,16 +583,17 @@ def train_side_by_side(
                 # The receiver learns of the end of the process only if this is the other's alone
                 sender.close()
                 running[name] = process, receiver
-            connection.wait([process.sentinel for process, _ in running.values()], timeout=1)
+            connection.wait([receiver for _, receiver in running.values()], timeout=1)
             refresh()
             for name, (process, receiver) in list(running.items()):
-                if process.is_alive():
+                if process.is_alive() and not receiver.poll():
                     continue
-                if receiver.poll() and (report := _receive(receiver)) is not None:
+                if (report := _receive(receiver)) is not None:
                     error, text = report
                     raise error from RuntimeError(text)
+                process.join()
                 if process.exitcode != 0:
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"The process of {name!r} ended with exit code {process.exitcode}. If it was killed for lack of "
                         "memory, use fewer `jobs`. The next call goes on from the last evaluations"
                     )
@@ -605,6 +606,10 @@ def train_side_by_side(
 
 
 def _receive(receiver: Connection) -> Any:
+    """
+    :param receiver: Where a process reports that has ended, or is about to
+    :return: The exception and its traceback as text, None if there is none
+    """
     try:
         return receiver.recv()
     except EOFError:
