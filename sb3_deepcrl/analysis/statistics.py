@@ -85,6 +85,21 @@ def curves_of(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> np.nd
     return np.array([[float(row[column]) for row in rows[:n]] for rows in runs])
 
 
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """
+    Spearman's rank correlation.
+
+    :param first: Numbers
+    :param second: Numbers, same shape
+    :return: Their correlation, not a number if one of them is the same everywhere
+    """
+    from scipy.stats import rankdata
+
+    first, second = rankdata(first), rankdata(second)
+    spread = first.std() * second.std()
+    return float(((first - first.mean()) * (second - second.mean())).mean() / spread) if spread else float("nan")
+
+
 def critical_depth(scores: Mapping[int, Estimate]) -> int | None:
     """
     Where performance jumps (section 4.3 of the paper).
