@@ -40,7 +40,7 @@ MEASURES = {
     "straightness": "distance between the ends of the path of embeddings, divided by the length of the path; 1 for a straight "
     "line, small for one that winds or goes back and forth",
     "spread": "root mean square distance of the embeddings from their mean, in units of the critic's energy",
-    "spread_near_goal": "the same for the last quarter of the way alone, where the embeddings of shallow networks crowd",
+    "spread_near_goal": "the same for the last quarter of the way alone, where those of shallow networks crowd in the paper",
 }
 
 
@@ -69,7 +69,23 @@ class Trajectory:
         return self.observations["desired_goal"][0]
 
 
-class Path2D(NamedTuple):
+class Episode(NamedTuple):
+    """
+    The episode whose embeddings are looked at.
+
+    :param env_id: Where it was played
+    :param depth: Depth of the model that played it
+    :param trajectory: What happened
+    :param maze: The maze, None on an open floor
+    """
+
+    env_id: str
+    depth: int
+    trajectory: Trajectory
+    maze: MazeMap | None
+
+
+class PlanePath(NamedTuple):
     """
     A path in the plane of its first two principal components.
 
@@ -83,7 +99,7 @@ class Path2D(NamedTuple):
     explained_variance: float
 
 
-def principal_plane(points: np.ndarray, goal: np.ndarray) -> Path2D:
+def principal_plane(points: np.ndarray, goal: np.ndarray) -> PlanePath:
     """
     :param points: Points, shape ``(n_steps, dim)``
     :param goal: One point more, shape ``(dim,)``, which has no influence on the plane
@@ -95,7 +111,7 @@ def principal_plane(points: np.ndarray, goal: np.ndarray) -> Path2D:
     variances = singular_values**2
     total = variances.sum()
     explained = float(variances[:2].sum() / total) if total > 0 else float("nan")
-    return Path2D((points - center) @ directions[:2].T, (goal - center) @ directions[:2].T, explained)
+    return PlanePath((points - center) @ directions[:2].T, (goal - center) @ directions[:2].T, explained)
 
 
 def path_measures(points: np.ndarray, to_goal: np.ndarray, remaining: np.ndarray) -> dict[str, float]:
@@ -158,13 +174,13 @@ def record_trajectories(model: DeepCRL, env: VecEnv) -> list[Trajectory]:
     ends = np.zeros(env.num_envs, dtype=int)
     successes = np.zeros(env.num_envs, dtype=bool)
     obs = env.reset()
-    assert isinstance(obs, dict)
     while not ends.all():
+        assert isinstance(obs, dict)
         action, _ = model.predict(obs, deterministic=True)
         # The env may write the next observations into the same arrays
         observations.append({key: value.copy() for key, value in obs.items()})
         actions.append(model.policy.scale_action(action))
-        obs, _, dones, infos = env.step(action)  # type: ignore[assignment]
+        obs, _, dones, infos = env.step(action)
         at_goal = np.array([info["is_success"] for info in infos], dtype=bool)
         open_ones = ends == 0
         successes |= open_ones & at_goal
@@ -194,7 +210,8 @@ def choose_trajectory(trajectories: Sequence[Trajectory], maze: MazeMap | None) 
     """
     :param trajectories: Episodes
     :param maze: The maze, None on an open floor
-    :return: The successful one with the longest way from start to goal; if there is none, the one that came nearest to its goal
+    :return: The successful one with the longest way from start to goal; if there is none, the one that came nearest to its
+        goal, up to there
     :raises ValueError: if all have less than three steps
     """
     long_ones = [trajectory for trajectory in trajectories if len(trajectory.actions) >= MIN_STEPS]
@@ -203,7 +220,9 @@ def choose_trajectory(trajectories: Sequence[Trajectory], maze: MazeMap | None) 
     successful = [trajectory for trajectory in long_ones if trajectory.is_success]
     if successful:
         return max(successful, key=lambda trajectory: remaining_way(trajectory, maze)[0])
-    return min(long_ones, key=lambda trajectory: remaining_way(trajectory, maze).min())
+    nearest = min(long_ones, key=lambda trajectory: remaining_way(trajectory, maze).min())
+    end = max(int(remaining_way(nearest, maze).argmin()) + 1, MIN_STEPS)
+    return Trajectory({key: values[:end] for key, values in nearest.observations.items()}, nearest.actions[:end], False)
 
 
 def maze_or_none(env: gym.Env) -> MazeMap | None:
@@ -223,83 +242,86 @@ class RepresentationStudy(ComparisonOfDepths):
     The critic's embeddings of the states and actions of one successful episode, the same for models of several depths:
     pictures of their first two principal components, and their shape in numbers (figure 10 of the paper).
 
-    The episode is one of the deepest model with the same seed. If that reached no goal, of the next deepest one; if no model
-    did, it is the deepest model's episode that came nearest to its goal, and the report says so.
+    The episode is one of the deepest model with the same seed. If that reaches no goal, it is one of the next deepest one; if
+    no model does, one with the goals of training. If that does not help either, it is the deepest model's episode that came
+    nearest to its goal, and the report says so.
     """
 
     name: ClassVar[str] = "representation"
     summary: ClassVar[str] = "how the critic represents the way to a goal"
 
-    def trajectory(self, seed: int, runs: Path, maze: MazeMap | None) -> tuple[int, Trajectory]:
+    def episode(self, seed: int, runs: Path) -> Episode:
         """
         :param seed: Seed of the models
         :param runs: Folder of all runs
-        :param maze: The maze, None on an open floor
-        :return: The episode that is looked at, and the depth of the model that made it
+        :return: The episode that is looked at
         """
-        found: list[tuple[int, Trajectory]] = []
-        for depth in sorted(self.depths, reverse=True):
-            run = self.seeds_of(self.make_run(depth=depth))[seed]
-            env = make_env(self.eval_env, self.n_eval_episodes, EVAL_SEED, self.env_kwargs)
-            found.append((depth, choose_trajectory(record_trajectories(load_model(run, runs), env), maze)))
-            env.close()
-            if found[-1][1].is_success:
-                return found[-1]
+        found: list[Episode] = []
+        for env_id in dict.fromkeys((self.eval_env, self.env)):
+            maze = maze_or_none(make_single_env(env_id, self.env_kwargs))
+            for depth in sorted(self.depths, reverse=True):
+                run = self.seeds_of(self.make_run(depth=depth))[seed]
+                env = make_env(env_id, self.n_eval_episodes, EVAL_SEED, self.env_kwargs)
+                trajectory = choose_trajectory(record_trajectories(load_model(run, runs), env), maze)
+                env.close()
+                found.append(Episode(env_id, depth, trajectory, maze))
+                if trajectory.is_success:
+                    return found[-1]
         return found[0]
 
     def report(self, results: Results, runs: Path) -> Report:
-        maze = maze_or_none(make_single_env(self.eval_env, self.env_kwargs))
-        trajectories = {seed: self.trajectory(seed, runs, maze) for seed in range(self.seeds)}
+        episodes = {seed: self.episode(seed, runs) for seed in range(self.seeds)}
         rows: list[dict[str, Any]] = []
-        paths: dict[int, tuple[Path2D, np.ndarray]] = {}
+        paths: dict[int, tuple[PlanePath, np.ndarray]] = {}
         for depth, seed, model in self.models(runs):
-            made_by, trajectory = trajectories[seed]
-            embeddings, goal, energies = embed(model, trajectory)
-            measures = path_measures(embeddings, -energies, remaining_way(trajectory, maze))
+            episode = episodes[seed]
+            embeddings, goal, energies = embed(model, episode.trajectory)
+            measures = path_measures(embeddings, -energies, remaining_way(episode.trajectory, episode.maze))
             rows.append(
                 {
                     "depth": depth,
                     "seed": seed,
                     "timesteps": model.num_timesteps,
-                    "episode_of_depth": made_by,
-                    "success": trajectory.is_success,
-                    "steps": len(trajectory.actions),
+                    "episode_env": episode.env_id,
+                    "episode_of_depth": episode.depth,
+                    "success": episode.trajectory.is_success,
+                    "steps": len(episode.trajectory.actions),
                     **{name: round(value, 4) for name, value in measures.items()},
                 }
             )
             paths.setdefault(depth, (principal_plane(embeddings, goal), -energies))
-        scores = {name: scores_by_depth(rows, name) for name in MEASURES}
-        table = [
-            {
-                "depth": depth,
-                **{name.replace("_", " "): interquartile_mean(scores[name][depth][:, None])[0] for name in MEASURES},
-            }
-            for depth in self.depths
-        ]
-        way = "straight line to the goal" if maze is None else "shortest way through the maze"
+        scores = {name.replace("_", " "): scores_by_depth(rows, name) for name in MEASURES}
+        table = []
+        for depth in self.depths:
+            estimates = interquartile_mean(np.stack([by_depth[depth] for by_depth in scores.values()], axis=1))
+            table.append({"depth": depth, **dict(zip(scores, estimates, strict=True))})
+        way = "straight line to the goal" if episodes[0].maze is None else "shortest way through the maze"
         notes = [
-            f"Embeddings of states and actions by the critics of models trained on {self.env}, along one episode of "
-            f"{self.eval_env} for each seed, the same for all depths. Interquartile means over {self.seeds} seeds with 95 % "
-            f"bootstrap intervals. The way that remains is the {way}.",
+            f"Embeddings of states and actions by critics trained on {self.env}, along one episode for each seed, the same "
+            f"for all depths. Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals. The way "
+            f"that remains is the {way}.",
             *(f"- {name.replace('_', ' ')}: {meaning}." for name, meaning in MEASURES.items()),
-            *(self._episode_note(seed, *trajectories[seed]) for seed in trajectories),
-            "The picture shows the first seed. Colors are the way that remains, the star is the goal.",
+            *(self._episode_note(seed, episode) for seed, episode in episodes.items()),
+            "The picture shows seed 0. Colors are the way that remains, the star is the goal.",
         ]
-        return Report(
-            f"Representation of a way on {self.env}", rows, table, notes, self._figure(paths, trajectories[0][1], maze)
-        )
+        return Report(f"Representation of a way on {self.env}", rows, table, notes, self._figure(paths, episodes[0]))
 
-    def _episode_note(self, seed: int, depth: int, trajectory: Trajectory) -> str:
+    def _episode_note(self, seed: int, episode: Episode) -> str:
+        trajectory = episode.trajectory
         start, goal = (", ".join(f"{x:.1f}" for x in position) for position in (trajectory.positions[0], trajectory.goal))
-        text = f"Seed {seed}: an episode of the model of depth {depth} from ({start}) to ({goal}), {len(trajectory.actions)} steps"
+        text = (
+            f"Seed {seed}: an episode of depth {episode.depth} in {episode.env_id} from ({start}) to ({goal}), "
+            f"{len(trajectory.actions)} steps"
+        )
         if trajectory.is_success:
             return f"{text} to the goal."
         return (
-            f"{text}. It did **not** reach its goal: no model with this seed reached one in {self.n_eval_episodes} episodes. "
-            "It is the one that came nearest."
+            f"{text}. It does **not** reach its goal: no model with this seed reached one in {self.n_eval_episodes} episodes. "
+            "It is the one that came nearest, up to there."
         )
 
-    def _figure(self, paths: dict[int, tuple[Path2D, np.ndarray]], trajectory: Trajectory, maze: MazeMap | None) -> "Figure":
+    def _figure(self, paths: dict[int, tuple[PlanePath, np.ndarray]], episode: Episode) -> "Figure":
+        trajectory, maze = episode.trajectory, episode.maze
         figure, axes = new_figure(1, len(paths) + 2, width=4.2, height=4.2)
         remaining = remaining_way(trajectory, maze)
         style: dict[str, Any] = dict(c=remaining, cmap="viridis_r", s=14, zorder=2)
@@ -333,5 +355,5 @@ class RepresentationStudy(ComparisonOfDepths):
         ax.set(xlabel="way that remains (m)", ylabel="distance to the goal's embedding")
         ax.invert_xaxis()
         ax.legend()
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}: one episode and its embeddings")
+        figure.suptitle(f"{episode.env_id.removesuffix('-v0')}: one episode and its embeddings")
         return figure

@@ -32,6 +32,7 @@ from sb3_deepcrl.envs.scenes import Maze
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CURVES = {"success_any": "success", "time_at_goal": "time at goal (steps)"}
 MEASURES = ("success_any", "success_last", "time_at_goal", "mean_distance")
 
 
@@ -163,31 +164,36 @@ class StitchingStudy(ComparisonOfDepths):
 
     def report(self, results: Results, runs: Path) -> Report:
         assert self._trained is not None
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"depth": depth, "seed": run.seed, "trained": int(row["distance"]) <= self._trained, **row}
             for depth in self.depths
             for run in self.seeds_of(self.make_run(depth=depth))
             for row in self.distance_rows(run, runs)
         ]
-        by_distance = {
-            distance: {
-                name: scores_by_depth([row for row in rows if int(row["distance"]) == distance], name)
-                for name in ("success_any", "time_at_goal")
-            }
-            for distance in self._distances
+        # By depth and measure, shape (n_seeds, n_distances)
+        curves = {
+            (depth, name): np.stack(
+                [
+                    scores_by_depth([row for row in rows if int(row["distance"]) == distance], name)[depth]
+                    for distance in self._distances
+                ],
+                axis=1,
+            )
+            for depth in self.depths
+            for name in CURVES
         }
         table = []
         for depth in self.depths:
-            for distance, scores in by_distance.items():
-                success = scores["success_any"][depth]
+            estimates = [interquartile_mean(curves[depth, name]) for name in CURVES]
+            for i, distance in enumerate(self._distances):
                 table.append(
                     {
                         "depth": depth,
                         "distance (cells)": distance,
                         "trained": "yes" if distance <= self._trained else "no",
-                        "success": interquartile_mean(success[:, None])[0],
-                        "each seed": ", ".join(f"{score:.2f}" for score in success),
-                        "time at goal": interquartile_mean(scores["time_at_goal"][depth][:, None])[0],
+                        "success": estimates[0][i],
+                        "each seed": ", ".join(f"{score:.2f}" for score in curves[depth, "success_any"][:, i]),
+                        "time at goal": estimates[1][i],
                     }
                 )
         notes = [
@@ -202,19 +208,16 @@ class StitchingStudy(ComparisonOfDepths):
                 means = {depth: np.mean(seeds) for depth, seeds in scores_by_depth(part, "success_any").items()}
                 found = ", ".join(f"{mean:.2f} at depth {depth}" for depth, mean in means.items())
                 notes.append(f"Mean success on {name} ways: {found}.")
-        return Report(f"Stitching on {self.env}", rows, table, notes, self._figure(by_distance))
+        return Report(f"Stitching on {self.env}", rows, table, notes, self._figure(curves))
 
-    def _figure(self, by_distance: dict[int, dict[str, dict[int, np.ndarray]]]) -> "Figure":
+    def _figure(self, curves: dict[tuple[int, str], np.ndarray]) -> "Figure":
         assert self._trained is not None
         figure, axes = new_figure(1, 2)
         colors = depth_colors(self.depths)
-        for ax, (column, name) in zip(
-            axes[0], {"success_any": "success", "time_at_goal": "time at goal (steps)"}.items(), strict=True
-        ):
+        for ax, (column, name) in zip(axes[0], CURVES.items(), strict=True):
             ax.axvspan(0.5, self._trained + 0.5, color="0.9", label="trained")
             for depth in self.depths:
-                curves = np.stack([scores[column][depth] for scores in by_distance.values()], axis=1)
-                draw_curve(ax, self._distances, curves, f"depth {depth}", colors[depth])
+                draw_curve(ax, self._distances, curves[depth, column], f"depth {depth}", colors[depth])
             ax.set(xlabel="cells from start to goal", ylabel=name, xlim=(0.5, max(self._distances) + 0.5))
             ax.set_xticks(self._distances)
         axes[0, 0].set_ylim(-0.02, 1.02)

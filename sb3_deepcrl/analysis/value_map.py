@@ -123,7 +123,7 @@ class MazeMap:
         """
         :return: Smallest and largest row and column of boxes that no line of sight passes
         """
-        boxes = []
+        boxes: list[tuple[np.ndarray, np.ndarray]] = []
         # Rows and columns of walls, so that there is no way between two neighbors
         for along, walls in ((1, self.walls), (0, self.walls.T)):
             edges = np.diff(np.pad(walls, ((0, 0), (1, 1))).astype(int), axis=1)
@@ -209,8 +209,8 @@ def goals_of(env: gym.Env) -> np.ndarray:
     :raises ValueError: if the env has no maze
     """
     MazeMap.from_env(env)
-    if isinstance(env.unwrapped, GoalEnv):
-        scene = env.unwrapped.task.scene
+    scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
+    if isinstance(scene, Maze):
         return np.unique(scene.pairs[:, 1], axis=0) * scene.cell_size
     return np.unique(env.unwrapped.maze.unique_goal_locations, axis=0)  # type: ignore[attr-defined]
 

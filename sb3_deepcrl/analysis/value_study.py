@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 
 from sb3_deepcrl.analysis.runs import EVAL_SEED, make_single_env
-from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
+from sb3_deepcrl.analysis.statistics import Estimate, interquartile_mean, rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths, Report, Results, new_figure, option, scores_by_depth
 from sb3_deepcrl.analysis.value_map import MazeMap, goals_of, plot_value_map, value_map
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -186,12 +186,12 @@ class ValueMapStudy(ComparisonOfDepths):
             for kind in ("all pairs", "far goals")
             for column in DISTANCES
         }
-        table = []
-        for depth in self.depths:
-            line: dict[str, Any] = {"depth": depth}
-            for (kind, column), by_depth in scores.items():
-                line[f"{kind}: {DISTANCES[column]}"] = interquartile_mean(by_depth[depth][:, None])[0]
-            table.append(line)
+        names = [f"{kind}: {DISTANCES[column]}" for kind, column in scores]
+        estimates = {
+            depth: interquartile_mean(np.stack([by_depth[depth] for by_depth in scores.values()], axis=1))
+            for depth in self.depths
+        }
+        table = [{"depth": depth, **dict(zip(names, estimates[depth], strict=True))} for depth in self.depths]
         maze = MazeMap.from_env(env)
         places, centers = maze.places(self.points_per_cell), maze.places()
         lines = straight_distances(places, centers)
@@ -207,10 +207,15 @@ class ValueMapStudy(ComparisonOfDepths):
             f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, "
             "each with colors of its own. The circle is the start.",
         ]
-        return Report(f"Value maps on {self.env}", rows, table, notes, self._figure(shown, env, goal, scores))
+        return Report(f"Value maps on {self.env}", rows, table, notes, self._figure(shown, env, goal, scores, estimates))
 
     def _figure(
-        self, models: dict[int, DeepCRL], env: gym.Env, goal: np.ndarray, scores: dict[tuple[str, str], dict[int, np.ndarray]]
+        self,
+        models: dict[int, DeepCRL],
+        env: gym.Env,
+        goal: np.ndarray,
+        scores: dict[tuple[str, str], dict[int, np.ndarray]],
+        estimates: dict[int, list[Estimate]],
     ) -> "Figure":
         figure, axes = new_figure(1, len(models) + 1, width=4.4, height=4.6)
         maze = MazeMap.from_env(env)
@@ -225,13 +230,12 @@ class ValueMapStudy(ComparisonOfDepths):
         ax = axes[0, -1]
         positions = np.arange(len(models))
         colors = dict(zip(DISTANCES, ("tab:blue", "tab:orange"), strict=True))
-        for kind, style in (("all pairs", "-"), ("far goals", "--")):
-            for column, name in DISTANCES.items():
-                by_depth = [scores[kind, column][depth] for depth in models]
-                means = [interquartile_mean(values[:, None])[0].mean for values in by_depth]
-                ax.plot(positions, means, style, marker="o", color=colors[column], label=f"{name}, {kind}")
-                for position, values in zip(positions, by_depth, strict=True):
-                    ax.plot([position] * len(values), values, ".", color=colors[column], alpha=0.6)
+        for index, ((kind, column), by_depth) in enumerate(scores.items()):
+            means = [estimates[depth][index].mean for depth in models]
+            style = "-" if kind == "all pairs" else "--"
+            ax.plot(positions, means, style, marker="o", color=colors[column], label=f"{DISTANCES[column]}, {kind}")
+            for position, depth in zip(positions, models, strict=True):
+                ax.plot([position] * len(by_depth[depth]), by_depth[depth], ".", color=colors[column], alpha=0.6)
         ax.set(xlabel="depth", ylabel="rank correlation with the value", xlim=(-0.5, len(models) - 0.5))
         ax.set_xticks(positions, [str(depth) for depth in models])
         ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, handlelength=4)
