@@ -447,7 +447,9 @@ def kill_process(run, folder, n_threads):
 
 def test_killed_processes_are_told(tmp_path):
     settings = {"depth 4": [toy_run(seed=seed) for seed in range(2)]}
-    with pytest.raises(ChildProcessError, match=r"The process of 'depth 4, seed .' ended with exit code -9. .* use fewer `jobs`"):
+    with pytest.raises(
+        ChildProcessError, match=r"The process of 'depth 4, seed .' ended with exit code -9. .* use fewer `jobs`"
+    ):
         train_all(settings, tmp_path, jobs=2, train_function=kill_process, console=Console(file=io.StringIO()))
 
 

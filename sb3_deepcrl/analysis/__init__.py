@@ -1,15 +1,23 @@
 from sb3_deepcrl.analysis.collector import CollectorStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
+from sb3_deepcrl.analysis.representation import RepresentationStudy
+from sb3_deepcrl.analysis.stitching import StitchingStudy
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map, value_map
+from sb3_deepcrl.analysis.value_study import ValueCorrelation, ValueMapStudy, value_correlations
 from sb3_deepcrl.analysis.walk import WalkStudy, record_trajectories, walk_episodes
 
 __all__ = [
     "CollectorStudy",
     "DepthStudy",
     "MazeMap",
+    "RepresentationStudy",
+    "StitchingStudy",
+    "ValueCorrelation",
+    "ValueMapStudy",
     "WalkStudy",
     "plot_value_map",
     "record_trajectories",
+    "value_correlations",
     "value_map",
     "walk_episodes",
 ]

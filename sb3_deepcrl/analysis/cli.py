@@ -16,10 +16,15 @@ from rich.markdown import Markdown
 
 from sb3_deepcrl.analysis.collector import CollectorStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
+from sb3_deepcrl.analysis.representation import RepresentationStudy
+from sb3_deepcrl.analysis.stitching import StitchingStudy
 from sb3_deepcrl.analysis.study import Study
+from sb3_deepcrl.analysis.value_study import ValueMapStudy
 from sb3_deepcrl.analysis.walk import WalkStudy
 
-STUDIES: dict[str, type[Study]] = {study.name: study for study in (DepthStudy, CollectorStudy, WalkStudy)}
+STUDIES: dict[str, type[Study]] = {
+    study.name: study for study in (DepthStudy, ValueMapStudy, StitchingStudy, RepresentationStudy, CollectorStudy, WalkStudy)
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +63,8 @@ def add_option(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
     kwargs["help"] += " (default: %(default)s)" if default or default == 0 else ""
     if isinstance(default, dict):
         kwargs.update(type=key_value, nargs="+", metavar="KEY:VALUE")
+    elif isinstance(default, tuple):
+        kwargs.update(type=float)
     elif isinstance(default, list):
         kwargs.update(type=type(default[0]), nargs="+")
     elif isinstance(default, bool):

@@ -119,6 +119,17 @@ def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: Mapping[str, Any] 
         raise ValueError(f"{env_id} cannot be made with `env_kwargs` {env_kwargs}: {error}") from error
 
 
+def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
+    """
+    :param env_id: Id of the env
+    :param env_kwargs: Arguments of the env
+    :return: The env, not vectorised
+    """
+    if env_id not in ENV_TABLE:
+        register_robotics()
+    return gym.make(env_id, **(env_kwargs or {}))
+
+
 def register_robotics() -> None:
     """Make the ids of gymnasium-robotics known."""
     import gymnasium_robotics
@@ -505,6 +516,7 @@ def train_all(
     jobs: int | None = None,
     train_function: Callable[[Run, Path, int | None], None] = train,
     console: Console | None = None,
+    is_done: Callable[[Run, Path], bool] = is_complete,
 ) -> None:
     """
     Train all runs that are not complete, several side by side, each with an equal part of the processor's cores.
@@ -514,9 +526,10 @@ def train_all(
     :param jobs: How many at a time, by default as many as there are cores. One runs in this process.
     :param train_function: How to train one
     :param console: Where to show the progress, the terminal by default
+    :param is_done: Whether a run needs no training
     """
     all_runs = [(label, run) for label, seeds in runs_by_label.items() for run in seeds]
-    open_runs = [(label, run) for label, run in all_runs if not is_complete(run, runs)]
+    open_runs = [(label, run) for label, run in all_runs if not is_done(run, runs)]
     n_cores = n_usable_cores()
     jobs = max(1, min(jobs or n_cores, len(open_runs)))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -54,7 +54,7 @@ def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples
         raise ValueError(f"Scores must have the shape (n_seeds, n_points) with at least one of each, got {curves.shape}")
 
     def aggregate(scores: np.ndarray) -> np.ndarray:
-        # rliable's aggregate_iqm for all points at once, many times as fast
+        # rliable's interquartile mean of all points at once, many times as fast
         n_cut = len(scores) // 4
         return np.sort(scores[:, 0], axis=0)[n_cut : len(scores) - n_cut].mean(axis=0)
 
@@ -88,6 +88,21 @@ def curves_of(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> np.nd
     """
     n = min(map(len, runs))
     return np.array([[float(row[column]) for row in rows[:n]] for rows in runs])
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """
+    Spearman's rank correlation.
+
+    :param first: Numbers
+    :param second: Numbers, same shape
+    :return: Their correlation, not a number if one of them is the same everywhere
+    """
+    from scipy.stats import rankdata
+
+    first, second = rankdata(first), rankdata(second)
+    spread = first.std() * second.std()
+    return float(((first - first.mean()) * (second - second.mean())).mean() / spread) if spread else float("nan")
 
 
 def critical_depth(scores: Mapping[int, Estimate]) -> int | None:

@@ -3,17 +3,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_deepcrl.analysis.runs import EVAL_SEED, Run, load_model, make_env
+from sb3_deepcrl.analysis.runs import EVAL_SEED, make_env, make_single_env
 from sb3_deepcrl.analysis.statistics import interquartile_mean
-from sb3_deepcrl.analysis.study import Report, Results, Study, depth_colors, new_figure, option
+from sb3_deepcrl.analysis.study import ComparisonOfDepths, Report, Results, depth_colors, new_figure, option
 from sb3_deepcrl.analysis.value_map import MazeMap
-from sb3_deepcrl.common.torch_layers import check_depth
 from sb3_deepcrl.envs.registration import ENV_TABLE
 from sb3_deepcrl.envs.scenes import Maze
 
@@ -227,7 +225,7 @@ def maze_of(env_id: str, env_kwargs: dict[str, Any] | None = None) -> MazeMap | 
     :param env_kwargs: Its arguments
     :return: Its maze, None on the open field
     """
-    env = gym.make(env_id, **(env_kwargs or {}))
+    env = make_single_env(env_id, env_kwargs)
     maze = MazeMap.from_env(env) if isinstance(env.unwrapped.task.scene, Maze) else None  # type: ignore[attr-defined]
     env.close()
     return maze
@@ -326,7 +324,7 @@ class Gaits:
 
 
 @dataclass
-class WalkStudy(Study):
+class WalkStudy(ComparisonOfDepths):
     """
     How humanoids of several depths move: fall time, height of the torso, distances, and a class for each episode, such as
     walking, throwing itself at the goal, or going over the wall (section 4.3 and figure 4 of the paper).
@@ -342,23 +340,16 @@ class WalkStudy(Study):
         super().__post_init__()
         for env_id in (self.env, self.eval_env):
             check_humanoid(env_id)
-        for depth in self.depths:
-            check_depth(depth)
-
-    def settings(self) -> dict[str, Run]:
-        return {f"depth {depth}": self.make_run(depth=depth) for depth in self.depths}
 
     def report(self, results: Results, runs: Path) -> Report:
         maze = maze_of(self.eval_env, self.env_kwargs)
-        gaits = {}
-        for label, run in self.settings().items():
-            gaits[label] = Gaits()
-            for seed_run in self.seeds_of(run):
-                model = load_model(seed_run, runs)
-                trajectories = record_trajectories(model, self.eval_env, self.n_eval_episodes, self.env_kwargs)
-                gaits[label].timesteps.append(model.num_timesteps)
-                gaits[label].trajectories.append(trajectories)
-                gaits[label].episodes.append([walk_episode(trajectory, maze) for trajectory in trajectories])
+        gaits = {label: Gaits() for label in results}
+        for depth, _, model in self.models(runs):
+            trajectories = record_trajectories(model, self.eval_env, self.n_eval_episodes, self.env_kwargs)
+            gait = gaits[f"depth {depth}"]
+            gait.timesteps.append(model.num_timesteps)
+            gait.trajectories.append(trajectories)
+            gait.episodes.append([walk_episode(trajectory, maze) for trajectory in trajectories])
         return self.report_of(gaits)
 
     def report_of(self, gaits: dict[str, Gaits]) -> Report:
