@@ -71,11 +71,8 @@ def test_learners_are_what_was_asked_for(tmp_path):
     run = toy_run(learners={**LEARNERS, "wide": {"width": 16, "batch_size": 4}})
     train(run, tmp_path)
     deep, shallow, wide = (DeepCRL.load(learner_path(run.folder(tmp_path), name, 160)) for name in run.learners)
-    assert [(model.depth, model.width, model.batch_size) for model in (deep, shallow, wide)] == [
-        (8, 8, 8),
-        (4, 8, 8),
-        (4, 16, 4),
-    ]
+    settings = [(model.depth, model.width, model.batch_size) for model in (deep, shallow, wide)]
+    assert settings == [(8, 8, 8), (4, 8, 8), (4, 16, 4)]
     assert [(model.num_timesteps, model._n_updates) for model in (deep, shallow, wide)] == [(160, 15)] * 3
     # Not a copy of the collector, though of the same depth and seed
     assert not same(shallow, load_model(run, tmp_path))
@@ -101,20 +98,14 @@ def test_learners_need_deepcrl(tmp_path):
         ("save", 5, True, 1),
         ("save", 6, True, 1),
         # In an update of the collector, and of a learner
-        ("train", 3 * 7 + 1, False, 2),
-        ("train", 3 * 7 + 2, False, 2),
+        ("_update", 3 * 7 + 1, False, 2),
+        ("_update", 3 * 7 + 2, False, 2),
     ],
 )
 def test_stopped_learners_go_on(tmp_path, monkeypatch, method, n, after, saved):
     run = toy_run(learners=LEARNERS)
     with monkeypatch.context() as patch:
-        stop = Stop(getattr(DeepCRL, method), n, after)
-        if method == "train":
-            # Learners are called before there is something to learn, too
-            stop.method = DeepCRL._update
-            patch.setattr(DeepCRL, "_update", stop)
-        else:
-            patch.setattr(DeepCRL, method, stop)
+        patch.setattr(DeepCRL, method, Stop(getattr(DeepCRL, method), n, after))
         with pytest.raises(KeyboardInterrupt):
             train(run, tmp_path)
     expected = dict.fromkeys([*LEARNERS, COLLECTOR], TOY_COUNTERS[:saved])

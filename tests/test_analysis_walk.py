@@ -323,5 +323,5 @@ def test_wrong_input():
         record_trajectories(Still(), "PointUMaze-v0")
     with pytest.raises(ValueError, match=re.escape("`n_episodes` must be at least 1, got 0")):
         walk_episodes(Still(), "HumanoidGoal-v0", 0)
-    with pytest.raises(ValueError, match="`depth` must be a positive multiple of 4, .*, got 3"):
+    with pytest.raises(ValueError, match=r"`depth` must be a positive multiple of 4, .*, got 3"):
         WalkStudy(depths=[3])

@@ -12,13 +12,12 @@ import math
 import os
 import random
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -50,6 +49,8 @@ ALGORITHMS = ("DeepCRL", "SAC+HER", "TQC+HER")
 TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy")
 # In the results of a run with learners, the model that acts
 COLLECTOR = "collector"
+# Time for a process to end by itself before it is killed
+SECONDS_TO_END = 5
 
 
 @dataclass(frozen=True)
@@ -615,6 +616,8 @@ def train_side_by_side(
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
+            process.join(SECONDS_TO_END)
+            process.kill()
             process.join()
 
 
@@ -635,6 +638,15 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_END)
+    os._exit(1)
+
+
+def _end(*_: Any) -> None:
+    # Not an exception, which may come in the middle of an import, or where it is ignored. Nothing is lost: files are written
+    # as a whole. What is left to do is to give back semaphores, or there is a warning.
+    util._exit_function()
+    os._exit(1)
 
 
 def _call_and_report(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -643,9 +655,9 @@ def _call_and_report(sender: Connection, function: Callable[..., None], argument
     :param function: What to call
     :param arguments: Its arguments
     """
-    # Ctrl-C in a terminal comes here too, but it is the other process that stops this one, which then cleans up
+    # Ctrl-C in a terminal comes here too, but it is the other process that stops this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         function(*arguments)
