@@ -645,7 +645,7 @@ def _end_with_parent() -> None:
 def _end(*_: Any) -> None:
     # Not an exception, which may come in the middle of an import, or where it is ignored. Nothing is lost: files are written
     # as a whole. What is left to do is to give back semaphores, or there is a warning.
-    util._exit_function()
+    util._exit_function()  # type: ignore[attr-defined]
     os._exit(1)
 
 
