@@ -32,11 +32,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from experiments import write_rows
 from gymnasium import spaces
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.analysis.runs import write_rows
 
 # Observation, goal and action of the humanoid tasks
 OBSERVATION_DIM, GOAL_DIM, ACTION_DIM = 246, 3, 17
