@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch as th
 from torch import nn
 
+from sb3_deepcrl.common.block_kernel import KernelBlock, load_kernel
 from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
 
@@ -115,8 +116,12 @@ def compile_blocks(module: nn.Module) -> bool:
         return False
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
+    kernel = load_kernel()
     for block in blocks:
         block.compile(backend=lean_inductor)
+        if kernel is not None and type(block) is ResidualBlock:
+            assert block._compiled_call_impl is not None
+            block._compiled_call_impl = KernelBlock(kernel, block, block._compiled_call_impl)
     return True
 
 
