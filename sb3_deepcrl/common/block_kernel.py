@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from sb3_deepcrl.common.torch_layers import LAYERS_PER_BLOCK, ResidualBlock
 
-_PARAMETERS_PER_LAYER = 4
-_N_PARAMETERS = LAYERS_PER_BLOCK * _PARAMETERS_PER_LAYER
+_MODULES = [nn.Linear, nn.LayerNorm, nn.SiLU] * LAYERS_PER_BLOCK
+_N_PARAMETERS = 4 * LAYERS_PER_BLOCK
 _ADDRESS, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _Addresses = _ADDRESS * _N_PARAMETERS
 
@@ -30,10 +30,11 @@ def load_kernel() -> ctypes.CDLL | None:
     """
     if th.backends.cpu.get_cpu_capability() != "AVX512":
         return None
+    source = Path(__file__).with_name("residual_block.cpp").read_text()
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(Path(__file__).with_name("residual_block.cpp").read_text())
+        library = CppCodeCache.load(source)
     except Exception:  # the cache is no public interface of PyTorch: torch.compile does the blocks then
         return None
     assert isinstance(library, ctypes.CDLL)
@@ -77,7 +78,9 @@ class _Block(th.autograd.Function):
     """The kernel as a function that can be differentiated once."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: ctypes.CDLL, x: th.Tensor, scale: th.Tensor | None, eps: float, *parameters: th.Tensor) -> Any:
+    def forward(
+        ctx: Any, kernel: ctypes.CDLL, x: th.Tensor, scale: th.Tensor | None, eps: float, *parameters: th.Tensor
+    ) -> Any:
         output, products, statistics = _forward(kernel, x, scale, eps, parameters, keep=True)
         ctx.kernel = kernel
         ctx.save_for_backward(x, scale, products, statistics, *parameters)
@@ -153,20 +156,17 @@ class KernelBlock:
         if width % self.n_lanes or th.is_autocast_enabled("cpu") or th.compiler.is_compiling():
             return None
         modules = list(self.block.branch)
-        eps = modules[1].eps if type(modules[1]) is nn.LayerNorm else None
-        parameters: list[th.Tensor] = [self.block.scale]
-        for dense, norm, activation in zip(modules[::3], modules[1::3], modules[2::3], strict=True):
-            standard = type(dense) is nn.Linear and type(norm) is nn.LayerNorm and type(activation) is nn.SiLU
-            if not standard or norm.eps != eps:
+        if [type(module) for module in modules] != _MODULES:
+            return None
+        tensors: list[th.Tensor | None] = []
+        for dense, norm in zip(modules[::3], modules[1::3], strict=True):
+            # Without an entry if it is computed from other parameters
+            tensors += [module._parameters.get(name) for module in (dense, norm) for name in ("weight", "bias")]
+        parameters = tuple(tensor for tensor in tensors if tensor is not None)
+        shapes = [(width, width), (width,), (width,), (width,)] * LAYERS_PER_BLOCK
+        if [parameter.shape for parameter in parameters] != shapes or len({norm.eps for norm in modules[1::3]}) > 1:
+            return None
+        for tensor in (self.block.scale, *parameters):
+            if tensor.dtype is not th.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
                 return None
-            for module, shape in ((dense, (width, width)), (norm, (width,))):
-                for name in ("weight", "bias"):
-                    # Not there if it is computed from others, None if the module does without
-                    parameter = module._parameters.get(name)
-                    if parameter is None or parameter.shape != (shape if name == "weight" else (width,)):
-                        return None
-                    parameters.append(parameter)
-        for parameter in parameters:
-            if parameter.dtype is not th.float32 or parameter.device.type != "cpu" or not parameter.is_contiguous():
-                return None
-        return eps, tuple(parameters[1:])
+        return modules[1].eps, parameters

@@ -23,8 +23,8 @@ constexpr int64_t LANES = Vec::size();
 // A product is computed in tiles of so many rows and vectors, which fit into the registers,
 constexpr int TILE_ROWS = 8;
 constexpr int TILE_VECTORS = 2;
-// in sums of so many terms, so that a strip of the second factor fits into the first level of the cache
-constexpr int64_t TERMS = 256;
+// in sums of so many terms, so that what is added up stays in the cache
+constexpr int64_t TERMS = 512;
 // Rows at a time: their activations fit into the second level of the cache
 constexpr int64_t MAX_BLOCK_ROWS = 64;
 
