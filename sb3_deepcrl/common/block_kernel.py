@@ -169,4 +169,5 @@ class KernelBlock:
         for tensor in (self.block.scale, *parameters):
             if tensor.dtype is not th.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
                 return None
+        assert isinstance(modules[1], nn.LayerNorm)
         return modules[1].eps, parameters
