@@ -17,8 +17,9 @@ from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 
-# With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up of half a minute
-MIN_COMPILED_LAYERS = 100_000
+# With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up of ten seconds.
+# At the default sizes it is earned after a fifth of them.
+MIN_COMPILED_LAYERS = 20_000
 
 # Blocks of all models of a process share their code, so each width, batch size and precision counts as a recompilation
 RECOMPILE_LIMIT = 128
@@ -54,8 +55,8 @@ def why_not_compiled(device_type: str) -> str | None:
 
 def compile_pays(device: th.device, n_layers: int) -> bool:
     """
-    Whether ``compile="auto"`` compiles. On a CPU the gain is in the elementwise half of the work, which PyTorch's own
-    kernels leave to one operation at a time; without AVX-512 none was measured (``docs/results/update.md``).
+    Whether ``compile="auto"`` compiles. On a CPU most of the gain is that of the block kernel, which needs AVX-512; without
+    it none was measured (``docs/results/update.md``).
 
     :param device: Where the blocks run
     :param n_layers: Number of layers to be updated: updates times depth
@@ -98,8 +99,9 @@ def compile_blocks(module: nn.Module) -> bool:
     Compile every residual block of a network, in place. All of them share one artifact, so that the start-up does not
     depend on the depth. Parameters, ``state_dict`` and pickles stay what they were.
 
-    The code is generated at the first forward pass, and again for another batch size: once as it is,
-    from then on for any size.
+    On CPUs with AVX-512, blocks of Dense, LayerNorm and Swish run as the function in ``residual_block.cpp`` where their
+    products are in float32. For all others the code is generated at the first forward pass, and again for another batch
+    size: once as it is, from then on for any size.
 
     :param module: Any network
     :return: Whether it was done. Without a compiler there is a warning, and the network stays as it is.
