@@ -11,6 +11,7 @@ from sb3_deepcrl.common.block_kernel import KernelBlock, load_kernel
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, frozen
 
 has_avx512 = th.backends.cpu.get_cpu_capability() == "AVX512"
+has_bfloat16 = th.cpu._is_avx512_bf16_supported() and not th.cpu._is_amx_tile_supported()
 needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no AVX-512 or no compiler")
 
 
@@ -86,6 +87,36 @@ def test_output_and_gradients(n_rows, width, kwargs, n_threads):
     assert all(th.equal(output, actual[0]) for output in outputs)
     assert th.equal(inputs.grad, actual[1])
     assert all(parameter.grad is None for parameter in block.parameters())
+
+
+@needs_kernel
+@pytest.mark.skipif(not has_bfloat16, reason="the processor does not multiply bfloat16, or PyTorch is faster at it")
+@pytest.mark.parametrize(("n_rows", "width"), [(1, 32), (9, 96), (77, 256), (1029, 32)])
+@pytest.mark.parametrize("kwargs", [dict(learn_scale=True, scale=0.3), dict(residual=False)])
+def test_bfloat16(n_rows, width, kwargs):
+    """As exact as autocast of PyTorch, and on its own way: what the products add up is not rounded."""
+    block = make_block(width, **kwargs)
+    x, upper = th.randn(n_rows, width), th.randn(n_rows, width)
+    exact = gradients(block, x, block, upper)
+
+    def rounded(function):
+        def run(x):
+            with th.autocast("cpu", th.bfloat16):
+                return function(x)
+
+        return gradients(run, x, block, upper)
+
+    actual = rounded(on_kernel(block))
+    for one, other, wanted in zip(actual, rounded(block), exact, strict=True):
+        assert one.dtype == th.float32 and not th.equal(one, wanted)
+        # One number is closer to the truth by chance
+        assert one.ndim == 0 or (one - wanted).norm() < 1.1 * (other - wanted).norm()
+        assert (one - wanted).norm() < 0.05 * wanted.norm() + 1e-3
+    assert all(map(th.equal, actual, rounded(on_kernel(block))))
+    with frozen(block), th.autocast("cpu", th.bfloat16):
+        inputs = x.clone().requires_grad_()
+        on_kernel(block)(inputs).backward(upper)
+    assert th.equal(inputs.grad, actual[1])
 
 
 @needs_kernel
@@ -185,8 +216,15 @@ def test_other_inputs_run_otherwise():
     kernel_block = KernelBlock(load_kernel(), make_block(), lambda x: "otherwise")
     for x in (th.randn(2, 3, 32), th.randn(32), th.randn(3, 32).double(), th.randn(3, 32, device="meta")):
         assert kernel_block(x) == "otherwise"
-    with th.autocast("cpu", th.bfloat16):
+    with th.autocast("cpu", th.float16):
         assert kernel_block(th.randn(3, 32)) == "otherwise"
+    with th.autocast("cpu", th.bfloat16):
+        assert (type(kernel_block(th.randn(3, 32))) is th.Tensor) == has_bfloat16
+    # A multiple of the lanes of a vector, but not of twice as many
+    kernel_block = KernelBlock(load_kernel(), make_block(48), lambda x: "otherwise")
+    assert type(kernel_block(th.randn(3, 48))) is th.Tensor
+    with th.autocast("cpu", th.bfloat16):
+        assert kernel_block(th.randn(3, 48)) == "otherwise"
 
 
 @needs_kernel

@@ -39,8 +39,15 @@ def load_kernel() -> ctypes.CDLL | None:
         return None
     assert isinstance(library, ctypes.CDLL)
     library.n_lanes.restype = _INTEGER
-    library.residual_block_forward.argtypes = [*[_ADDRESS] * 3, ctypes.c_float, *[_ADDRESS] * 3, *[_INTEGER] * 3]
-    library.residual_block_backward.argtypes = [*[_ADDRESS] * 9, *[_INTEGER] * 3]
+    library.has_bfloat16.restype = ctypes.c_bool
+    library.residual_block_forward.argtypes = [
+        *[_ADDRESS] * 3,
+        ctypes.c_float,
+        *[_ADDRESS] * 3,
+        *[_INTEGER] * 3,
+        ctypes.c_bool,
+    ]
+    library.residual_block_backward.argtypes = [*[_ADDRESS] * 9, *[_INTEGER] * 3, ctypes.c_bool]
     library.residual_block_forward.restype = library.residual_block_backward.restype = None
     return library
 
@@ -50,7 +57,13 @@ def _addresses(tensors: tuple[th.Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _forward(
-    kernel: ctypes.CDLL, x: th.Tensor, scale: th.Tensor | None, eps: float, parameters: tuple[th.Tensor, ...], keep: bool
+    kernel: ctypes.CDLL,
+    x: th.Tensor,
+    scale: th.Tensor | None,
+    eps: float,
+    bfloat16: bool,
+    parameters: tuple[th.Tensor, ...],
+    keep: bool,
 ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
     """
     :return: The output and what the backward pass needs: matrix products, means and deviations, None unless ``keep``
@@ -70,6 +83,7 @@ def _forward(
         n_rows,
         width,
         th.get_num_threads(),
+        bfloat16,
     )
     return output, products, statistics
 
@@ -79,10 +93,16 @@ class _Block(th.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: ctypes.CDLL, x: th.Tensor, scale: th.Tensor | None, eps: float, *parameters: th.Tensor
+        ctx: Any,
+        kernel: ctypes.CDLL,
+        x: th.Tensor,
+        scale: th.Tensor | None,
+        eps: float,
+        bfloat16: bool,
+        *parameters: th.Tensor,
     ) -> Any:
-        output, products, statistics = _forward(kernel, x, scale, eps, parameters, keep=True)
-        ctx.kernel = kernel
+        output, products, statistics = _forward(kernel, x, scale, eps, bfloat16, parameters, keep=True)
+        ctx.kernel, ctx.bfloat16 = kernel, bfloat16
         ctx.save_for_backward(x, scale, products, statistics, *parameters)
         return output
 
@@ -110,14 +130,16 @@ class _Block(th.autograd.Function):
             n_rows,
             width,
             th.get_num_threads(),
+            ctx.bfloat16,
         )
-        return None, dx, dscale, None, *(gradients if needed else [None] * _N_PARAMETERS)
+        return None, dx, dscale, None, None, *(gradients if needed else [None] * _N_PARAMETERS)
 
 
 class KernelBlock:
     """
     What a residual block does when it is called: run as the kernel wherever that does the same, i.e. for blocks of Dense,
-    LayerNorm and Swish in float32. It looks at modules and parameters at each call, since all of them may be exchanged.
+    LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them. It looks at modules and
+    parameters at each call, since all of them may be exchanged.
 
     :param kernel: See :func:`load_kernel`
     :param block: The residual block
@@ -129,9 +151,12 @@ class KernelBlock:
         self.block = block
         self.otherwise = otherwise
         self.n_lanes = kernel.n_lanes()
+        # Where there are units for whole matrices of bfloat16, PyTorch's products use them
+        self.knows_bfloat16 = kernel.has_bfloat16() and not th.cpu._is_amx_tile_supported()
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
-        eps_and_parameters = self._eps_and_parameters(x)
+        bfloat16 = th.is_autocast_enabled("cpu")
+        eps_and_parameters = self._eps_and_parameters(x, bfloat16)
         if eps_and_parameters is None:
             return self.otherwise(x)
         eps, parameters = eps_and_parameters
@@ -139,21 +164,24 @@ class KernelBlock:
         x = x.contiguous()
         tensors = (x, *parameters) if scale is None else (x, scale, *parameters)
         if th.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            output = _Block.apply(self.kernel, x, scale, eps, *parameters)
+            output = _Block.apply(self.kernel, x, scale, eps, bfloat16, *parameters)
             assert isinstance(output, th.Tensor)
             return output
-        return _forward(self.kernel, x, scale, eps, parameters, keep=False)[0]
+        return _forward(self.kernel, x, scale, eps, bfloat16, parameters, keep=False)[0]
 
-    def _eps_and_parameters(self, x: th.Tensor) -> tuple[float, tuple[th.Tensor, ...]] | None:
+    def _eps_and_parameters(self, x: th.Tensor, autocast: bool) -> tuple[float, tuple[th.Tensor, ...]] | None:
         """
         :param x: Input of the block
+        :param autocast: Whether products are computed in another type than that of the parameters
         :return: The epsilon of the LayerNorms and the parameters in the order of the kernel, None if it cannot do the block
         """
         # Subclasses stand for something else than memory of the CPU (for instance while a network is traced)
         if type(x) is not th.Tensor or x.dtype is not th.float32 or x.device.type != "cpu" or x.ndim != 2:
             return None
         width = x.shape[1]
-        if width % self.n_lanes or th.is_autocast_enabled("cpu") or th.compiler.is_compiling():
+        if autocast and not (self.knows_bfloat16 and th.get_autocast_dtype("cpu") is th.bfloat16):
+            return None
+        if width % (2 * self.n_lanes if autocast else self.n_lanes) or th.compiler.is_compiling():
             return None
         modules = list(self.block.branch)
         if [type(module) for module in modules] != _MODULES:
