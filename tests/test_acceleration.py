@@ -127,6 +127,13 @@ def test_settings_may_change_between_two_calls_of_learn():
     assert model.actor.tower.autocast_dtype is None and not model.critic.g_encoder.checkpoint_activations
 
 
+@needs_compiler
+def test_compiler_is_found_without_gradients():
+    acceleration.why_not_compiled.cache_clear()
+    with th.no_grad():
+        assert compile_blocks(ResidualTower(5, 3, depth=4, width=16))
+
+
 def test_without_a_compiler_there_is_one_warning(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no C++ compiler found")

@@ -46,8 +46,9 @@ def why_not_compiled(device_type: str) -> str | None:
     :return: What went wrong, None if nothing did
     """
     try:
-        x = th.ones(16, device=device_type, requires_grad=True)
-        th.compile(nn.functional.silu, backend=lean_inductor)(x).sum().backward()
+        with th.enable_grad():
+            x = th.ones(16, device=device_type, requires_grad=True)
+            th.compile(nn.functional.silu, backend=lean_inductor)(x).sum().backward()
     except Exception as error:  # whatever is missing: compiler, headers, triton, the option of lean_inductor
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

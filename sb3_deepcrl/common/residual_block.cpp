@@ -90,9 +90,9 @@ float* workspace(int64_t size) {
   return reinterpret_cast<float*>((address + line - 1) / line * line);
 }
 
-// No more threads than there are tiles of rows
+// No more threads than there are tiles of rows, and only one where waiting for others would take longer than the work
 int64_t useful_threads(int64_t n_rows, int64_t n_threads) {
-  return std::clamp<int64_t>(n_rows / TILE_ROWS, 1, n_threads);
+  return n_rows < 32 ? 1 : std::min(n_rows / TILE_ROWS, n_threads);
 }
 
 // Enough blocks for all threads, but whole tiles
