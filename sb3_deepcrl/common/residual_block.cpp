@@ -274,7 +274,7 @@ void forward(const float* x, const Layer* layers, const float* scale, float eps,
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < N_LAYERS * n_strips; ++i)
       tile_transposed<Type>(layers[i / n_strips].weight + i % n_strips * LANES * width, width, tiled + i * n_words * LANES);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t block = 0; block < n_blocks; ++block) {
       const int64_t first = block * block_rows, count = std::min(block_rows, n_rows - first);
       for (int64_t l = 0; l < N_LAYERS; ++l) {
@@ -362,7 +362,7 @@ void backward(const float* x, const float* dout, const float* products, const fl
                             inputs_tiled + l * n_row_words * width + j * stride, stride, nullptr, 0,
                             gradients[l].weight + j * LANES, width);
       }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
       for (int64_t i = 0; i < N_LAYERS * 3; ++i) {
         const LayerGradients& layer = gradients[i / 3];
         float* to = i % 3 == 0 ? layer.bias : i % 3 == 1 ? layer.gamma : layer.beta;
