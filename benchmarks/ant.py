@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import torch as th
-from experiments import draw_curve, machine, read_rows, write_rows
+from experiments import draw_curve, machine
 
 from sb3_deepcrl import DeepCRL, evaluate_goals, mean_of_episodes
+from sb3_deepcrl.analysis.runs import read_rows, write_rows
 from sb3_deepcrl.envs import BatchVecEnv
 
 TRANSITIONS_PER_UPDATE = 40

@@ -20,12 +20,10 @@ from experiments import (
     draw_curve,
     machine,
     make_env,
-    read_rows,
     run_all,
     runs_of,
     train_and_log,
     use_one_thread,
-    write_rows,
 )
 from learning import HER, reached
 from stable_baselines3 import SAC, TD3
@@ -35,6 +33,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.analysis.runs import read_rows, write_rows
 
 MAZE = "PointMaze_UMaze-v3"
 EPISODE_LENGTH = 300

@@ -210,26 +210,3 @@ def use_one_thread() -> None:
     Runs side by side have one thread each.
     """
     th.set_num_threads(1)
-
-
-def read_rows(paths: Iterable[Path]) -> list[dict[str, str]]:
-    """
-    :param paths: CSV files with the same columns
-    :return: All their rows
-    """
-    rows: list[dict[str, str]] = []
-    for path in paths:
-        with path.open(newline="") as file:
-            rows.extend(csv.DictReader(file))
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """
-    :param path: The CSV file
-    :param rows: What to write
-    """
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

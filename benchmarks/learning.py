@@ -17,13 +17,11 @@ from experiments import (
     draw_curve,
     machine,
     make_env,
-    read_rows,
     run_all,
     run_folder,
     runs_of,
     train_and_log,
     use_one_thread,
-    write_rows,
 )
 from sb3_contrib import TQC
 from stable_baselines3 import SAC, HerReplayBuffer
@@ -31,6 +29,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.analysis.runs import read_rows, write_rows
 
 SUCCESS_THRESHOLD = 0.9
 N_ENVS = 16

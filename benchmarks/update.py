@@ -10,8 +10,9 @@ Milliseconds of one update by depth and mode, beside the time that its matrix pr
 - ``graph`` (GPU only): compiled, as a CUDA graph; the other modes run without
 
 Each measurement is a process of its own, with an empty cache of compiled code in the first round, so that start-up and
-peak memory are its own. The roof is the rate of the three matrix products of a layer at the same shapes and precision,
-measured before and after the updates. Run it on an idle machine::
+peak memory are its own. The roof is the rate of the three matrix products of a layer in PyTorch, at the same shapes and
+precision, measured before and after the updates; blocks with products of their own may be above it. Run it on an idle
+machine::
 
     python benchmarks/update.py --output docs/results/update.md
 """
@@ -32,11 +33,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from experiments import write_rows
 from gymnasium import spaces
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.analysis.runs import write_rows
 
 # Observation, goal and action of the humanoid tasks
 OBSERVATION_DIM, GOAL_DIM, ACTION_DIM = 246, 3, 17
@@ -210,8 +211,9 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         "# Time and memory of one update",
         "",
         f"Batch size {args.batch_size}, width {args.width}, sizes of the humanoid tasks; {machine(args)}; median of "
-        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take at the rate measured in the "
-        "same process. Start-up is the first update, with nothing compiled before. The modes are described in the script.",
+        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
+        "measured in the same process; blocks with products of their own may be above it. Start-up is the first update, with "
+        "nothing compiled before. The modes are described in the script.",
         "",
         f"Printed by `python benchmarks/update.py {' '.join(sys.argv[1:])}`.",
         "",

@@ -21,16 +21,15 @@ from experiments import (
     draw_curve,
     machine,
     make_env,
-    read_rows,
     run_all,
     run_folder,
     runs_of,
     train_and_log,
     use_one_thread,
-    write_rows,
 )
 
 from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.analysis.runs import read_rows, write_rows
 
 N_ENVS = 16
 

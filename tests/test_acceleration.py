@@ -1,5 +1,5 @@
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim.adam import adam
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
 from sb3_deepcrl.common import acceleration
@@ -65,13 +66,14 @@ def test_one_artifact_for_all_blocks_of_all_towers():
     def graphs_of(depths):
         th._dynamo.reset()
         th._dynamo.utils.counters.clear()
-        towers = th.nn.ModuleList(ResidualTower(5, 3, depth=depth, width=16) for depth in depths)
+        # In float64, which is PyTorch's to compile everywhere
+        towers = th.nn.ModuleList(ResidualTower(5, 3, depth=depth, width=16).double() for depth in depths)
         compile_blocks(towers)
         for tower in towers:
-            gradients(tower, th.randn(6, 5, requires_grad=True))
+            gradients(tower, th.randn(6, 5, dtype=th.float64, requires_grad=True))
         return th._dynamo.utils.counters["stats"]["unique_graphs"]
 
-    assert graphs_of([4, 8]) == graphs_of([64, 8, 32])
+    assert 0 < graphs_of([4, 8]) == graphs_of([64, 8, 32])
 
 
 @needs_compiler
@@ -125,6 +127,13 @@ def test_settings_may_change_between_two_calls_of_learn():
     assert model.actor.tower.autocast_dtype is None and not model.critic.g_encoder.checkpoint_activations
 
 
+@needs_compiler
+def test_compiler_is_found_without_gradients():
+    acceleration.why_not_compiled.cache_clear()
+    with th.no_grad():
+        assert compile_blocks(ResidualTower(5, 3, depth=4, width=16))
+
+
 def test_without_a_compiler_there_is_one_warning(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no C++ compiler found")
@@ -160,6 +169,78 @@ def test_losses_are_one_graph():
     th.manual_seed(0)
     for actual, wanted in zip(traced(observations, actions), expected, strict=True):
         th.testing.assert_close(actual, wanted)
+
+
+class TraceableAdam:
+    """
+    Steps like the optimizer it is made of. PyTorch keeps tracing out of ``Optimizer.zero_grad`` and puts breaks around
+    ``Optimizer.step`` (see ``_use_grad_for_differentiable`` in ``torch/optim/optimizer.py``), whatever is inside of them.
+    """
+
+    def __init__(self, optimizer):
+        (group,) = optimizer.param_groups
+        self.parameters, self.lr, (self.beta1, self.beta2), self.eps = (
+            group[name] for name in ("params", "lr", "betas", "eps")
+        )
+        self.states = [optimizer.state[parameter] for parameter in self.parameters]
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self):
+        with th.no_grad():
+            adam(
+                self.parameters,
+                [parameter.grad for parameter in self.parameters],
+                *([state[name] for state in self.states] for name in ("exp_avg", "exp_avg_sq")),
+                [],
+                [state["step"] for state in self.states],
+                foreach=True,
+                capturable=True,
+                amsgrad=False,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                lr=self.lr,
+                weight_decay=0.0,
+                eps=self.eps,
+                maximize=False,
+            )
+
+
+@pytest.mark.skipif(not hasattr(th._dynamo.config, "trace_autograd_ops"), reason="this PyTorch traces no backward pass")
+def test_update_is_one_graph(monkeypatch):
+    """
+    Forward passes, backward passes and steps of Adam trace without a break, and the graph does the same. Three things are
+    left out because PyTorch traces none of them: what ``TraceableAdam`` stands for, and the change of ``requires_grad`` in
+    ``frozen``, which only saves work.
+    """
+    model = make_model(depth=4).learn(60)
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+    prepared = [model, deepcopy(model)]
+    for one in prepared:
+        for optimizer in one._optimizers():
+            prepare_optimizer(optimizer, capturable=False)
+    expected = []
+    th.manual_seed(0)
+    for _ in range(3):
+        expected.append(prepared[0]._update(observations, actions))
+
+    monkeypatch.setattr("sb3_deepcrl.deepcrl.deepcrl.frozen", lambda module: nullcontext())
+    traced = prepared[1]
+    for optimizer in traced._optimizers():
+        prepare_optimizer(optimizer, capturable=True)
+    for owner in (traced.actor, traced.critic):
+        owner.optimizer = TraceableAdam(owner.optimizer)
+    traced.ent_coef_optimizer = TraceableAdam(traced.ent_coef_optimizer)
+    th._dynamo.reset()
+    update = th.compile(traced._update, backend="eager", fullgraph=True)
+    th.manual_seed(0)
+    with th._dynamo.config.patch(trace_autograd_ops=True):
+        for wanted in expected:
+            th.testing.assert_close(update(observations, actions), wanted, rtol=1e-4, atol=1e-4)
+    for actual, wanted in zip(traced.policy.parameters(), prepared[0].policy.parameters(), strict=True):
+        th.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,50 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from sb3_deepcrl.analysis.ablation import AblationStudy
 from sb3_deepcrl.analysis.baselines import BaselinesStudy
+from sb3_deepcrl.analysis.collector import CollectorStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
 from sb3_deepcrl.analysis.grid import GridStudy
+from sb3_deepcrl.analysis.representation import RepresentationStudy
 from sb3_deepcrl.analysis.scale import ScaleStudy
+from sb3_deepcrl.analysis.stitching import StitchingStudy
 from sb3_deepcrl.analysis.study import Study
+from sb3_deepcrl.analysis.value_study import ValueMapStudy
+from sb3_deepcrl.analysis.walk import WalkStudy
 
 STUDIES: dict[str, type[Study]] = {
-    study.name: study for study in (DepthStudy, ScaleStudy, GridStudy, AblationStudy, BaselinesStudy)
+    study.name: study
+    for study in (
+        DepthStudy,
+        ScaleStudy,
+        GridStudy,
+        AblationStudy,
+        BaselinesStudy,
+        ValueMapStudy,
+        StitchingStudy,
+        RepresentationStudy,
+        CollectorStudy,
+        WalkStudy,
+    )
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    A parser that says what is wrong in one line.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """
+        :param message: What is wrong
+        """
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def key_value(text: str) -> tuple[str, Any]:
@@ -50,6 +79,8 @@ def add_option(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
     kwargs["help"] += " (default: %(default)s)" if default or default == 0 else ""
     if isinstance(default, dict):
         kwargs.update(type=key_value, nargs="+", metavar="KEY:VALUE")
+    elif isinstance(default, tuple):
+        kwargs.update(type=float)
     elif isinstance(default, list):
         kwargs.update(type=type(default[0]), nargs="+")
     elif isinstance(default, bool):
@@ -66,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     :param argv: Arguments of the command line
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sb3_deepcrl.analysis",
         description="Studies of depth. Each trains what has not been trained yet and writes a report: Markdown, CSV, picture.",
     )
@@ -90,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"`jobs` must be at least 1, got {jobs}")
         command = shlex.join(["python", "-m", "sb3_deepcrl.analysis", *argv])
         report = study.run(runs, output, jobs, command, console)
-    except ValueError as error:
+    except (ValueError, ChildProcessError) as error:
         parser.exit(2, f"{parser.prog} {study_class.name}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")

@@ -2,28 +2,39 @@
 Training runs that can be stopped at any time, and many of them side by side.
 """
 
+import contextlib
 import csv
+import difflib
 import hashlib
+import inspect
 import json
 import math
 import os
+import random
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import connection, get_context, parent_process, util
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch as th
 from gymnasium.error import UnregisteredEnv
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -38,6 +49,10 @@ EVAL_SEED = 10_000
 ALGORITHMS = ("DeepCRL", "SAC+HER", "TQC+HER")
 # What an algorithm reports of its last update, where it has it
 TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy")
+# In the results of a run with learners, the model that acts
+COLLECTOR = "collector"
+# Time for a process to end by itself before it is killed
+SECONDS_TO_END = 5
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,8 @@ class Run:
     :param hyperparams: Other arguments of the algorithm
     :param env_kwargs: Arguments of the training env
     :param eval_kwargs: Arguments of the evaluation env
+    :param learners: By name, arguments of DeepCRL models that learn from the same replay buffer without acting, where they
+        differ from ``hyperparams``
     """
 
     env: str
@@ -71,6 +88,7 @@ class Run:
     hyperparams: dict[str, Any] = field(default_factory=dict)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     eval_kwargs: dict[str, Any] = field(default_factory=dict)
+    learners: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def folder(self, runs: Path) -> Path:
         """
@@ -78,6 +96,8 @@ class Run:
         :return: Folder of this one. The number of steps has no influence: a longer run goes on where a shorter one ended.
         """
         setting = {name: value for name, value in asdict(self).items() if name not in ("steps", "seed")}
+        if not self.learners:
+            del setting["learners"]
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True, default=str).encode()).hexdigest()[:10]
         return runs / f"{self.env}-{self.algorithm}-{digest}" / f"seed-{self.seed}"
 
@@ -89,13 +109,28 @@ def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: Mapping[str, Any] 
     :param seed: Seed of the first one
     :param env_kwargs: Arguments of the env
     :return: The vectorised env, which reports ``is_success``; natively stepped if it is one of this package
+    :raises ValueError: if it does not know an argument
     """
-    if env_id in ENV_TABLE:
-        env = BatchVecEnv(env_id, n_envs, n_threads=th.get_num_threads(), **(env_kwargs or {}))
-        env.seed(seed)
-        return env
-    register_robotics()
-    return make_vec_env(env_id, n_envs, seed=seed, wrapper_class=SuccessInfoWrapper, env_kwargs=dict(env_kwargs or {}))
+    try:
+        if env_id in ENV_TABLE:
+            env = BatchVecEnv(env_id, n_envs, n_threads=th.get_num_threads(), **(env_kwargs or {}))
+            env.seed(seed)
+            return env
+        register_robotics()
+        return make_vec_env(env_id, n_envs, seed=seed, wrapper_class=SuccessInfoWrapper, env_kwargs=dict(env_kwargs or {}))
+    except TypeError as error:
+        raise ValueError(f"{env_id} cannot be made with `env_kwargs` {env_kwargs}: {error}") from error
+
+
+def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
+    """
+    :param env_id: Id of the env
+    :param env_kwargs: Arguments of the env
+    :return: The env, not vectorised
+    """
+    if env_id not in ENV_TABLE:
+        register_robotics()
+    return gym.make(env_id, **(env_kwargs or {}))
 
 
 def register_robotics() -> None:
@@ -118,6 +153,20 @@ def check_env_id(env_id: str) -> str:
         except (UnregisteredEnv, gym.error.Error) as error:
             raise ValueError(f"There is no env {env_id!r} ({error}): use an id such as PointU4Maze-v0") from None
     return env_id
+
+
+def check_hyperparams(hyperparams: Iterable[str]) -> None:
+    """
+    :param hyperparams: Names of arguments of DeepCRL
+    :raises ValueError: if it has no such argument, or a run sets it itself
+    """
+    own = ("self", "policy", "env", "seed", "device", "_init_setup_model")
+    known = [name for name in inspect.signature(DeepCRL.__init__).parameters if name not in own]
+    for name in hyperparams:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            advice = f"Did you mean {near[0]!r}?" if near else f"Choose from: {', '.join(known)}"
+            raise ValueError(f"`hyperparams` must be arguments of DeepCRL, but {name!r} is none that can be set. {advice}")
 
 
 def eval_env_of(env_id: str) -> str:
@@ -205,6 +254,124 @@ def load_model(run: Run, runs: Path, env: VecEnv | None = None) -> Any:
     return algorithm_class(run.algorithm).load(run.folder(runs) / "model.zip", env, custom_objects=custom_objects)
 
 
+def derived_seed(*numbers: int) -> int:
+    """
+    :param numbers: Whole numbers from 0 on
+    :return: A seed that has nothing to do with that of any other numbers
+    """
+    # Envs are seeded with this and the next numbers
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
+
+
+@contextlib.contextmanager
+def random_numbers(state: list[Any]) -> Iterator[None]:
+    """
+    Draw random numbers that change nothing for others, who find the generators of Python, NumPy and PyTorch as they were.
+
+    :param state: Where these random numbers go on; empty for whatever there is. The place where they end is put into it.
+    """
+
+    def read() -> list[Any]:
+        cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
+        return [random.getstate(), np.random.get_state(), th.get_rng_state(), cuda]
+
+    def write(python: Any, numpy: Any, torch: th.Tensor, cuda: list[th.Tensor]) -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        th.set_rng_state(torch)
+        th.cuda.set_rng_state_all(cuda)
+
+    others = read()
+    if state:
+        write(*state)
+    try:
+        yield
+    finally:
+        state[:] = read()
+        write(*others)
+
+
+class Learners(BaseCallback):
+    """
+    Models that learn from the replay buffer of the model in training, the collector: as many updates, each right after those
+    of the collector, on minibatches of their own. They don't act, and the collector learns what it learns without them.
+
+    :param run: What is trained
+    :param models: A model for each of its learners
+    """
+
+    def __init__(self, run: Run, models: Mapping[str, DeepCRL]):
+        super().__init__()
+        self.run, self.models = run, models
+        self.random_states: dict[str, list[Any]] = {name: [] for name in models}
+
+    def _init_callback(self) -> None:
+        for index, (name, learner) in enumerate(self.models.items()):
+            assert isinstance(self.model, DeepCRL)
+            learner.replay_buffer = self.model.replay_buffer
+            learner.set_logger(Logger(None, []))
+            learner._setup_acceleration(self.run.steps // self.run.transitions_per_update)
+            with random_numbers(self.random_states[name]):
+                seed = derived_seed(self.run.seed, self.model.num_timesteps, index)
+                set_random_seed(seed, using_cuda=learner.device.type == "cuda")
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._catch_up()
+
+    def _on_training_end(self) -> None:
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        for name, learner in self.models.items():
+            learner.num_timesteps = self.num_timesteps
+            learner._current_progress_remaining = self.model._current_progress_remaining
+            with random_numbers(self.random_states[name]):
+                learner.train(self.model._n_updates - learner._n_updates, learner.batch_size)
+
+
+def make_learners(run: Run, env: VecEnv) -> dict[str, DeepCRL]:
+    """
+    :param run: What is trained
+    :param env: Its envs
+    :return: Its learners, untrained
+    :raises ValueError: if it has learners, but its algorithm is not DeepCRL
+    """
+    if run.learners and run.algorithm != "DeepCRL":
+        raise ValueError(f"Learners share the replay buffer of DeepCRL, but the algorithm is {run.algorithm}: leave them out")
+    models: dict[str, DeepCRL] = {}
+    for index, (name, hyperparams) in enumerate(run.learners.items()):
+        # Not the seed of the collector, or one of the same depth would start with its networks
+        seed = derived_seed(run.seed, index)
+        model = make_model(replace(run, seed=seed, hyperparams={**run.hyperparams, **hyperparams}), env)
+        assert isinstance(model, DeepCRL)
+        models[name] = model
+    return models
+
+
+def learner_path(folder: Path, name: str, num_timesteps: int) -> Path:
+    """
+    :param folder: Folder of a run
+    :param name: Name of a learner
+    :param num_timesteps: Number of env steps of the model in that folder
+    :return: File of the learner
+    """
+    return folder / f"learner-{name}-{num_timesteps}.zip"
+
+
+def buffer_path(folder: Path, num_timesteps: int) -> Path:
+    """
+    :param folder: Folder of a run
+    :param num_timesteps: Number of env steps of the model in that folder
+    :return: File of its replay buffer
+    """
+    path = folder / f"buffer-{num_timesteps}.pkl"
+    # The name in the first runs
+    return path if path.exists() else folder / "buffer.pkl"
+
+
 class Evaluations(BaseCallback):
     """
     Evaluate now and then, and save model, replay buffer and results each time, so that the run can go on from there.
@@ -213,11 +380,12 @@ class Evaluations(BaseCallback):
     :param run: What is trained
     :param folder: Its folder
     :param rows: Evaluations so far
+    :param learners: Its learners
     """
 
-    def __init__(self, run: Run, folder: Path, rows: list[dict[str, Any]]):
+    def __init__(self, run: Run, folder: Path, rows: list[dict[str, Any]], learners: Mapping[str, DeepCRL]):
         super().__init__()
-        self.run, self.path, self.rows = run, folder, rows
+        self.run, self.path, self.rows, self.learners = run, folder, rows, learners
         self.seconds_before = float(rows[-1]["seconds"]) if rows else 0.0
         self.seconds_off = 0.0
 
@@ -227,12 +395,17 @@ class Evaluations(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
-    def _on_rollout_end(self) -> None:
-        # Here, and not in a step, as all transitions so far are in the replay buffer
-        if (
-            self.num_timesteps // self.run.eval_freq
-            > (int(self.rows[-1]["timesteps"]) if self.rows else 0) // self.run.eval_freq
-        ):
+    @property
+    def _last(self) -> int:
+        return int(self.rows[-1]["timesteps"]) if self.rows else 0
+
+    def _on_rollout_start(self) -> None:
+        # Here, where all transitions so far are in the replay buffer and all their updates are done: what is saved is whole
+        if self.num_timesteps // self.run.eval_freq > self._last // self.run.eval_freq:
+            self.evaluate()
+
+    def _on_training_end(self) -> None:
+        if self.num_timesteps > self._last:
             self.evaluate()
 
     def evaluate(self) -> None:
@@ -240,26 +413,41 @@ class Evaluations(BaseCallback):
         Evaluate and save now.
         """
         now = time.process_time()
+        seconds = round(self.seconds_before + now - self.start - self.seconds_off, 1)
         env = make_env(self.run.eval_env, min(self.run.n_eval_episodes, 64), EVAL_SEED, self.run.eval_kwargs)
-        means = mean_of_episodes(evaluate_goals(self.model, env, self.run.n_eval_episodes))
+        for name, model in {**self.learners, COLLECTOR: self.model}.items():
+            # The same episodes for all
+            env.seed(EVAL_SEED)
+            means = mean_of_episodes(evaluate_goals(model, env, self.run.n_eval_episodes))
+            training = {measure: model.logger.name_to_value.get(f"train/{measure}") for measure in TRAINING_MEASURES}
+            self.rows.append(
+                {
+                    **({"learner": name} if self.learners else {}),
+                    "timesteps": self.num_timesteps,
+                    "updates": model._n_updates,
+                    "seconds": seconds,
+                    **{measure: round(value, 4) for measure, value in means.items()},
+                    **{measure: "" if value is None else round(float(value), 4) for measure, value in training.items()},
+                }
+            )
         env.close()
-        training = {name: self.model.logger.name_to_value.get(f"train/{name}") for name in TRAINING_MEASURES}
-        self.rows.append(
-            {
-                "timesteps": self.num_timesteps,
-                "updates": self.model._n_updates,
-                "seconds": round(self.seconds_before + now - self.start - self.seconds_off, 1),
-                **{name: round(value, 4) for name, value in means.items()},
-                **{name: "" if value is None else round(float(value), 4) for name, value in training.items()},
-            }
-        )
-        write_rows(self.path / "results.csv", self.rows)
+        self._save()
+        self.seconds_off += time.process_time() - now
+
+    def _save(self) -> None:
         assert isinstance(self.model, OffPolicyAlgorithm)
-        with atomic_path(self.path / "buffer.pkl", ".pkl") as path:
+        buffer = self.path / f"buffer-{self.num_timesteps}.pkl"
+        with atomic_path(buffer, ".pkl") as path:
             self.model.save_replay_buffer(path)
+        learners = {learner_path(self.path, name, self.num_timesteps): model for name, model in self.learners.items()}
+        for path, learner in learners.items():
+            learner.save(path)
+        # Which of the others count is for the model to say: killed in between, the run goes on from the previous ones
         with atomic_path(self.path / "model.zip", ".zip") as path:
             self.model.save(path)
-        self.seconds_off += time.process_time() - now
+        write_rows(self.path / "results.csv", self.rows)
+        for path in {*self.path.glob("buffer*.pkl"), *self.path.glob("learner-*.zip")} - {buffer, *learners}:
+            path.unlink()
 
 
 def results_of(run: Run, runs: Path) -> list[dict[str, str]]:
@@ -270,7 +458,9 @@ def results_of(run: Run, runs: Path) -> list[dict[str, str]]:
     """
     path = run.folder(runs) / "results.csv"
     rows = read_rows([path]) if path.exists() else []
-    return [row for row in rows if int(row["timesteps"]) < run.steps + run.eval_freq]
+    # It may have been continued by a longer one
+    end = min((int(row["timesteps"]) for row in rows if int(row["timesteps"]) >= run.steps), default=run.steps)
+    return [row for row in rows if int(row["timesteps"]) <= end]
 
 
 def is_complete(run: Run, runs: Path) -> bool:
@@ -281,6 +471,22 @@ def is_complete(run: Run, runs: Path) -> bool:
     """
     rows = results_of(run, runs)
     return bool(rows) and int(rows[-1]["timesteps"]) >= run.steps
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """
+    Wait until no other process trains in a folder, such as another study with the same run, and keep others out.
+
+    :param folder: Folder of a run
+    """
+    with (folder / "lock").open("w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            # Given back when the process ends, however it ends
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def train(run: Run, runs: Path, n_threads: int | None = None) -> None:
@@ -295,25 +501,34 @@ def train(run: Run, runs: Path, n_threads: int | None = None) -> None:
         th.set_num_threads(n_threads)
     folder = run.folder(runs)
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not is_complete(run, runs):
+            _train(run, runs)
+
+
+def _train(run: Run, runs: Path) -> None:
+    folder = run.folder(runs)
     (folder / "run.json").write_text(json.dumps(asdict(run), indent=2, default=str) + "\n")
     env = make_env(run.env, run.n_envs, run.seed, run.env_kwargs)
     rows: list[dict[str, Any]] = []
     if (folder / "model.zip").exists():
         model = load_model(run, runs, env)
-        model.load_replay_buffer(folder / "buffer.pkl")
-        # The results are written before the model, so they may hold an evaluation more
-        rows = [row for row in read_rows([folder / "results.csv"]) if int(row["timesteps"]) <= model.num_timesteps]
+        model.load_replay_buffer(buffer_path(folder, model.num_timesteps))
+        learners = {name: DeepCRL.load(learner_path(folder, name, model.num_timesteps)) for name in run.learners}
+        # Not the random numbers of the beginning again
+        model.set_random_seed(derived_seed(run.seed, model.num_timesteps))
+        if (folder / "results.csv").exists():
+            rows = [row for row in read_rows([folder / "results.csv"]) if int(row["timesteps"]) <= model.num_timesteps]
     else:
+        learners = make_learners(run, env)
+        # The last to set the seeds of envs and generators, so that these are the same with learners and without
         model = make_model(run, env)
-    callback = Evaluations(run, folder, rows)
     model.learn(
         run.steps - model.num_timesteps,
-        callback=callback,
+        callback=[Learners(run, learners), Evaluations(run, folder, rows, learners)],
         log_interval=None,  # type: ignore[arg-type]
         reset_num_timesteps=False,
     )
-    if not is_complete(run, runs):
-        callback.evaluate()
     env.close()
 
 
@@ -323,6 +538,7 @@ def train_all(
     jobs: int | None = None,
     train_function: Callable[[Run, Path, int | None], None] = train,
     console: Console | None = None,
+    is_done: Callable[[Run, Path], bool] = is_complete,
 ) -> None:
     """
     Train all runs that are not complete, several side by side, each with an equal part of the processor's cores.
@@ -332,9 +548,10 @@ def train_all(
     :param jobs: How many at a time, by default as many as there are cores. One runs in this process.
     :param train_function: How to train one
     :param console: Where to show the progress, the terminal by default
+    :param is_done: Whether a run needs no training
     """
     all_runs = [(label, run) for label, seeds in runs_by_label.items() for run in seeds]
-    open_runs = [(label, run) for label, run in all_runs if not is_complete(run, runs)]
+    open_runs = [(label, run) for label, run in all_runs if not is_done(run, runs)]
     n_cores = n_usable_cores()
     jobs = max(1, min(jobs or n_cores, len(open_runs)))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -364,19 +581,109 @@ def train_all(
                 train_function(run, runs, None)
                 refresh()
             return
-        # Fresh processes, not forks: threads of PyTorch do not survive a fork
-        pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1)
-        try:
-            pending: set[Future[None]] = {
-                pool.submit(train_function, run, runs, max(1, n_cores // jobs)) for _, run in open_runs
-            }
-            while pending:
-                finished, pending = wait(pending, timeout=1)
-                refresh()
-                for future in finished:
-                    future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        train_side_by_side(
+            [(f"{label}, seed {run.seed}", (run, runs, max(1, n_cores // jobs))) for label, run in open_runs],
+            train_function,
+            jobs,
+            refresh,
+        )
+
+
+def train_side_by_side(
+    calls: Sequence[tuple[str, tuple[Run, Path, int | None]]],
+    train_function: Callable[[Run, Path, int | None], None],
+    jobs: int,
+    refresh: Callable[[], None],
+) -> None:
+    """
+    Train in processes of their own. If one fails, or this process is interrupted or killed, all of them are stopped.
+
+    :param calls: Name and arguments of each call
+    :param train_function: What is called
+    :param jobs: How many at a time
+    :param refresh: Called about every second and when a call has ended
+    :raises ChildProcessError: if a process was killed
+    """
+    # Not forks: threads of PyTorch do not survive a fork
+    context = get_context("spawn")
+    waiting = list(calls)
+    running: dict[str, tuple[SpawnProcess, Connection]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name, arguments = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_call_and_report, args=(sender, train_function, arguments))
+                process.start()
+                # The receiver learns of the end of the process only if this is the other's alone
+                sender.close()
+                running[name] = process, receiver
+            connection.wait([receiver for _, receiver in running.values()], timeout=1)
+            refresh()
+            for name, (process, receiver) in list(running.items()):
+                if process.is_alive() and not receiver.poll():
+                    continue
+                if (report := _receive(receiver)) is not None:
+                    error, text = report
+                    raise error from RuntimeError(text)
+                process.join()
+                if process.exitcode != 0:
+                    raise ChildProcessError(
+                        f"The process of {name!r} ended with exit code {process.exitcode}. If it was killed for lack of "
+                        "memory, use fewer `jobs`. The next call goes on from the last evaluations"
+                    )
+                del running[name]
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join(SECONDS_TO_END)
+            process.kill()
+            process.join()
+
+
+def _receive(receiver: Connection) -> Any:
+    """
+    :param receiver: Where a process reports that has ended, or is about to
+    :return: The exception and its traceback as text, None if there is none
+    """
+    try:
+        return receiver.recv()
+    except EOFError:
+        # It ended without a report
+        return None
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_END)
+    os._exit(1)
+
+
+def _end(*_: Any) -> None:
+    # Not an exception, which may come in the middle of an import, or where it is ignored. Nothing is lost: files are written
+    # as a whole. What is left to do is to give back semaphores, or there is a warning.
+    util._exit_function()  # type: ignore[attr-defined]
+    os._exit(1)
+
+
+def _call_and_report(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """
+    :param sender: Where to send an exception and its traceback as text
+    :param function: What to call
+    :param arguments: Its arguments
+    """
+    # Ctrl-C in a terminal comes here too, but it is the other process that stops this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        function(*arguments)
+    except Exception as error:
+        sender.send((error, traceback.format_exc()))
 
 
 def n_usable_cores() -> int:

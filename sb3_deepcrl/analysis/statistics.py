@@ -2,6 +2,7 @@
 Interquartile means with bootstrap intervals, by rliable (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -62,17 +63,20 @@ def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples
         raise ValueError(f"Scores must have the shape (n_seeds, n_points) with at least one of each, got {curves.shape}")
 
     def aggregate(scores: np.ndarray) -> np.ndarray:
-        # rliable's own function takes one point at a time, and most of its time to check it
-        n_cut = int(0.25 * len(scores))
+        # rliable's interquartile mean of all points at once, many times as fast
+        n_cut = len(scores) // 4
         return np.sort(scores[:, 0], axis=0)[n_cut : len(scores) - n_cut].mean(axis=0)
 
     # rliable wants (n_runs, n_tasks, n_points)
     scores = {"": curves[:, None, :]}
     if len(curves) == 1:
         return [Estimate(float(value), np.nan, np.nan) for value in aggregate(scores[""])]
-    means, intervals = get_interval_estimates(
-        scores, aggregate, reps=n_resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
-    )
+    with warnings.catch_warnings():
+        # rliable has no other way to set a seed
+        warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)
+        means, intervals = get_interval_estimates(
+            scores, aggregate, reps=n_resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
+        )
     return [Estimate(*map(float, values)) for values in zip(means[""], *intervals[""], strict=True)]
 
 
@@ -93,6 +97,21 @@ def curves_of(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> np.nd
     """
     n = min(map(len, runs))
     return np.array([[float(row[column]) for row in rows[:n]] for rows in runs])
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """
+    Spearman's rank correlation.
+
+    :param first: Numbers
+    :param second: Numbers, same shape
+    :return: Their correlation, not a number if one of them is the same everywhere
+    """
+    from scipy.stats import rankdata
+
+    first, second = rankdata(first), rankdata(second)
+    spread = first.std() * second.std()
+    return float(((first - first.mean()) * (second - second.mean())).mean() / spread) if spread else float("nan")
 
 
 def critical_depth(scores: Mapping[int, Estimate]) -> int | None:

@@ -5,7 +5,7 @@ What all studies are: settings, each trained with several seeds, and a report of
 import platform
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +17,10 @@ from rich.console import Console
 from sb3_deepcrl.analysis.runs import (
     Run,
     check_env_id,
+    check_hyperparams,
     eval_env_of,
+    is_complete,
+    load_model,
     n_usable_cores,
     results_of,
     train,
@@ -26,6 +29,8 @@ from sb3_deepcrl.analysis.runs import (
 )
 from sb3_deepcrl.analysis.statistics import Estimate, curves_of, final_scores, interquartile_mean
 from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.common.torch_layers import check_depth
+from sb3_deepcrl.deepcrl import DeepCRL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +95,8 @@ class Study(ABC):
     Base class of the studies. Each field is an option of the command line with the same name.
 
     A study trains every setting with several seeds, each a run of its own that is saved at every evaluation. Called again it
-    goes on where it was stopped, with other studies' runs of the same settings, or with more steps or seeds.
+    goes on where it was stopped, with other studies' runs of the same settings, with more seeds, or with more steps and
+    evaluations in the same proportion.
 
     :raises ValueError: If an env does not exist, or a number is out of its range
     """
@@ -117,6 +123,7 @@ class Study(ABC):
             if getattr(self, name):
                 check_env_id(getattr(self, name))
         self.eval_env = self.eval_env or eval_env_of(self.env)
+        check_hyperparams(self.hyperparams)
         for item in fields(self):
             value = getattr(self, item.name)
             numbers = value if isinstance(value, list) else [value]
@@ -197,6 +204,14 @@ class Study(ABC):
         """
         train(run, runs, n_threads)
 
+    def is_complete(self, run: Run, runs: Path) -> bool:
+        """
+        :param run: A run
+        :param runs: Folder of all runs
+        :return: Whether :meth:`train_run` has nothing left to do
+        """
+        return is_complete(run, runs)
+
     def seeds_of(self, run: Run) -> list[Run]:
         """
         :param run: A run
@@ -224,7 +239,7 @@ class Study(ABC):
         """
         runs = Path(runs)
         runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
-        train_all(runs_by_label, runs, jobs, self.train_run, console)
+        train_all(runs_by_label, runs, jobs, self.train_run, console, self.is_complete)
         results = {label: [results_of(run, runs) for run in seeds] for label, seeds in runs_by_label.items()}
         report = self.report(results, runs)
         path = Path(output) if output else runs / f"{self.name}-{self.env}.md"
@@ -250,8 +265,47 @@ class Study(ABC):
                 if isinstance(value, dict):
                     words += [f"{key}:{entry!r}" for key, entry in value.items()]
                 else:
-                    words += map(str, value if isinstance(value, list) else [value])
+                    words += map(str, value if isinstance(value, (list, tuple)) else [value])
         return shlex.join(words)
+
+
+@dataclass
+class ComparisonOfDepths(Study):
+    """
+    Base class of the studies that look at models of several depths. They are those of the study ``depth``.
+    """
+
+    depths: list[int] = option([4, 32], "Depths")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for depth in self.depths:
+            check_depth(depth)
+        self.check_free({"depth": "depths"})
+
+    def settings(self) -> dict[str, Run]:
+        return {f"depth {depth}": self.make_run(depth=depth) for depth in self.depths}
+
+    def models(self, runs: Path) -> Iterator[tuple[int, int, DeepCRL]]:
+        """
+        :param runs: Folder of all runs
+        :return: Depth, seed and model of each run, one after the other
+        """
+        for depth in self.depths:
+            for run in self.seeds_of(self.make_run(depth=depth)):
+                yield depth, run.seed, load_model(run, runs)
+
+
+def scores_by_depth(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int, np.ndarray]:
+    """
+    :param rows: Rows with the columns ``depth`` and ``seed``
+    :param column: What is measured
+    :return: Its mean over the rows of each seed, shape ``(n_seeds,)``, by depth
+    """
+    values: dict[int, dict[int, list[float]]] = {}
+    for row in rows:
+        values.setdefault(row["depth"], {}).setdefault(row["seed"], []).append(float(row[column]))
+    return {depth: np.array([np.mean(seed) for seed in seeds.values()]) for depth, seeds in values.items()}
 
 
 def machine() -> str:

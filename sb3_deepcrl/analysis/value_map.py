@@ -13,6 +13,9 @@ from sb3_deepcrl.envs.scenes import Maze
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# By how much walls are smaller for a line of sight than they are, in cells, so that it may touch them
+TOUCH = 1e-6
+
 
 @dataclass
 class MazeMap:
@@ -67,13 +70,80 @@ class MazeMap:
         """
         return self.origin + rows[..., None] * self.row_step + columns[..., None] * self.column_step
 
+    def rows_and_columns(self, xy: np.ndarray) -> np.ndarray:
+        """
+        :param xy: Positions in metres, last axis of 2
+        :return: Row and column of each as fractions, same shape
+        """
+        steps = np.stack([self.row_step, self.column_step], axis=1)
+        return (np.asarray(xy) - self.origin) @ np.linalg.inv(steps).T
+
+    def places(self, points_per_cell: int = 1) -> np.ndarray:
+        """
+        :param points_per_cell: Number of points along the side of a cell
+        :return: x and y of evenly spaced points in all free cells in metres, shape ``(n, 2)``
+        """
+        shifts = (np.arange(points_per_cell) + 0.5) / points_per_cell - 0.5
+        cells = np.argwhere(~self.walls)[:, None, None, :]
+        rows, columns = np.broadcast_arrays(cells[..., 0] + shifts[:, None], cells[..., 1] + shifts)
+        return self.centers(rows, columns).reshape(-1, 2)
+
+    def distances(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """
+        Length of the shortest way of a point through the maze. It is exact: such a way is straight but where it turns at
+        a corner of a wall, so it leads along lines of sight between its ends and corners.
+
+        :param sources: Positions in metres, shape ``(n_sources, 2)``
+        :param targets: Positions in metres, shape ``(n_targets, 2)``
+        :return: Lengths in metres, shape ``(n_sources, n_targets)``; infinite where no way leads
+        """
+        first, last = self.rows_and_columns(sources), self.rows_and_columns(targets)
+        corners, obstacles = self._corners(), self._obstacles()
+        between = _lengths_in_sight(corners, corners, obstacles)
+        # Floyd and Warshall's algorithm
+        for corner in range(len(corners)):
+            between = np.minimum(between, between[:, corner, None] + between[corner])
+        lengths = _lengths_in_sight(first, last, obstacles)
+        if len(corners):
+            to_target = (between[:, :, None] + _lengths_in_sight(corners, last, obstacles)).min(axis=1)
+            from_source = _lengths_in_sight(first, corners, obstacles)
+            for corner in range(len(corners)):
+                lengths = np.minimum(lengths, from_source[:, corner, None] + to_target[corner])
+        return lengths * self.cell_size
+
+    def _corners(self) -> np.ndarray:
+        """
+        :return: Row and column of the corners around which a way can turn, shape ``(n, 2)``
+        """
+        walls = np.pad(self.walls, 1, constant_values=True).astype(int)
+        n_walls_around = walls[:-1, :-1] + walls[1:, :-1] + walls[:-1, 1:] + walls[1:, 1:]
+        return np.argwhere(n_walls_around == 1) - 0.5
+
+    def _obstacles(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """
+        :return: Smallest and largest row and column of boxes that no line of sight passes
+        """
+        boxes: list[tuple[np.ndarray, np.ndarray]] = []
+        # Rows and columns of walls, so that there is no way between two neighbors
+        for along, walls in ((1, self.walls), (0, self.walls.T)):
+            edges = np.diff(np.pad(walls, ((0, 0), (1, 1))).astype(int), axis=1)
+            starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
+            for (line, start), (_, end) in zip(starts, ends, strict=True):
+                low, high = np.array([line - 0.5, start - 0.5]) + TOUCH, np.array([line + 0.5, end - 0.5]) - TOUCH
+                boxes.append((low, high) if along else (low[::-1], high[::-1]))
+        # Nor between two that touch at a corner
+        walls = self.walls
+        falling = walls[:-1, :-1] & walls[1:, 1:] & ~walls[1:, :-1] & ~walls[:-1, 1:]
+        rising = ~walls[:-1, :-1] & ~walls[1:, 1:] & walls[1:, :-1] & walls[:-1, 1:]
+        boxes += [(corner + 0.5 - 2 * TOUCH, corner + 0.5 + 2 * TOUCH) for corner in np.argwhere(falling | rising)]
+        return boxes
+
     def is_wall(self, xy: np.ndarray) -> np.ndarray:
         """
         :param xy: Positions in metres, last axis of 2
         :return: Whether each lies in a wall or outside of the maze
         """
-        steps = np.stack([self.row_step, self.column_step], axis=1)
-        cells = np.rint((np.asarray(xy) - self.origin) @ np.linalg.inv(steps).T).astype(int)
+        cells = np.rint(self.rows_and_columns(xy)).astype(int)
         inside = ((cells >= 0) & (cells < self.walls.shape)).all(axis=-1)
         cells = np.clip(cells, 0, np.array(self.walls.shape) - 1)
         return ~inside | self.walls[cells[..., 0], cells[..., 1]]
@@ -86,6 +156,63 @@ class MazeMap:
         corners = self.centers(np.array([-0.5, n_rows - 0.5]), np.array([-0.5, n_columns - 0.5]))
         (x_min, y_min), (x_max, y_max) = corners.min(axis=0), corners.max(axis=0)
         return x_min, x_max, y_min, y_max
+
+    def to_picture(self, xy: np.ndarray) -> np.ndarray:
+        """
+        :param xy: Positions or directions in metres, last axis of 2
+        :return: The same with the coordinate first that runs along the rows of the maze, from left to right in a picture
+        """
+        return np.asarray(xy)[..., ::-1] if self.column_step[0] == 0 else np.asarray(xy)
+
+    def draw(self, ax: "Axes") -> None:
+        """
+        Draw the walls, so that the picture reads as the maze's text does: rows from top to bottom.
+
+        :param ax: Where
+        """
+        from matplotlib.patches import Rectangle
+
+        for row, column in np.argwhere(self.walls):
+            left, bottom = self.to_picture(self.centers(np.array(row), np.array(column))) - self.cell_size / 2
+            ax.add_patch(Rectangle((left, bottom), self.cell_size, self.cell_size, facecolor="0.25", edgecolor="0.25"))
+        x_min, x_max, y_min, y_max = self.limits()
+        (left, bottom), (right, top) = self.to_picture(np.array([(x_min, y_min), (x_max, y_max)]))
+        across, up = ("y", "x") if self.column_step[0] == 0 else ("x", "y")
+        ax.set(xlabel=f"{across} (m)", ylabel=f"{up} (m)", aspect="equal", xlim=(left, right), ylim=(bottom, top))
+        if self.to_picture(self.row_step)[1] > 0:
+            ax.invert_yaxis()
+
+
+def _lengths_in_sight(first: np.ndarray, last: np.ndarray, obstacles: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """
+    :param first: Points, shape ``(n, 2)``
+    :param last: Points, shape ``(m, 2)``
+    :param obstacles: Boxes that no line of sight passes
+    :return: Lengths of the straight lines between them, shape ``(n, m)``; infinite where a box is in the way
+    """
+    steps = last[None] - first[:, None]
+    lengths = np.hypot(steps[..., 0], steps[..., 1])
+    # Lines along an axis, which never meet the sides of a box that run along it, meet them far away instead
+    divisors = np.where(np.abs(steps) < 1e-12, 1e-12, steps)
+    for low, high in obstacles:
+        meets_low, meets_high = (low - first)[:, None] / divisors, (high - first)[:, None] / divisors
+        enters = np.minimum(meets_low, meets_high).max(axis=-1)
+        leaves = np.maximum(meets_low, meets_high).min(axis=-1)
+        lengths[np.maximum(enters, 0) < np.minimum(leaves, 1)] = np.inf
+    return lengths
+
+
+def goals_of(env: gym.Env) -> np.ndarray:
+    """
+    :param env: A maze of this package or of gymnasium-robotics, wrapped or not
+    :return: x and y of all goals that it may set, but for noise, in metres, shape ``(n, 2)``
+    :raises ValueError: if the env has no maze
+    """
+    MazeMap.from_env(env)
+    scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
+    if isinstance(scene, Maze):
+        return np.unique(scene.pairs[:, 1], axis=0) * scene.cell_size
+    return np.unique(env.unwrapped.maze.unique_goal_locations, axis=0)  # type: ignore[attr-defined]
 
 
 def observations_at(observation: dict[str, np.ndarray], xy: np.ndarray, goal: np.ndarray) -> dict[str, np.ndarray]:
@@ -158,9 +285,6 @@ def plot_value_map(
     :return: The axes
     :raises ValueError: if the env has no maze, or the goal lies in a wall
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
     maze = MazeMap.from_env(env)
     observation, _ = env.reset(seed=seed)
     goal = observation["desired_goal"][:2] if goal is None else np.asarray(goal, dtype=np.float64)
@@ -178,25 +302,28 @@ def plot_value_map(
     values[free], actions[free] = value_map(model, observation, grid[free], goal)
 
     if ax is None:
+        import matplotlib.pyplot as plt
+
         _, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    # Which of x and y runs along the rows of the maze
-    across = int(maze.column_step[0] == 0)
-    order = [across, 1 - across]
-    limits = [(x_min, x_max), (y_min, y_max)]
-    image = ax.imshow(values.T if across else values, origin="lower", extent=(*limits[across], *limits[1 - across]))
+    transposed = maze.column_step[0] == 0
+    (left, bottom), (right, top) = maze.to_picture(np.array([(x_min, y_min), (x_max, y_max)]))
+    image = ax.imshow(values.T if transposed else values, origin="lower", extent=(left, right, bottom, top))
     ax.figure.colorbar(image, ax=ax, label="value (minus distance of the representations)", shrink=0.85)
-    for row, column in zip(*np.nonzero(maze.walls), strict=True):
-        left, bottom = (maze.centers(np.array(row), np.array(column)) - maze.cell_size / 2)[order]
-        ax.add_patch(Rectangle((left, bottom), maze.cell_size, maze.cell_size, facecolor="0.25", edgecolor="0.25"))
+    maze.draw(ax)
     if model.action_space.shape == (2,):
         # About four arrows along the side of a cell, in the middle of their part of it
         step = max(points_per_cell // 4, 1)
         part = (slice(step // 2, None, step), slice(step // 2, None, step))
-        starts, arrows = grid[part][free[part]], actions[part][free[part]]
-        ax.quiver(*starts.T[order], *arrows.T[order], angles="xy", color="white", width=0.003)
-    ax.plot(*goal[order], marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none", label="goal")
-    ax.set(xlabel=f"{'xy'[across]} (m)", ylabel=f"{'yx'[across]} (m)", aspect="equal")
-    if maze.row_step[1 - across] > 0:
-        ax.invert_yaxis()
+        starts, arrows = (maze.to_picture(array[part][free[part]]) for array in (grid, actions))
+        ax.quiver(*starts.T, *arrows.T, angles="xy", color="white", width=0.003)
+    ax.plot(
+        *maze.to_picture(goal),
+        marker="*",
+        markersize=18,
+        color="tab:red",
+        markeredgecolor="white",
+        linestyle="none",
+        label="goal",
+    )
     ax.legend(loc="upper right", framealpha=0.9)
     return ax

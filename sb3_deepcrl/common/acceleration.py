@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import torch as th
 from torch import nn
 
+from sb3_deepcrl.common.block_kernel import KernelBlock, load_kernel
 from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 
-# With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up of half a minute
-MIN_COMPILED_LAYERS = 100_000
+# With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up of ten seconds.
+# At the default sizes it is earned after a fifth of them.
+MIN_COMPILED_LAYERS = 20_000
 
 # Blocks of all models of a process share their code, so each width, batch size and precision counts as a recompilation
 RECOMPILE_LIMIT = 128
@@ -44,8 +46,9 @@ def why_not_compiled(device_type: str) -> str | None:
     :return: What went wrong, None if nothing did
     """
     try:
-        x = th.ones(16, device=device_type, requires_grad=True)
-        th.compile(nn.functional.silu, backend=lean_inductor)(x).sum().backward()
+        with th.enable_grad():
+            x = th.ones(16, device=device_type, requires_grad=True)
+            th.compile(nn.functional.silu, backend=lean_inductor)(x).sum().backward()
     except Exception as error:  # whatever is missing: compiler, headers, triton, the option of lean_inductor
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
@@ -53,8 +56,8 @@ def why_not_compiled(device_type: str) -> str | None:
 
 def compile_pays(device: th.device, n_layers: int) -> bool:
     """
-    Whether ``compile="auto"`` compiles. On a CPU the gain is in the elementwise half of the work, which PyTorch's own
-    kernels leave to one operation at a time; without AVX-512 none was measured (``docs/results/update.md``).
+    Whether ``compile="auto"`` compiles. On a CPU most of the gain is that of the block kernel, which needs AVX-512; without
+    it none was measured (``docs/results/update.md``).
 
     :param device: Where the blocks run
     :param n_layers: Number of layers to be updated: updates times depth
@@ -97,8 +100,9 @@ def compile_blocks(module: nn.Module) -> bool:
     Compile every residual block of a network, in place. All of them share one artifact, so that the start-up does not
     depend on the depth. Parameters, ``state_dict`` and pickles stay what they were.
 
-    The code is generated at the first forward pass, and again for another batch size: once as it is,
-    from then on for any size.
+    On CPUs with AVX-512, blocks of Dense, LayerNorm and Swish run as the function in ``residual_block.cpp`` where their
+    products are in float32. For all others the code is generated at the first forward pass, and again for another batch
+    size: once as it is, from then on for any size.
 
     :param module: Any network
     :return: Whether it was done. Without a compiler there is a warning, and the network stays as it is.
@@ -115,8 +119,12 @@ def compile_blocks(module: nn.Module) -> bool:
         return False
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
+    kernel = load_kernel()
     for block in blocks:
         block.compile(backend=lean_inductor)
+        if kernel is not None and type(block) is ResidualBlock:
+            assert block._compiled_call_impl is not None
+            block._compiled_call_impl = KernelBlock(kernel, block, block._compiled_call_impl)
     return True
 
 

@@ -1,0 +1,201 @@
+"""
+Residual blocks as one function in C++, ``residual_block.cpp``: all that PyTorch does one operation after the other, matrix
+products included, is done for a few rows at a time, which stay in the cache meanwhile.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from sb3_deepcrl.common.torch_layers import LAYERS_PER_BLOCK, ResidualBlock
+
+_MODULES = [nn.Linear, nn.LayerNorm, nn.SiLU] * LAYERS_PER_BLOCK
+_N_PARAMETERS = 4 * LAYERS_PER_BLOCK
+_ADDRESS, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+_Addresses = _ADDRESS * _N_PARAMETERS
+
+
+@functools.cache
+def load_kernel() -> ctypes.CDLL | None:
+    """
+    Compile ``residual_block.cpp`` with the compiler of ``torch.compile``, which keeps the outcome on the disk.
+
+    :return: The library, None where it is not known to be faster (without AVX-512), or if it cannot be compiled
+    """
+    if th.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    source = Path(__file__).with_name("residual_block.cpp").read_text()
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        library = CppCodeCache.load(source)
+    except Exception:  # the cache is no public interface of PyTorch: torch.compile does the blocks then
+        return None
+    assert isinstance(library, ctypes.CDLL)
+    library.n_lanes.restype = _INTEGER
+    library.has_bfloat16.restype = ctypes.c_bool
+    library.residual_block_forward.argtypes = [
+        *[_ADDRESS] * 3,
+        ctypes.c_float,
+        *[_ADDRESS] * 3,
+        *[_INTEGER] * 3,
+        ctypes.c_bool,
+    ]
+    library.residual_block_backward.argtypes = [*[_ADDRESS] * 9, *[_INTEGER] * 3, ctypes.c_bool]
+    library.residual_block_forward.restype = library.residual_block_backward.restype = None
+    return library
+
+
+def _addresses(tensors: tuple[th.Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
+    return _Addresses(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _forward(
+    kernel: ctypes.CDLL,
+    x: th.Tensor,
+    scale: th.Tensor | None,
+    eps: float,
+    bfloat16: bool,
+    parameters: tuple[th.Tensor, ...],
+    keep: bool,
+) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
+    """
+    :return: The output and what the backward pass needs: matrix products, means and deviations, None unless ``keep``
+    """
+    n_rows, width = x.shape
+    output = th.empty_like(x)
+    products = x.new_empty(LAYERS_PER_BLOCK, n_rows, width) if keep else None
+    statistics = x.new_empty(LAYERS_PER_BLOCK, n_rows, 2) if keep else None
+    kernel.residual_block_forward(
+        x.data_ptr(),
+        _addresses(parameters),
+        None if scale is None else scale.data_ptr(),
+        eps,
+        output.data_ptr(),
+        None if products is None else products.data_ptr(),
+        None if statistics is None else statistics.data_ptr(),
+        n_rows,
+        width,
+        th.get_num_threads(),
+        bfloat16,
+    )
+    return output, products, statistics
+
+
+class _Block(th.autograd.Function):
+    """The kernel as a function that can be differentiated once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: ctypes.CDLL,
+        x: th.Tensor,
+        scale: th.Tensor | None,
+        eps: float,
+        bfloat16: bool,
+        *parameters: th.Tensor,
+    ) -> Any:
+        output, products, statistics = _forward(kernel, x, scale, eps, bfloat16, parameters, keep=True)
+        ctx.kernel, ctx.bfloat16 = kernel, bfloat16
+        ctx.save_for_backward(x, scale, products, statistics, *parameters)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: th.Tensor) -> Any:
+        x, scale, products, statistics, *parameters = ctx.saved_tensors
+        n_rows, width = x.shape
+        gradient = gradient.contiguous()
+        dx = th.empty_like(x)
+        # In a frozen network none of them is needed, else all are
+        needed = any(ctx.needs_input_grad[2:])
+        gradients = tuple(map(th.empty_like, parameters)) if needed else ()
+        dscale = th.empty_like(scale) if needed and scale is not None else None
+        ctx.kernel.residual_block_backward(
+            x.data_ptr(),
+            gradient.data_ptr(),
+            products.data_ptr(),
+            statistics.data_ptr(),
+            _addresses(parameters),
+            None if scale is None else scale.data_ptr(),
+            dx.data_ptr(),
+            _addresses(gradients) if needed else None,
+            None if dscale is None else dscale.data_ptr(),
+            n_rows,
+            width,
+            th.get_num_threads(),
+            ctx.bfloat16,
+        )
+        return None, dx, dscale, None, None, *(gradients if needed else [None] * _N_PARAMETERS)
+
+
+class KernelBlock:
+    """
+    What a residual block does when it is called: run as the kernel wherever that does the same, i.e. for blocks of Dense,
+    LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them. It looks at modules and
+    parameters at each call, since all of them may be exchanged.
+
+    :param kernel: See :func:`load_kernel`
+    :param block: The residual block
+    :param otherwise: What to call where the kernel does not do the same
+    """
+
+    def __init__(self, kernel: ctypes.CDLL, block: ResidualBlock, otherwise: Callable[[th.Tensor], th.Tensor]):
+        self.kernel = kernel
+        self.block = block
+        self.otherwise = otherwise
+        self.n_lanes = kernel.n_lanes()
+        # Where there are units for whole matrices of bfloat16, PyTorch's products use them
+        self.knows_bfloat16 = kernel.has_bfloat16() and not th.cpu._is_amx_tile_supported()
+
+    def __call__(self, x: th.Tensor) -> th.Tensor:
+        bfloat16 = th.is_autocast_enabled("cpu")
+        eps_and_parameters = self._eps_and_parameters(x, bfloat16)
+        if eps_and_parameters is None:
+            return self.otherwise(x)
+        eps, parameters = eps_and_parameters
+        scale = self.block.scale if self.block.residual else None
+        x = x.contiguous()
+        tensors = (x, *parameters) if scale is None else (x, scale, *parameters)
+        if th.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            output = _Block.apply(self.kernel, x, scale, eps, bfloat16, *parameters)
+            assert isinstance(output, th.Tensor)
+            return output
+        return _forward(self.kernel, x, scale, eps, bfloat16, parameters, keep=False)[0]
+
+    def _eps_and_parameters(self, x: th.Tensor, autocast: bool) -> tuple[float, tuple[th.Tensor, ...]] | None:
+        """
+        :param x: Input of the block
+        :param autocast: Whether products are computed in another type than that of the parameters
+        :return: The epsilon of the LayerNorms and the parameters in the order of the kernel, None if it cannot do the block
+        """
+        # Subclasses stand for something else than memory of the CPU (for instance while a network is traced)
+        if type(x) is not th.Tensor or x.dtype is not th.float32 or x.device.type != "cpu" or x.ndim != 2:
+            return None
+        width = x.shape[1]
+        if autocast and not (self.knows_bfloat16 and th.get_autocast_dtype("cpu") is th.bfloat16):
+            return None
+        if width % (2 * self.n_lanes if autocast else self.n_lanes) or th.compiler.is_compiling():
+            return None
+        modules = list(self.block.branch)
+        if [type(module) for module in modules] != _MODULES:
+            return None
+        tensors: list[th.Tensor | None] = []
+        for dense, norm in zip(modules[::3], modules[1::3], strict=True):
+            # Without an entry if it is computed from other parameters
+            tensors += [module._parameters.get(name) for module in (dense, norm) for name in ("weight", "bias")]
+        parameters = tuple(tensor for tensor in tensors if tensor is not None)
+        shapes = [(width, width), (width,), (width,), (width,)] * LAYERS_PER_BLOCK
+        if [parameter.shape for parameter in parameters] != shapes or len({norm.eps for norm in modules[1::3]}) > 1:
+            return None
+        for tensor in (self.block.scale, *parameters):
+            if tensor.dtype is not th.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+                return None
+        assert isinstance(modules[1], nn.LayerNorm)
+        return modules[1].eps, parameters

@@ -1,0 +1,599 @@
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+# Says something when it is imported
+import gymnasium_robotics  # noqa: F401
+import numpy as np
+import pytest
+import torch as th
+from rich.console import Console
+from rliable.metrics import aggregate_iqm
+from stable_baselines3.common.save_util import load_from_pkl
+
+from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.analysis import DepthStudy, cli, runs
+from sb3_deepcrl.analysis.cli import main
+from sb3_deepcrl.analysis.runs import (
+    Evaluations,
+    Run,
+    check_hyperparams,
+    derived_seed,
+    eval_env_of,
+    is_complete,
+    load_model,
+    locked,
+    make_env,
+    make_model,
+    random_numbers,
+    read_rows,
+    results_of,
+    train,
+    train_all,
+    update_schedule,
+    write_rows,
+)
+from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, critical_depth, curves_of, final_scores, interquartile_mean
+from sb3_deepcrl.envs import BatchVecEnv
+
+TOY_HYPERPARAMS = {"width": 8, "batch_size": 8, "learning_starts": 40, "buffer_size": 4000, "precision": "float32"}
+TOY_OPTIONS = [
+    *("--env", "PointUMaze-v0", "--steps", "160", "--n-evaluations", "4", "--n-eval-episodes", "4", "--n-envs", "4"),
+    *("--transitions-per-update", "8", "--batch-size", "8", "--precision", "float32", "--env-kwargs", "max_episode_steps:20"),
+    *("--hyperparams", "width:8", "learning_starts:40", "buffer_size:4000"),
+]
+# With one update after every 8 steps from 48 on
+TOY_COUNTERS = [(40, 0), (80, 5), (120, 10), (160, 15)]
+
+
+def toy_run(**settings) -> Run:
+    hyperparams = {**TOY_HYPERPARAMS, "depth": 4, **settings.pop("hyperparams", {})}
+    episode = {"max_episode_steps": 20}
+    defaults = dict(env="PointUMaze-v0", steps=160, eval_freq=40, eval_env="PointUMazeEval-v0", n_eval_episodes=4, n_envs=4)
+    return Run(
+        **{**defaults, "transitions_per_update": 8, "env_kwargs": episode, "eval_kwargs": episode, **settings},
+        hyperparams=hyperparams,
+    )
+
+
+def counters(run: Run, folder: Path) -> list[tuple[int, int]]:
+    return [(int(row["timesteps"]), int(row["updates"])) for row in results_of(run, folder)]
+
+
+def n_stored(run: Run, folder: Path) -> int:
+    (path,) = run.folder(folder).glob("buffer*.pkl")
+    return int(np.count_nonzero(load_from_pkl(path).remaining))
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_envs, transitions", [(64, 40), (1, 16), (16, 16), (48, 1), (5, 7)])
+def test_update_schedule(n_envs, transitions):
+    schedule = update_schedule(n_envs, transitions)
+    collected = schedule["train_freq"] * n_envs
+    assert collected == transitions * schedule["gradient_steps"]
+    assert collected == np.lcm(n_envs, transitions)
+
+
+def test_eval_env():
+    assert eval_env_of("AntU4Maze-v0") == "AntU4MazeEval-v0"
+    assert eval_env_of("PointUMazeStitch-v0") == "PointUMazeStitchEval-v0"
+    for same in ("PointHardestMaze-v0", "HumanoidGoal-v0", "AntU4MazeEval-v0", "PointMaze_UMaze-v3"):
+        assert eval_env_of(same) == same
+
+
+def test_make_env():
+    env = make_env("PointUMaze-v0", 3, 5, {"max_episode_steps": 7})
+    assert isinstance(env, BatchVecEnv)
+    assert env.num_envs == 3
+    assert env.get_attr("max_episode_steps") == [7, 7, 7]
+    first, other = env.reset()["desired_goal"], make_env("PointUMaze-v0", 3, 5, {"max_episode_steps": 7}).reset()
+    assert (first == other["desired_goal"]).all()
+    env.close()
+    env = make_env("PointMaze_UMaze-v3", 2, 0, {"max_episode_steps": 7})
+    env.reset()
+    *_, infos = env.step(np.zeros((2, 2)))
+    assert all("is_success" in info for info in infos)
+    env.close()
+    for env_id in ("PointUMaze-v0", "PointMaze_UMaze-v3"):
+        with pytest.raises(ValueError, match=rf"^{env_id} cannot be made with `env_kwargs` {{'walls': 3}}: .*walls"):
+            make_env(env_id, 1, 0, {"walls": 3})
+
+
+@pytest.mark.parametrize("algorithm", ["SAC+HER", "TQC+HER"])
+def test_other_algorithms_go_on_too(tmp_path, algorithm):
+    hyperparams = {"policy_kwargs": {"net_arch": [8]}, "batch_size": 8, "learning_starts": 80, "buffer_size": 4000}
+    run = replace(toy_run(steps=120), algorithm=algorithm, hyperparams=hyperparams)
+    train(run, tmp_path)
+    train(replace(run, steps=160), tmp_path)
+    assert counters(replace(run, steps=160), tmp_path) == [(40, 0), (80, 0), (120, 5), (160, 10)]
+
+
+def test_unknown_algorithm():
+    run = toy_run(algorithm="PPO")
+    with pytest.raises(ValueError, match=r"Unknown algorithm 'PPO'. Choose one of: DeepCRL, SAC\+HER, TQC\+HER"):
+        make_model(run, make_env(run.env, 4, 0))
+
+
+def test_hyperparams_are_arguments():
+    check_hyperparams(["gamma", "width", "policy_kwargs"])
+    with pytest.raises(ValueError, match=r"'widht' is none that can be set. Did you mean 'width'?"):
+        check_hyperparams(["widht"])
+    with pytest.raises(ValueError, match=r"'seed' is none that can be set. Choose from: learning_rate, "):
+        check_hyperparams(["seed"])
+
+
+def test_folder_of_a_run():
+    plain = dict(env="PointUMaze-v0", steps=160, eval_freq=40, eval_env="PointUMazeEval-v0", n_eval_episodes=4, n_envs=4)
+    run = Run(**plain, transitions_per_update=8, hyperparams={"depth": 4})
+    # That of all runs that were made so far
+    assert run.folder(Path("runs")) == Path("runs/PointUMaze-v0-DeepCRL-56dfc9ab41/seed-0")
+    folder = run.folder(Path()).parent
+    assert replace(run, seed=1).folder(Path()) == folder / "seed-1"
+    assert replace(run, steps=1000).folder(Path()) == folder / "seed-0"
+    others = [
+        replace(run, **{name: value})
+        for name, value in {
+            "env": "PointU2Maze-v0",
+            "eval_freq": 41,
+            "eval_env": "PointUMaze-v0",
+            "n_eval_episodes": 5,
+            "n_envs": 5,
+            "transitions_per_update": 9,
+            "algorithm": "SAC+HER",
+            "hyperparams": {"depth": 8},
+            "env_kwargs": {"cell_size": 3.0},
+            "eval_kwargs": {"cell_size": 3.0},
+            "learners": {"deep": {"depth": 8}},
+        }.items()
+    ]
+    assert len(others) == len(vars(run)) - 2
+    assert len({other.folder(Path()) for other in [run, *others]}) == len(others) + 1
+
+
+def test_results_up_to_the_steps(tmp_path):
+    run = toy_run(steps=80)
+    assert results_of(run, tmp_path) == []
+    assert not is_complete(run, tmp_path)
+    path = run.folder(tmp_path) / "results.csv"
+    write_rows(path, [{"timesteps": steps} for steps in (40, 79)])
+    assert not is_complete(run, tmp_path)
+    # A longer run has others; not all evaluations are exactly at a multiple of their frequency
+    write_rows(path, [{"timesteps": steps} for steps in (40, 80, 88, 120, 120)])
+    assert [row["timesteps"] for row in results_of(run, tmp_path)] == ["40", "80"]
+    assert is_complete(run, tmp_path)
+    assert [row["timesteps"] for row in results_of(replace(run, steps=85), tmp_path)] == ["40", "80", "88"]
+    # All models of the last evaluation
+    assert len(results_of(replace(run, steps=120), tmp_path)) == 5
+    assert not is_complete(replace(run, steps=121), tmp_path)
+
+
+def test_rows_are_written_as_a_whole(tmp_path):
+    rows = [{"a": 1, "b": "x, y"}, {"a": 2, "b": ""}]
+    write_rows(tmp_path / "rows.csv", rows)
+    with pytest.raises(ValueError, match="c"):
+        write_rows(tmp_path / "rows.csv", [*rows, {"a": 3, "c": 4}])
+    assert read_rows([tmp_path / "rows.csv"] * 2) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}] * 2
+
+
+def test_derived_seeds():
+    seeds = [derived_seed(seed, steps) for seed in range(10) for steps in (0, 40, 80)]
+    assert len(set(seeds)) == 30
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert derived_seed(1, 40) == derived_seed(1, 40)
+
+
+def test_random_numbers_of_their_own():
+    def draw() -> list[float]:
+        return [np.random.random(), th.rand(1).item()]
+
+    np.random.seed(0)
+    th.manual_seed(0)
+    expected = [draw() for _ in range(3)]
+    np.random.seed(0)
+    th.manual_seed(0)
+    state: list = []
+    found, own = [draw()], []
+    for _ in range(2):
+        with random_numbers(state):
+            own.append(draw())
+        found.append(draw())
+    assert found == expected
+    # They start where the others are, and go on by themselves
+    assert own == expected[1:]
+
+
+# --- Training that stops and goes on ----------------------------------------------------------------------------------
+
+
+def test_a_run(tmp_path):
+    run = toy_run()
+    train(run, tmp_path)
+    assert counters(run, tmp_path) == TOY_COUNTERS
+    rows = results_of(run, tmp_path)
+    assert [row["critic_loss"] == "" for row in rows] == [True, False, False, False]
+    assert all(float(row["episode_length"]) == 20 for row in rows)
+    assert all(0 <= float(row["time_at_goal"]) <= 20 for row in rows)
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    model = load_model(run, tmp_path)
+    assert (model.num_timesteps, model._n_updates) == TOY_COUNTERS[-1]
+    assert n_stored(run, tmp_path) == 160
+    # The same again, and nothing happens
+    before = (run.folder(tmp_path) / "model.zip").stat().st_mtime_ns
+    train(run, tmp_path)
+    assert (run.folder(tmp_path) / "model.zip").stat().st_mtime_ns == before
+
+
+def test_evaluations_do_not_change_the_training(tmp_path):
+    for folder, eval_freq in (("often", 40), ("once", 160)):
+        train(toy_run(eval_freq=eval_freq), tmp_path / folder)
+    often, once = (
+        load_model(toy_run(eval_freq=eval_freq), tmp_path / folder).policy.state_dict()
+        for folder, eval_freq in (("often", 40), ("once", 160))
+    )
+    assert all(th.equal(often[name], once[name]) for name in once)
+
+
+class Stop:
+    """
+    Raises KeyboardInterrupt in place of the nth call of a method, or after it.
+
+    :param method: The method
+    :param n: Which call
+    :param after: Whether the call is still done
+    """
+
+    def __init__(self, method, n: int, after: bool = False):
+        self.method, self.n, self.after, self.calls = method, n, after, 0
+
+    def __get__(self, instance, owner):
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.n and not self.after:
+                raise KeyboardInterrupt
+            result = self.method(instance, *args, **kwargs)
+            if self.calls == self.n:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "owner, method, n, after, saved",
+    [
+        (Evaluations, "_on_step", 2, False, 0),
+        (Evaluations, "_on_step", 25, False, 2),
+        (Evaluations, "evaluate", 2, False, 1),
+        (Evaluations, "evaluate", 2, True, 2),
+        (DeepCRL, "save_replay_buffer", 2, False, 1),
+        # Between replay buffer and model: the model says which buffer counts
+        (DeepCRL, "save", 2, False, 1),
+        # Between model and results: evaluated again
+        (DeepCRL, "save", 2, True, 1),
+        (DeepCRL, "save", 4, True, 3),
+        (DeepCRL, "train", 7, False, 2),
+    ],
+)
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch, owner, method, n, after, saved):
+    run = toy_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, Stop(getattr(owner, method), n, after))
+        with pytest.raises(KeyboardInterrupt):
+            train(run, tmp_path)
+    assert counters(run, tmp_path) == TOY_COUNTERS[:saved]
+    assert not is_complete(run, tmp_path)
+    train(run, tmp_path)
+    assert counters(run, tmp_path) == TOY_COUNTERS
+    assert n_stored(run, tmp_path) == 160
+    names = {path.name for path in run.folder(tmp_path).iterdir()}
+    assert names == {"buffer-160.pkl", "lock", "model.zip", "results.csv", "run.json"}
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from sb3_deepcrl import DeepCRL\n"
+        "from sb3_deepcrl.analysis import runs\n"
+        "from tests.test_analysis_runs import toy_run\n"
+        "save = DeepCRL.save\n"
+        "def save_or_die(self, path):\n"
+        "    if self.num_timesteps == 120:\n"
+        "        Path(path).write_bytes(b'half a file')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    save(self, path)\n"
+        "DeepCRL.save = save_or_die\n"
+        "runs.train(toy_run(), Path(sys.argv[1]))\n"
+    )
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, script, tmp_path / "runs"], env=environment, cwd=root, check=False)
+    assert result.returncode == -signal.SIGKILL
+    run = toy_run()
+    assert counters(run, tmp_path / "runs") == TOY_COUNTERS[:2]
+    assert len(list(run.folder(tmp_path / "runs").glob("buffer*.pkl"))) == 2
+    train(run, tmp_path / "runs")
+    assert counters(run, tmp_path / "runs") == TOY_COUNTERS
+    assert n_stored(run, tmp_path / "runs") == 160
+    assert not list(run.folder(tmp_path / "runs").glob(".*.tmp"))
+
+
+def test_more_steps_go_on(tmp_path):
+    train(toy_run(steps=80), tmp_path)
+    rows = results_of(toy_run(steps=80), tmp_path)
+    train(toy_run(), tmp_path)
+    assert counters(toy_run(), tmp_path) == TOY_COUNTERS
+    assert results_of(toy_run(), tmp_path)[:2] == rows
+    assert results_of(toy_run(steps=80), tmp_path) == rows
+
+
+def test_a_continued_run_draws_other_random_numbers(tmp_path):
+    # As many random actions at the start of the second part as at that of the first
+    run = toy_run(hyperparams={"learning_starts": 1000}, steps=80)
+    train(run, tmp_path)
+    train(replace(run, steps=160), tmp_path)
+    (path,) = run.folder(tmp_path).glob("buffer*.pkl")
+    buffer = load_from_pkl(path)
+    actions = buffer.actions[buffer.remaining != 0]
+    assert len(actions) == 160
+    assert len(np.unique(actions, axis=0)) == 160
+    goals = buffer.observations["desired_goal"][buffer.remaining != 0]
+    # 8 episodes of different goals; some goals are drawn twice by chance, but not all of them in the same order
+    assert not (goals[:80] == goals[80:]).all()
+
+
+def test_replay_buffers_under_their_first_name(tmp_path):
+    run = toy_run(steps=80)
+    train(run, tmp_path)
+    folder = run.folder(tmp_path)
+    (folder / "buffer-80.pkl").rename(folder / "buffer.pkl")
+    train(toy_run(), tmp_path)
+    assert n_stored(toy_run(), tmp_path) == 160
+
+
+def test_one_process_a_run(tmp_path):
+    run = toy_run(steps=40)
+    folder = run.folder(tmp_path)
+    folder.mkdir(parents=True)
+    code = (
+        "import sys, time; from pathlib import Path; from sb3_deepcrl.analysis.runs import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(2)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with locked(folder):
+            # It went first
+            other.wait(timeout=10)
+    assert other.returncode == 0
+
+
+# --- Many runs --------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_missing_is_trained(tmp_path):
+    trained = []
+
+    def record(run, folder, n_threads):
+        trained.append((run.hyperparams["depth"], run.seed, n_threads))
+        train(run, folder, n_threads)
+
+    study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
+    study.train_run = record
+    study.run(tmp_path, jobs=1, console=Console(file=io.StringIO()))
+    assert trained == [(4, 0, None)]
+    more = DepthStudy(env="PointUMaze-v0", depths=[4, 8], **{**TOY_STUDY, "seeds": 2})
+    more.train_run = record
+    more.run(tmp_path, jobs=1, console=Console(file=io.StringIO()))
+    assert trained[1:] == [(4, 1, None), (8, 0, None), (8, 1, None)]
+    assert len(read_rows([tmp_path / "depth-PointUMaze-v0.csv"])) == 2 * 2 * 4
+
+
+TOY_STUDY = dict(
+    seeds=1,
+    steps=160,
+    n_evaluations=4,
+    n_eval_episodes=4,
+    n_envs=4,
+    transitions_per_update=8,
+    batch_size=8,
+    precision="float32",
+    env_kwargs={"max_episode_steps": 20},
+    hyperparams={"width": 8, "learning_starts": 40, "buffer_size": 4000},
+)
+
+
+def test_two_runs_side_by_side(tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    output = io.StringIO()
+    train(toy_run(), alone)
+    settings = {"one": [toy_run(), toy_run(seed=1)]}
+    train_all(settings, together, jobs=2, console=Console(file=output, width=120))
+    for seed in range(2):
+        assert counters(toy_run(seed=seed), together) == TOY_COUNTERS
+    same, other = (load_model(toy_run(seed=seed), together).policy.state_dict() for seed in range(2))
+    expected = load_model(toy_run(), alone).policy.state_dict()
+    assert all(th.equal(same[name], expected[name]) for name in expected)
+    assert not all(th.equal(other[name], expected[name]) for name in expected)
+    lines = output.getvalue().splitlines()
+    assert [re.sub(r"\s.*", "", line) for line in lines] == ["env", "one,", "one,"]
+    assert all("100%" in line for line in lines)
+    assert lines[1].startswith("one, seed 0, time at goal")
+    # Nothing left to do: the progress says so at once
+    output = io.StringIO()
+    train_all(settings, together, console=Console(file=output, width=120), train_function=None)  # type: ignore[arg-type]
+    assert "100%" in output.getvalue()
+
+
+def test_errors_of_other_processes_are_raised(tmp_path):
+    settings = {"": [toy_run(hyperparams={"gamma": 2.0}, seed=seed) for seed in range(2)]}
+    with pytest.raises(ValueError, match=r"`gamma` must be between 0 and 1, got 2\.0"):
+        train_all(settings, tmp_path, jobs=2, console=Console(file=io.StringIO()))
+
+
+def kill_process(run, folder, n_threads):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_processes_are_told(tmp_path):
+    settings = {"depth 4": [toy_run(seed=seed) for seed in range(2)]}
+    with pytest.raises(ChildProcessError, match=r"of 'depth 4, seed .' ended with exit code -9\. .* use fewer `jobs`"):
+        train_all(settings, tmp_path, jobs=2, train_function=kill_process, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_study_is_that_of_its_processes(tmp_path, number):
+    options = [*TOY_OPTIONS, "--seeds", "2", "--depths", "4", "--steps", "1000000", "--n-evaluations", "25000"]
+    command = [sys.executable, "-m", "sb3_deepcrl.analysis", "depth", *options, "--runs", str(tmp_path), "--jobs", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*/seed-*/model.zip"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        # To this process alone, as `kill` does; those of a terminal go to the others, too
+        process.send_signal(number)
+        # The pipe ends with the last process that may write to it
+        _, errors = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "Stopped. The same command goes on from the last evaluations." in errors.splitlines()
+        assert "Traceback" not in errors
+    for folder in tmp_path.glob("*/seed-*"):
+        with locked(folder):
+            pass
+        assert read_rows([folder / "results.csv"])
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 4, 8, 11])
+def test_interquartile_mean(n_seeds):
+    curves = np.random.default_rng(0).normal(5.0, 2.0, (n_seeds, 3))
+    estimates = interquartile_mean(curves)
+    assert [estimate.mean for estimate in estimates] == pytest.approx([aggregate_iqm(column) for column in curves.T])
+    for estimate, column in zip(estimates, curves.T, strict=True):
+        assert column.min() <= estimate.low <= estimate.mean <= estimate.high <= column.max()
+        assert estimate.low < estimate.high
+
+
+def test_interquartile_mean_by_hand():
+    scores = np.array([[0.0], [1.0], [3.0], [100.0]])
+    assert interquartile_mean(scores)[0].mean == 2.0
+    # Without quarters to cut off it is the mean
+    assert interquartile_mean(scores[:3])[0].mean == pytest.approx(4 / 3)
+    (same,) = interquartile_mean(np.full((5, 1), 7.0))
+    assert same == (7.0, 7.0, 7.0)
+    assert interquartile_mean(scores) == interquartile_mean(scores)
+
+
+def test_one_seed_has_no_interval():
+    (estimate,) = interquartile_mean(np.array([[3.0]]))
+    assert estimate.mean == 3.0
+    assert np.isnan([estimate.low, estimate.high]).all()
+    assert str(estimate) == "3.00"
+    assert str(Estimate(123.4, 100.2, 150.7)) == "123 (100 to 151)"
+    for curves in (np.zeros((0, 3)), np.zeros((3, 0)), np.zeros(3)):
+        with pytest.raises(ValueError, match=r"must have the shape \(n_seeds, n_points\) with at least one of each, got"):
+            interquartile_mean(curves)
+
+
+def test_critical_depth():
+    def estimates(**intervals) -> dict[int, Estimate]:
+        return {int(depth[1:]): Estimate(sum(interval) / 2, *interval) for depth, interval in intervals.items()}
+
+    assert critical_depth(estimates(d4=(0, 1), d8=(0.5, 2), d16=(3, 4), d32=(5, 6))) == 16
+    assert critical_depth(estimates(d16=(3, 4), d4=(0, 1), d8=(1.5, 2))) == 8
+    assert critical_depth(estimates(d4=(0, 1), d8=(0.5, 2), d16=(1.5, 4))) is None
+    assert critical_depth(estimates(d4=(3, 4), d8=(0, 1), d16=(2, 3.5))) is None
+    assert critical_depth({4: Estimate(0, np.nan, np.nan), 8: Estimate(9, np.nan, np.nan)}) is None
+    assert critical_depth(estimates(d4=(0, 1))) is None
+
+
+def test_scores_of_runs():
+    seeds = [[{"score": str(value)} for value in values] for values in (range(10), range(100, 108))]
+    assert final_scores(seeds, "score").tolist() == [7.0, 105.0]
+    assert N_LAST == 5
+    assert curves_of(seeds, "score").tolist() == [list(range(8)), list(range(100, 108))]
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def test_depth_study(tmp_path, capsys):
+    options = [*TOY_OPTIONS, "--depths", "4", "8", "--parts", "both", "actor", "critic", "--seeds", "2"]
+    main(["depth", *options, "--runs", str(tmp_path), "--output", str(tmp_path / "report" / "depth.md"), "--jobs", "1"])
+    assert "Written to" in capsys.readouterr().out
+    labels = [f"{part}depth {depth}" for part in ("", "actor ", "critic ") for depth in (4, 8)]
+    rows = read_rows([tmp_path / "report" / "depth.csv"])
+    assert [(row["setting"], row["seed"], int(row["timesteps"]), int(row["updates"])) for row in rows] == [
+        (label, str(seed), *row) for label in labels for seed in range(2) for row in TOY_COUNTERS
+    ]
+    text = (tmp_path / "report" / "depth.md").read_text()
+    table = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert table == ["", *labels]
+    for part in ("", " of the actor", " of the critic"):
+        assert f"Critical depth{part}, the smallest" in text
+    assert "![Depth on PointUMaze-v0](depth.png)" in text
+    assert (tmp_path / "report" / "depth.png").read_bytes().startswith(b"\x89PNG")
+    # What the runs are
+    study = DepthStudy(env="PointUMaze-v0", depths=[4, 8], parts=["both", "actor", "critic"], **TOY_STUDY)
+    depths = {label: (model.actor_depth or model.depth, model.critic_depth or model.depth) for label, model in (
+        (label, load_model(run, tmp_path)) for label, run in study.settings().items()
+    )}  # fmt: skip
+    assert list(depths.values()) == [(4, 4), (8, 8), (4, 4), (8, 4), (4, 4), (4, 8)]
+    # The command of the report makes the same report, now without training
+    command = re.search(r"Command: `python -m sb3_deepcrl.analysis (.*?)`", text).group(1)  # type: ignore[union-attr]
+    main(command.split())
+    assert (tmp_path / "report" / "depth.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--env", "PointVMaze-v0"], r"There is no env 'PointVMaze-v0' \(.*\): use an id such as PointU4Maze-v0"),
+        (["--depths", "6"], "`depth` must be a positive multiple of 4, .*, got 6: use 4 or 8"),
+        (["--depths", "4", "4"], r"`depths` holds a value twice: \[4, 4\]"),
+        (["--depths", "four"], "argument --depths: invalid int value: 'four'"),
+        (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
+        (["--steps", "19"], "`n_evaluations` must be at most the number of steps 19, got 20"),
+        (["--jobs", "0"], "`jobs` must be at least 1, got 0"),
+        (["--parts", "none"], "argument --parts: invalid choice: 'none' .*"),
+        (["--hyperparams", "widht:3"], r"`hyperparams` .* 'widht' is none that can be set. Did you mean 'width'\?"),
+        (["--hyperparams", "width=3"], "argument --hyperparams: expected key:value, got 'width=3'"),
+        ([*TOY_OPTIONS, "--env-kwargs", "walls:3"], r"PointUMaze-v0 cannot be made with `env_kwargs` {'walls': 3}: .*"),
+        ([*TOY_OPTIONS, "--hyperparams", "width:wide"], "`width` must be a positive integer, got 'wide'"),
+    ],
+)
+def test_errors_take_one_line(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as error:
+        main(["depth", *options, *(() if "--jobs" in options else ("--jobs", "1")), "--runs", str(tmp_path)])
+    assert error.value.code == 2
+    assert re.fullmatch(f"python -m sb3_deepcrl.analysis depth: error: {message}\n", capsys.readouterr().err)
+
+
+def test_ctrl_c(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "make_model", Stop(runs.make_model, 1).__get__(None, None))
+    with pytest.raises(SystemExit) as error:
+        main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
+    assert error.value.code == 130
+    assert capsys.readouterr().err == "Stopped. The same command goes on from the last evaluations.\n"
+
+
+def test_keys_and_values():
+    assert [cli.key_value(text) for text in ("gamma:0.9", "energy:dot", "a:b:c", "kwargs:{'x': 1}", "flag:True")] == [
+        ("gamma", 0.9),
+        ("energy", "dot"),
+        ("a", "b:c"),
+        ("kwargs", {"x": 1}),
+        ("flag", True),
+    ]
