@@ -166,6 +166,7 @@ def test_command(tmp_path):
     [
         (dict(depths=[6]), "got 6: use 4 or 8"),
         (dict(depths=[4, 8]), r"`depths` must be larger than `depth`, got \[4, 8\] and 4"),
+        (dict(match=["flops"]), "`match` must be one of 'parameters', 'operations', 'batch', got 'flops'"),
         (dict(batch_sizes=[1, 8]), r"must be at least 2, got 256 and \[1, 8\]"),
         (dict(hyperparams={"width": 64}), "`hyperparams` holds `width=64`.*use `width`"),
         (dict(hyperparams={"policy_kwargs": {"critic_depth": 8}}), "`critic_depth=8`.*use `depths`"),

@@ -183,7 +183,7 @@ def test_wrong_input():
         value_correlations(make_model(), GoalReachEnv())
     with pytest.raises(ValueError, match="`depth` must be a positive multiple of 4"):
         ValueMapStudy(depths=[4, 6])
-    with pytest.raises(ValueError, match="set the depths with `depths`"):
+    with pytest.raises(ValueError, match="`depth=8`, which this study sets itself: use `depths`"):
         ValueMapStudy(hyperparams={"depth": 8})
 
 

@@ -1,7 +1,6 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ from sb3_deepcrl.analysis.study import (
 from sb3_deepcrl.common.torch_layers import check_depth
 
 BASELINES = tuple(algorithm for algorithm in ALGORITHMS if algorithm != "DeepCRL")
-# DeepCRL's first temperature, and the settings of HER that RL Zoo has for all of its envs
+# DeepCRL's learning rate, discount factor and first temperature, and the defaults of HER
 HYPERPARAMS = {
     "learning_rate": 3e-4,
     "gamma": 0.99,
@@ -88,13 +87,10 @@ class BaselinesStudy(Study):
                         f"`baseline_hyperparams` holds {name!r}, which {baseline.removesuffix('+HER')} does not know. "
                         f"Choose from: {', '.join(list(known)[3:])}"
                     )
-        self.learning_starts  # noqa: B018  Found out now, and not after the first run
+        #: Env steps before the first update of the baselines
+        self.learning_starts = self._find_learning_starts()
 
-    @cached_property
-    def learning_starts(self) -> int:
-        """
-        :return: Env steps before the first update of the baselines
-        """
+    def _find_learning_starts(self) -> int:
         env = make_env(self.env, 1, 0, self.env_kwargs)
         name = "_max_episode_steps"
         episode_steps = env.get_attr(name)[0] if env.has_attr(name) else None

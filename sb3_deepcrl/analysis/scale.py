@@ -22,6 +22,7 @@ from sb3_deepcrl.analysis.study import (
     rows_of,
     summarize,
 )
+from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import check_depth
 from sb3_deepcrl.deepcrl.deepcrl import ARCHITECTURE
 from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
@@ -165,7 +166,11 @@ class ScaleStudy(Study):
         for depth in (self.depth, *self.depths):
             check_depth(depth)
         if min(self.depths) <= self.depth:
-            raise ValueError(f"`depths` must be larger than `depth`, got {self.depths} and {self.depth}: it is trained anyway")
+            raise ValueError(
+                f"`depths` must be larger than `depth`, got {self.depths} and {self.depth}: leave out {min(self.depths)}"
+            )
+        for match in self.match:
+            check_choice(match, MATCHES, "match")
         if min(self.batch_size, *self.batch_sizes) < 2:
             raise ValueError(
                 f"`batch_size` and `batch_sizes` must be at least 2, got {self.batch_size} and {self.batch_sizes}: the other "
