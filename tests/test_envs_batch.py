@@ -222,9 +222,9 @@ def test_settable_attributes():
 
 @pytest.mark.parametrize("face", [DummyVecEnv, BatchVecEnv])
 def test_both_faces_have_the_same_attributes(face):
-    vec_env = make_vec_env("PointUMaze-v0", 2, vec_env_cls=face)
+    vec_env = make_vec_env("PointUMazeEval-v0", 2, vec_env_cls=face)
     vec_env.reset()
-    assert vec_env.get_attr("reward_type") == ["sparse"] * 2 and vec_env.get_attr("frame_skip") == [2, 2]
+    assert vec_env.get_attr("reward_type") == ["sparse"] * 2 and vec_env.get_attr("frame_skip") == [4, 4]
     assert vec_env.env_method("has_wrapper_attr", "success_threshold") == [True] * 2
     for name, value in (("reward_type", "dense"), ("success_threshold", 9.0), ("goal_mode", "fixed"), ("goal", [6.0, 2.0])):
         assert vec_env.env_method("set_wrapper_attr", name, value) == [True] * 2
@@ -334,7 +334,7 @@ def test_list_of_functions_must_be_alike():
 
 
 def test_subproc_vec_env():
-    workers = SubprocVecEnv([lambda: GoalEnv(robot="point", maze="u") for _ in range(2)])
+    workers = SubprocVecEnv([lambda: GoalEnv(robot="point", maze="u", random_start=True) for _ in range(2)])
     batch = BatchVecEnv("PointUMaze-v0", 2)
     workers.seed(3)
     batch.seed(3)

@@ -53,13 +53,13 @@ def test_check_env(env_id):
 
 def test_registered_ids():
     # Big, Hardest and U1 to U7 for three robots, evaluation and stitching, the open field, the arm
-    assert len(ENV_TABLE) == 3 * (9 + 8 + 2) + 2 + 3
+    assert len(ENV_TABLE) == 3 * (9 + 8 + 2) + 1 + 2 + 3
     register_envs()
     for env_id in ENV_TABLE:
         assert "/" not in env_id and ":" not in env_id
         spec = gym.spec(env_id)
         assert spec.entry_point == "sb3_deepcrl.envs.goal_env:GoalEnv"
-        assert spec.max_episode_steps == (300 if env_id.startswith("Point") else 1000)
+        assert spec.max_episode_steps == (150 if env_id.startswith("Point") else 1000)
     assert gym.make("HumanoidBigMazeEval-v0").unwrapped.task.scene.layout.name == "big_humanoid"
 
 
@@ -76,7 +76,7 @@ def test_import_is_light():
 
 def test_observation_sizes_and_control_steps():
     expected = {
-        "PointUMaze-v0": (4, 2, 2, 0.05),
+        "PointUMaze-v0": (4, 2, 2, 0.1),
         "AntU4Maze-v0": (29, 2, 8, 0.05),
         "AntGoal-v0": (29, 2, 8, 0.05),
         "HumanoidUMaze-v0": (246, 3, 17, 0.015),
@@ -174,7 +174,7 @@ ARM_SOLVER = ("IMPLICITFAST", 6, 12, 0.002)
 
 
 @pytest.mark.parametrize("env_id, solver, torques", [
-    ("PointUMaze-v0", ("EULER", 4, 50, 0.025, 1), [4] * 2),
+    ("PointUMaze-v0", ("EULER", 4, 50, 0.025, 1), [16] * 2),
     ("AntU4Maze-v0", ANT_SOLVER, [150] * 8),
     ("AntGoal-v0", ANT_SOLVER, [150] * 8),
     ("HumanoidUMaze-v0", HUMANOID_SOLVER, HUMANOID_TORQUES),
@@ -282,7 +282,7 @@ def test_walls_stop_the_point():
 # --- Start and goal laws ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env_id", ["AntU4Maze-v0", "AntU4MazeEval-v0", "HumanoidBigMazeEval-v0", "PointHardestMaze-v0"])
+@pytest.mark.parametrize("env_id", ["AntU4Maze-v0", "AntU4MazeEval-v0", "HumanoidBigMazeEval-v0", "PointHardestMazeEval-v0"])
 def test_maze_goals_are_uniform_over_their_cells(env_id):
     task = gym.make(env_id).unwrapped.task
     layout, size = task.scene.layout, task.scene.cell_size
@@ -303,6 +303,24 @@ def test_several_starts_are_uniform():
     cells, counts = np.unique(starts, axis=0, return_counts=True)
     np.testing.assert_array_equal(cells, [[2, 2], [2, 8]])
     assert np.abs(counts - N / 2).max() < 5 * np.sqrt(N / 4)
+
+
+def test_random_starts_are_uniform_over_all_pairs():
+    # The free cell at the right has no way to the others, and is no goal
+    maze = ["#########", "#rgg#...#", "#########"]
+    starts, goals = drawn(GoalTask("point", maze=maze, cell_size=2, random_start=True))
+    pairs, counts = np.unique(np.hstack((starts, goals)) / 2, axis=0, return_counts=True)
+    # From the cells in columns 1 to 3 to the goals in columns 2 and 3, but for a goal that is the start
+    assert pairs[:, [1, 3]].tolist() == [[1, 2], [1, 3], [2, 3], [3, 2]]
+    assert np.abs(counts - N / 4).max() < 5 * np.sqrt(N * 3 / 16)
+
+
+def test_the_point_starts_anywhere_but_in_evaluation():
+    for env_id in ("PointU4Maze-v0", "PointU4MazeEval-v0"):
+        task = gym.make(env_id).unwrapped.task
+        starts, _ = drawn(task)
+        cells = task.scene.layout.starts if "Eval" in env_id else task.scene.layout.free
+        np.testing.assert_array_equal(np.unique(starts, axis=0), np.unique(cells * task.scene.cell_size, axis=0))
 
 
 def test_a_registered_id_takes_any_maze():
@@ -442,8 +460,8 @@ def test_success_counts_every_step_and_ends_nothing():
     env = gym.make("PointUMaze-v0", reset_noise_scale=0.0)
     env.reset(options={"start": [2.0, 2.0], "goal": [2.0, 4.0]})
     seen = []
-    for step in range(60):
-        action = np.array([0.0, 1.0 if step < 12 else 0.0], dtype=np.float32)
+    for step in range(30):
+        action = np.array([0.0, 1.0 if step < 5 else 0.0], dtype=np.float32)
         observation, reward, terminated, truncated, info = env.step(action)
         assert not terminated and not truncated
         assert info["is_success"] is info["success"] is (info["distance"] < 0.5)
@@ -618,6 +636,9 @@ def test_pickled_env_starts_afresh():
         ({"robot": "ant", "maze": 5}, "maze=5 is no maze"),
         ({"robot": "point", "maze": "u", "healthy_z_range": (0.0, 1.0)}, "point cannot fall"),
         ({"robot": "ant", "maze": "u", "stitching": 0}, "stitching=0"),
+        ({"robot": "ant", "maze": "u", "random_start": "yes"}, "random_start='yes': expected True or False"),
+        ({"robot": "ant", "maze": "u", "random_start": True, "stitching": 3}, "random_start and stitching=3"),
+        ({"robot": "ant", "random_start": True}, "random_start describes a maze"),
         ({"robot": "ant", "maze": "u", "stitching": 9}, "no two cells are 7 cells apart"),
         ({"robot": "ant", "goal_set": "eval"}, "goal_set describes a maze"),
         ({"robot": "ant", "cell_size": 3.0}, "cell_size describes a maze"),

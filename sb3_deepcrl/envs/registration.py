@@ -3,8 +3,9 @@ The Gymnasium ids of this package. This module imports nothing but Gymnasium: th
 
 ============================================ ===============================================================================
 ``{Robot}{Layout}Maze-v0``                   Point, Ant or Humanoid in the maze U, U2, ..., U7, Big or Hardest, with the
-                                             training goals, e.g. ``AntU4Maze-v0``
-``{Robot}{Layout}MazeEval-v0``               The same maze with the evaluation goals (Hardest has none of its own)
+                                             training goals, e.g. ``AntU4Maze-v0``. The point starts in any cell
+``{Robot}{Layout}MazeEval-v0``               The same maze with the evaluation goals, from the start cell (not Hardest, which
+                                             has none of its own, except for the point: it keeps its training goals there)
 ``{Robot}UMazeStitch-v0``                    Starts and goals at most 3 cells apart (figure 11 of the paper)
 ``{Robot}UMazeStitchEval-v0``                From the start cell to goals more than 3 cells away
 ``AntGoal-v0``, ``HumanoidGoal-v0``          Open field
@@ -22,8 +23,8 @@ from gymnasium.envs.registration import register, registry
 ENTRY_POINT = "sb3_deepcrl.envs.goal_env:GoalEnv"
 # Steps of an episode in the paper (appendix B)
 EPISODE_LENGTH = 1000
-# The point is fast: crossing the largest maze takes it about 150 steps
-POINT_EPISODE_LENGTH = 300
+# The point is fast: crossing the largest maze takes it about 100 steps
+POINT_EPISODE_LENGTH = 150
 STITCHING_DISTANCE = 3
 
 
@@ -38,7 +39,11 @@ def _env_table() -> dict[str, dict[str, Any]]:
             # The released code evaluates the humanoid on one goal more in this maze
             maze = "big_humanoid" if (robot, layout) == ("humanoid", "big") else layout
             table[f"{name}-v0"] = {"robot": robot, "maze": maze}
-            if layout != "hardest":
+            if robot == "point":
+                # A point that knows how to reach near goals is too precise to find the far ones by chance
+                table[f"{name}-v0"]["random_start"] = True
+            # Hardest has no evaluation goals of its own, but the point has another start there
+            if layout != "hardest" or robot == "point":
                 table[f"{name}Eval-v0"] = {"robot": robot, "maze": maze, "goal_set": "eval"}
         stitching = {"robot": robot, "maze": "u", "stitching": STITCHING_DISTANCE}
         table[f"{robot.capitalize()}UMazeStitch-v0"] = stitching

@@ -73,6 +73,7 @@ class Maze(Scene):
     :param stitching: None, or the number k of the stitching study: training pairs are at most k cells apart, evaluation
         goals are more than k cells from the start
     :param goal_tail: Constant coordinates of a goal behind x and y
+    :param random_start: Whether every free cell from which a way leads to the goal is a start cell
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Maze(Scene):
         goal_set: str = "train",
         stitching: int | None = None,
         goal_tail: Sequence[float] = (),
+        random_start: bool = False,
     ):
         self.layout = layout
         self.cell_size = cell_size
@@ -97,7 +99,17 @@ class Maze(Scene):
             goals = layout.goals if goal_set == "train" else layout.eval_goals
             if stitching is not None:
                 goals = layout.far_goals(stitching)
-            self.pairs = np.array([(start, goal) for start in layout.starts for goal in goals])
+            starts = layout.free if random_start else layout.starts
+            distances = [layout.distances(start) for start in starts]
+            # Only a random start can be the goal itself, or be cut off from it
+            self.pairs = np.array(
+                [
+                    (start, goal)
+                    for start, steps in zip(starts, distances, strict=True)
+                    for goal in goals
+                    if steps[tuple(goal)] > 0
+                ]
+            )
             probabilities = np.full(len(self.pairs), 1 / len(self.pairs))
         self._cumulative = np.cumsum(probabilities)
         positions = self.pairs * cell_size

@@ -52,6 +52,8 @@ class GoalTask:
     :param goal_set: Goals of a maze: "train" or "eval"
     :param stitching: For a maze: k restricts training to starts and goals at most k cells apart, and evaluation to goals
         more than k cells from the start (figure 11 of the paper)
+    :param random_start: For a maze: whether an episode starts in any free cell but that of the goal, each equally likely,
+        instead of in the start cell
     :param goal: "resample" draws a new start and goal each episode; "fixed" keeps the pair drawn at the first reset and
         after each reset with a seed, as the released code does in training
     :param reward_type: "sparse" is 1 within ``success_threshold`` of the goal and 0 elsewhere (section 4.1 of the paper);
@@ -76,6 +78,7 @@ class GoalTask:
         table: str | None = None,
         goal_set: str = "train",
         stitching: int | None = None,
+        random_start: bool = False,
         goal: str = "resample",
         reward_type: str = "sparse",
         success_threshold: float | None = None,
@@ -93,8 +96,9 @@ class GoalTask:
         _check_positive("success_threshold", success_threshold)
         _check_positive("cell_size", cell_size)
         _check_positive("wall_height", wall_height)
-        if not isinstance(terminate_when_unhealthy, bool | np.bool_):
-            raise ValueError(f"terminate_when_unhealthy={terminate_when_unhealthy!r}: expected True or False.")
+        for name, value in (("terminate_when_unhealthy", terminate_when_unhealthy), ("random_start", random_start)):
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"{name}={value!r}: expected True or False.")
         check_count("frame_skip", frame_skip)
         check_count("stitching", stitching)
         if reset_noise_scale is not None and not (is_number(reset_noise_scale) and 0 <= reset_noise_scale < np.inf):
@@ -103,15 +107,18 @@ class GoalTask:
             given = {
                 "goal_set": goal_set != "train",
                 "stitching": stitching,
+                "random_start": random_start,
                 "cell_size": cell_size,
                 "wall_height": wall_height,
             }
-            for name, value in given.items():
-                if value is not None and value is not False:
+            for name, given_value in given.items():
+                if given_value is not None and given_value is not False:
                     raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
+        if random_start and stitching is not None:
+            raise ValueError(f"random_start and stitching={stitching} contradict each other: both say where episodes start.")
 
         self.robot = _make_robot(robot, maze, table)
-        self.scene = self._make_scene(maze, table, goal_set, stitching, cell_size, wall_height)
+        self.scene = self._make_scene(maze, table, goal_set, stitching, random_start, cell_size, wall_height)
         self.goal_mode = goal
         self.reward_type = reward_type
         self.success_threshold = self.robot.success_threshold if success_threshold is None else success_threshold
@@ -157,6 +164,7 @@ class GoalTask:
         table: str | None,
         goal_set: str,
         stitching: int | None,
+        random_start: bool,
         cell_size: float | None,
         wall_height: float | None,
     ) -> Scene:
@@ -172,7 +180,7 @@ class GoalTask:
             )
         # Half a cell is the released code's choice: 2 m for the ant, 1 m for the humanoid
         height = size / 2 if wall_height is None else wall_height
-        return Maze(make_layout(maze), size, height, goal_set, stitching, tail)
+        return Maze(make_layout(maze), size, height, goal_set, stitching, tail, random_start)
 
     def _check_healthy_z_range(self, healthy_z_range: tuple[float, float] | None) -> tuple[float, float] | None:
         if healthy_z_range is None:
