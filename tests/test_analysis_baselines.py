@@ -55,7 +55,7 @@ def test_first_update():
 
 
 def test_report_of_known_scores(tmp_path):
-    study = BaselinesStudy(depths=[4, 8], seeds=3)
+    study = BaselinesStudy(depths=[4, 8], seeds=3, n_envs=8, env_kwargs={"max_episode_steps": 50})
     scores = {
         "DeepCRL, depth 4": [10.0, 11.0, 12.0],
         "DeepCRL, depth 8": [40.0, 41.0, 42.0],
@@ -70,7 +70,7 @@ def test_report_of_known_scores(tmp_path):
         "Time at goal of DeepCRL at depth 4 against TQC+HER, the best of the others: intervals overlap.",
         "Time at goal of DeepCRL at depth 8 against TQC+HER, the best of the others: higher.",
     ]
-    assert "learning_starts=19200" in report.notes[1] and "batch_size=256" in report.notes[1]
+    assert "learning_starts=400" in report.notes[1] and "batch_size=256" in report.notes[1]
     steps, seconds = report.figure.axes[:2]
     assert [line.get_label() for line in steps.lines] == list(scores)
     assert [line.get_ydata()[-1] for line in seconds.lines] == [11, 41, 6, 12]
@@ -106,7 +106,7 @@ def test_command(tmp_path):
         (dict(baselines=["SAC+HER", "DDPG"]), r"Unknown baseline 'DDPG'. Choose from: SAC\+HER, TQC\+HER"),
         (dict(baseline_hyperparams={"depth": 4}), "holds 'depth', which SAC does not know. Choose from: learning_rate, "),
         (dict(baseline_hyperparams={"learning_starts": 10}), "`learning_starts` of the baselines is 10, but HER"),
-        (dict(steps=10_000), "`steps` must be more than the 19200"),
+        (dict(steps=400, n_envs=8, env_kwargs={"max_episode_steps": 50}), "`steps` must be more than the 400"),
         (dict(hyperparams={"depth": 8}), "`hyperparams` holds `depth=8`.*use `depths`"),
     ],
 )
