@@ -85,7 +85,7 @@ def test_update_schedule(n_envs, transitions):
 def test_eval_env():
     assert eval_env_of("AntU4Maze-v0") == "AntU4MazeEval-v0"
     assert eval_env_of("PointUMazeStitch-v0") == "PointUMazeStitchEval-v0"
-    for same in ("PointHardestMaze-v0", "HumanoidGoal-v0", "AntU4MazeEval-v0", "PointMaze_UMaze-v3"):
+    for same in ("AntHardestMaze-v0", "HumanoidGoal-v0", "AntU4MazeEval-v0", "PointMaze_UMaze-v3"):
         assert eval_env_of(same) == same
 
 

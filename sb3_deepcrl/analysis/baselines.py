@@ -20,10 +20,9 @@ from sb3_deepcrl.analysis.study import (
 from sb3_deepcrl.common.torch_layers import check_depth
 
 BASELINES = tuple(algorithm for algorithm in ALGORITHMS if algorithm != "DeepCRL")
-# DeepCRL's learning rate, discount factor and first temperature, and the defaults of HER
+# DeepCRL's learning rate and first temperature, and the defaults of HER
 HYPERPARAMS = {
     "learning_rate": 3e-4,
-    "gamma": 0.99,
     "ent_coef": "auto_0.1",
     "replay_buffer_kwargs": {"n_sampled_goal": 4, "goal_selection_strategy": "future"},
 }
@@ -70,7 +69,7 @@ class BaselinesStudy(Study):
 
     depths: list[int] = option([4, 16], "Depths of DeepCRL")
     baselines: list[str] = option(list(BASELINES), "What it is compared with", choices=BASELINES)
-    baseline_hyperparams: dict[str, Any] = option({}, "Other arguments of SAC and TQC, e.g. gamma:0.98")
+    baseline_hyperparams: dict[str, Any] = option({}, "Other arguments of SAC and TQC, e.g. tau:0.01")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +101,7 @@ class BaselinesStudy(Study):
         """
         :return: Arguments of the baselines
         """
-        own = {"batch_size": self.batch_size, **HYPERPARAMS}
+        own = {"batch_size": self.batch_size, "gamma": self.gamma, **HYPERPARAMS}
         return {**own, **self.baseline_hyperparams, "learning_starts": self.learning_starts}
 
     def settings(self) -> dict[str, Run]:
