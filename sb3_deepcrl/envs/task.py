@@ -115,7 +115,10 @@ class GoalTask:
                 if given_value is not None and given_value is not False:
                     raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
         if random_start and stitching is not None:
-            raise ValueError(f"random_start and stitching={stitching} contradict each other: both say where episodes start.")
+            raise ValueError(
+                f"random_start and stitching={stitching} contradict each other, both say where episodes start: "
+                "pass random_start=False, or leave stitching out."
+            )
 
         self.robot = _make_robot(robot, maze, table)
         self.scene = self._make_scene(maze, table, goal_set, stitching, random_start, cell_size, wall_height)
