@@ -108,8 +108,8 @@ class CollectorStudy(Study):
         notes = [
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Only the "
             "collector acts in training; the learners train from its replay buffer, each on minibatches of its own. "
-            f"Interquartile means over the seeds ({self.seeds}) with 95 % bootstrap intervals, of the mean over the last five "
-            "evaluations. A difference is clear where the intervals of time at goal do not meet.",
+            f"{self.averaging()}, of the mean over the last five evaluations. "
+            "A difference is clear where the intervals of time at goal do not meet.",
             *conclusions(scores, self.deep, self.shallow),
         ]
         return Report(f"Collector and learner on {self.env}", rows_of(results), table, notes, self._figure(results))
@@ -134,5 +134,5 @@ class CollectorStudy(Study):
         for ax in axes[0]:
             ax.set_ylim(0, top)
         axes[0, 0].legend()
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seeds")
+        figure.suptitle(self.caption())
         return figure

@@ -298,7 +298,7 @@ class RepresentationStudy(ComparisonOfDepths):
         way = "straight line to the goal" if episodes[0].maze is None else "shortest way through the maze"
         notes = [
             f"Embeddings of states and actions by critics trained on {self.env}, along one episode for each seed, the same "
-            f"for all depths. Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals. The way "
+            f"for all depths. {self.averaging()}. The way "
             f"that remains is the {way}.",
             *(f"- {name.replace('_', ' ')}: {meaning}." for name, meaning in MEASURES.items()),
             *(self._episode_note(seed, episode) for seed, episode in episodes.items()),

@@ -199,8 +199,8 @@ class StitchingStudy(ComparisonOfDepths):
         notes = [
             f"Trained on {self.env}, where start and goal are at most {self._trained} cells apart. Then evaluated on the ways "
             f"from the start of {self.eval_env} to the cells at each distance, {self.n_eval_episodes} episodes for each. "
-            "Success is reaching the goal at any step, time at goal the number of steps there. Interquartile means over "
-            f"{self.seeds} seeds with 95 % bootstrap intervals."
+            "Success is reaching the goal at any step, time at goal the number of steps there. "
+            f"{self.averaging()}."
         ]
         for name, trained in (("trained", True), ("longer", False)):
             part = [row for row in rows if row["trained"] == trained]
@@ -223,5 +223,5 @@ class StitchingStudy(ComparisonOfDepths):
         axes[0, 0].set_ylim(-0.02, 1.02)
         axes[0, 1].set_ylim(bottom=0)
         axes[0, 1].legend()
-        figure.suptitle(f"{self.env.removesuffix('-v0')}, {self.seeds} seeds")
+        figure.suptitle(self.caption())
         return figure

@@ -178,12 +178,17 @@ class Study(ABC):
         """
         :return: How the runs were made and what was measured, in words
         """
-        several = f"Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals, of the mean"
         return (
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
             "is the number of steps of an episode at the goal, success reaching it at any step. "
-            f"{several if self.seeds > 1 else 'One seed, mean'} over the last five evaluations."
+            f"{self.averaging()}, of the mean over the last five evaluations."
         )
+
+    def averaging(self) -> str:
+        """
+        :return: How the seeds are summarised, in words
+        """
+        return f"Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals" if self.seeds > 1 else "One seed"
 
     def caption(self) -> str:
         """

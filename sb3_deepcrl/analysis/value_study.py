@@ -202,8 +202,8 @@ class ValueMapStudy(ComparisonOfDepths):
             f"order of that distance. Trained on {self.env}.",
             f"All pairs: {len(places)} places in all free cells with {len(centers)} goals, the centers of the cells. The two "
             f"distances themselves correlate with {both:.2f}. Far goals: each of the {len(goals)} goals of {self.eval_env} "
-            "that are at least half as far from the start as the farthest one, then the mean. Interquartile means over "
-            f"{self.seeds} seeds with 95 % bootstrap intervals.",
+            "that are at least half as far from the start as the farthest one, then the mean. "
+            f"{self.averaging()}.",
             f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, "
             "each with colors of its own. The circle is the start.",
         ]

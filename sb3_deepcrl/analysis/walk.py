@@ -368,9 +368,9 @@ class WalkStudy(ComparisonOfDepths):
         steps = sorted({timesteps for gait in gaits.values() for timesteps in gait.timesteps})
         notes = [
             f"Trained on {self.env} for {' to '.join(f'{n:,}' for n in dict.fromkeys((steps[0], steps[-1])))} env steps. Each "
-            f"of {self.seeds} seeds plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, with "
-            "deterministic actions. Shares of the episodes are interquartile means over the seeds with 95 % bootstrap "
-            "intervals. The other rows are medians over the episodes, that of the fall over those with one; what comes after "
+            f"seed plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, with "
+            f"deterministic actions. Shares of the episodes: {self.averaging().lower()}. "
+            "The other rows are medians over the episodes, that of the fall over those with one; what comes after "
             "a fall does not count. A fall is a torso out of the healthy heights.",
             f"Goes over the wall: the torso was above a wall, at least {OVER_WALL:g} of a cell inside. Walks: stayed at the "
             f"goal for {STAY_SECONDS:g} s, or never fell and got further than {STANDING_RADIUS:g} m or to the goal. Stands: "
@@ -431,5 +431,5 @@ class WalkStudy(ComparisonOfDepths):
         share_ax.set(ylabel="share of the episodes", ylim=(0, 1), title="What happened")
         handles, labels = share_ax.get_legend_handles_labels()
         share_ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.02, 0.5))
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seeds")
+        figure.suptitle(self.caption())
         return figure
