@@ -3,8 +3,9 @@ Where the wall-clock of ``learn()`` goes on the ant in the U maze: 64 envs stepp
 
 ``simulate`` is the step of the envs, ``forward`` the policy that acts, ``replay`` storing and sampling, ``update`` the
 gradient steps and ``other`` all the rest: SB3's loop, infos, logging. The matrix products of an update are measured in the
-same process with PyTorch's profiler, on minibatches of the same buffer. Simulation and learner take turns, so each of
-them may have all cores. Run it on an idle machine::
+same process with PyTorch's profiler, on minibatches of the same buffer. Where residual blocks are one C++ function, their
+products cannot be told from what is done with each row in between, so that the whole function counts (blocks). Simulation
+and learner take turns, so each of them may have all cores. Run it on an idle machine::
 
     python benchmarks/learn.py --output docs/results/learn.md
 """
@@ -24,6 +25,7 @@ import torch as th
 from torch.profiler import ProfilerActivity, profile
 
 from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.common.block_kernel import load_kernel
 from sb3_deepcrl.envs import BatchVecEnv
 
 TRANSITIONS_PER_UPDATE = 40
@@ -59,12 +61,17 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def matrix_product_ms(model: DeepCRL, n_updates: int) -> float:
+def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
     """
     :param model: A trained model
     :param n_updates: Number of updates to look at
-    :return: Milliseconds that the matrix products of an update take
+    :return: Milliseconds that PyTorch's matrix products take in an update, and milliseconds of the C++ blocks
     """
+    kernel = load_kernel()
+    clock = Clock()
+    for name in ("residual_block_forward", "residual_block_backward"):
+        if kernel is not None:
+            clock.watch(kernel, name, "update")
     assert model.replay_buffer is not None
     observations, actions = model.replay_buffer.sample_contrastive(n_updates * model.batch_size)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -72,7 +79,8 @@ def matrix_product_ms(model: DeepCRL, n_updates: int) -> float:
             rows = slice(k * model.batch_size, (k + 1) * model.batch_size)
             model._update({key: values[rows] for key, values in observations.items()}, actions[rows])
     events = profiler.key_averages()
-    return sum(event.self_cpu_time_total for event in events if event.key in MATRIX_PRODUCTS) / 1000 / n_updates
+    products = sum(event.self_cpu_time_total for event in events if event.key in MATRIX_PRODUCTS) / 1000 / n_updates
+    return products, 1000 * clock.seconds["update"] / n_updates
 
 
 def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
@@ -112,7 +120,8 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
     total = time.perf_counter() - start
     clock.seconds["other"] = total - sum(clock.seconds.values())
     milliseconds = {part: 1000 * seconds / n_updates for part, seconds in clock.seconds.items()}
-    return {**milliseconds, "total": 1000 * total / n_updates, "products": matrix_product_ms(model, 8)}
+    products, blocks = matrix_product_ms(model, 8)
+    return {**milliseconds, "total": 1000 * total / n_updates, "products": products, "blocks": blocks}
 
 
 def report(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> str:
@@ -130,13 +139,13 @@ def report(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> str:
         "",
         f"Printed by `python benchmarks/learn.py {' '.join(sys.argv[1:])}`.",
         "",
-        "| depth | total (ms) | simulate | forward | replay | update | other | matrix products of the update | simulation and "
-        "these products |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| depth | total (ms) | simulate | forward | replay | update | other | PyTorch's matrix products of the update | "
+        "its C++ blocks | simulation, products and blocks |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for depth, row in rows.items():
-        cells = [f"{row[part]:.1f} ({row[part] / row['total']:.0%})" for part in (*PARTS, "products")]
-        share = (row["simulate"] + row["products"]) / row["total"]
+        cells = [f"{row[part]:.1f} ({row[part] / row['total']:.0%})" for part in (*PARTS, "products", "blocks")]
+        share = (row["simulate"] + row["products"] + row["blocks"]) / row["total"]
         lines.append(f"| {depth} | {row['total']:.1f} | {' | '.join(cells)} | {share:.0%} |")
     return "\n".join(lines) + "\n"
 
