@@ -1,10 +1,9 @@
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sb3_deepcrl.analysis.runs import ALGORITHMS, Run, algorithm_class, make_env
+from sb3_deepcrl.analysis.runs import ALGORITHMS, Run, check_hyperparams, make_env
 from sb3_deepcrl.analysis.statistics import Estimate
 from sb3_deepcrl.analysis.study import (
     Report,
@@ -61,7 +60,8 @@ def first_update(n_envs: int, episode_steps: int | None, steps: int, learning_st
 class BaselinesStudy(Study):
     """
     DeepCRL at several depths beside SAC and TQC with hindsight goals (HER): the same env steps, envs, number of transitions
-    for each update, batch size and evaluations (section 4.2 of the paper).
+    for each update, batch size and evaluations (section 4.2 of the paper, which compares with SAC with and without HER, TD3
+    with HER, GCBC and GCSL; TQC is not among them).
     """
 
     name: ClassVar[str] = "baselines"
@@ -75,17 +75,18 @@ class BaselinesStudy(Study):
         super().__post_init__()
         for depth in self.depths:
             check_depth(depth)
-        self.check_free({"depth": "depths", "actor_depth": "depths", "critic_depth": "depths"})
+        self.check_free(
+            {
+                **dict.fromkeys(("depth", "actor_depth", "critic_depth"), "depths"),
+                # They are the baselines' too
+                "batch_size": "batch_size",
+                "gamma": "gamma",
+            }
+        )
         for baseline in self.baselines:
             if baseline not in BASELINES:
                 raise ValueError(f"Unknown baseline {baseline!r}. Choose from: {', '.join(BASELINES)}")
-            known = inspect.signature(algorithm_class(baseline).__init__).parameters
-            for name in self.baseline_hyperparams:
-                if name not in known:
-                    raise ValueError(
-                        f"`baseline_hyperparams` holds {name!r}, which {baseline.removesuffix('+HER')} does not know. "
-                        f"Choose from: {', '.join(list(known)[3:])}"
-                    )
+            check_hyperparams(self.baseline_hyperparams, baseline, "baseline_hyperparams")
         #: Env steps before the first update of the baselines
         self.learning_starts = self._find_learning_starts()
 

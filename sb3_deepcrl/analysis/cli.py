@@ -76,15 +76,13 @@ def add_option(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
     """
     default = item.default_factory() if item.default_factory is not MISSING else item.default
     kwargs: dict[str, Any] = dict(item.metadata)
-    kwargs["help"] += " (default: %(default)s)" if default or default == 0 else ""
+    kwargs["help"] += " (default: %(default)s)" if default else ""
     if isinstance(default, dict):
         kwargs.update(type=key_value, nargs="+", metavar="KEY:VALUE")
     elif isinstance(default, tuple):
         kwargs.update(type=float)
     elif isinstance(default, list):
         kwargs.update(type=type(default[0]), nargs="+")
-    elif isinstance(default, bool):
-        kwargs.update(action=argparse.BooleanOptionalAction)
     else:
         kwargs.update(type=type(default))
     parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, **kwargs)
@@ -122,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = shlex.join(["python", "-m", "sb3_deepcrl.analysis", *argv])
         report = study.run(runs, output, jobs, command, console)
     except (ValueError, ChildProcessError) as error:
-        parser.exit(2, f"{parser.prog} {study_class.name}: error: {error}\n")
+        # What comes from the process of a run has its traceback as its cause
+        cause = "" if error.__cause__ is None else f"{error.__cause__}\n"
+        parser.exit(2, f"{cause}{parser.prog} {study_class.name}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
     path = output or runs / f"{study.name}-{study.env}.md"

@@ -35,13 +35,7 @@ def conclusions(scores: Mapping[tuple[int, int], Estimate], deep: int, shallow: 
         (f"Learner {shallow}, from the data of collector {deep} against {shallow}", (deep, shallow), (shallow, shallow)),
     ]:
         first, second = scores[better], scores[worse]
-        if first.is_above(second):
-            verdict = "better"
-        elif second.is_above(first):
-            verdict = "worse"
-        else:
-            verdict = "no clear difference"
-        sentences.append(f"{title}: {first} against {second}, {verdict}.")
+        sentences.append(f"{title}: {first} against {second}, {first.compare(second)}.")
     return sentences
 
 
@@ -65,12 +59,7 @@ class CollectorStudy(Study):
         check_depth(self.shallow)
         if self.deep <= self.shallow:
             raise ValueError(f"`deep` must be larger than `shallow`, got {self.deep} and {self.shallow}")
-        for name in ("depth", "actor_depth", "critic_depth"):
-            if name in self.hyperparams:
-                raise ValueError(
-                    f"`hyperparams` must not hold {name!r}, which differs between the models, got {self.hyperparams[name]}: "
-                    "use `deep` and `shallow`"
-                )
+        self.check_free(dict.fromkeys(("depth", "actor_depth", "critic_depth"), "deep"))
 
     def settings(self) -> dict[str, Run]:
         learners = {self._name(depth): {"depth": depth} for depth in (self.deep, self.shallow)}

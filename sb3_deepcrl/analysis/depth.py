@@ -15,6 +15,7 @@ from sb3_deepcrl.analysis.study import (
     rows_of,
     summarize,
 )
+from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import check_depth
 
 # What becomes deeper: hyperparameters of DeepCRL
@@ -38,7 +39,9 @@ class DepthStudy(Study):
         super().__post_init__()
         for depth in self.depths:
             check_depth(depth)
-        self.check_free({"depth": "depths", **{name: "depths" for part in self.parts for name in PARTS[part]}})
+        for part in self.parts:
+            check_choice(part, tuple(PARTS), "parts")
+        self.check_free(dict.fromkeys(("depth", "actor_depth", "critic_depth"), "depths"))
 
     def label(self, part: str, depth: int) -> str:
         """
@@ -50,7 +53,10 @@ class DepthStudy(Study):
 
     def settings(self) -> dict[str, Run]:
         return {
-            self.label(part, depth): self.make_run(**{"depth": min(self.depths), **{name: depth for name in PARTS[part]}})
+            # The smallest depth of one part is that of both, and the same run
+            self.label(part, depth): self.make_run(
+                **{"depth": min(self.depths), **({name: depth for name in PARTS[part]} if depth > min(self.depths) else {})}
+            )
             for part in self.parts
             for depth in self.depths
         }
@@ -59,6 +65,8 @@ class DepthStudy(Study):
         table = [{"": label, **summarize(seeds)} for label, seeds in results.items()]
         notes = [self.protocol()]
         for part in self.parts:
+            if self.seeds == 1:
+                continue
             by_depth = {depth: final_estimate(results[self.label(part, depth)]) for depth in self.depths}
             critical = critical_depth(by_depth)
             what = "" if part == "both" else f" of the {part}"

@@ -10,12 +10,14 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import connection, get_context, parent_process, util
@@ -155,18 +157,23 @@ def check_env_id(env_id: str) -> str:
     return env_id
 
 
-def check_hyperparams(hyperparams: Iterable[str]) -> None:
+def check_hyperparams(hyperparams: Iterable[str], algorithm: str = "DeepCRL", option: str = "hyperparams") -> None:
     """
-    :param hyperparams: Names of arguments of DeepCRL
+    :param hyperparams: Names of arguments of an algorithm
+    :param algorithm: One of ``ALGORITHMS``
+    :param option: What holds them
     :raises ValueError: if it has no such argument, or a run sets it itself
     """
-    own = ("self", "policy", "env", "seed", "device", "_init_setup_model")
-    known = [name for name in inspect.signature(DeepCRL.__init__).parameters if name not in own]
+    own = ("self", "policy", "env", "seed", "device", "train_freq", "gradient_steps", "_init_setup_model")
+    known = [name for name in inspect.signature(algorithm_class(algorithm).__init__).parameters if name not in own]
     for name in hyperparams:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             advice = f"Did you mean {near[0]!r}?" if near else f"Choose from: {', '.join(known)}"
-            raise ValueError(f"`hyperparams` must be arguments of DeepCRL, but {name!r} is none that can be set. {advice}")
+            raise ValueError(
+                f"`{option}` must be arguments of {algorithm.removesuffix('+HER')}, but {name!r} is none that can be set. "
+                f"{advice}"
+            )
 
 
 def eval_env_of(env_id: str) -> str:
@@ -248,10 +255,17 @@ def load_model(run: Run, runs: Path, env: VecEnv | None = None) -> Any:
     :param runs: Folder of all runs
     :param env: Env for the model
     :return: Its model
+    :raises ValueError: if there is no env to train it further, and it has been trained for more steps than those of the run
     """
     # Without an env there is no need for a place to store its transitions
     custom_objects = {} if env is not None else {"buffer_size": 1}
-    return algorithm_class(run.algorithm).load(run.folder(runs) / "model.zip", env, custom_objects=custom_objects)
+    model = algorithm_class(run.algorithm).load(run.folder(runs) / "model.zip", env, custom_objects=custom_objects)
+    if env is None and model.num_timesteps >= run.steps + run.eval_freq:
+        raise ValueError(
+            f"The model in {run.folder(runs)} has been trained for {model.num_timesteps:,} env steps, more than `steps`, "
+            f"which is {run.steps:,}: ask for as many steps, or give the runs another folder"
+        )
+    return model
 
 
 def derived_seed(*numbers: int) -> int:
@@ -521,8 +535,10 @@ def _train(run: Run, runs: Path) -> None:
             rows = [row for row in read_rows([folder / "results.csv"]) if int(row["timesteps"]) <= model.num_timesteps]
     else:
         learners = make_learners(run, env)
-        # The last to set the seeds of envs and generators, so that these are the same with learners and without
+        # The last to set the seeds of generators, so that these are the same with learners and without
         model = make_model(run, env)
+        # Envs are seeded with consecutive numbers: with those of the model, seeds 0 and 1 would share all envs but one
+        env.seed(derived_seed(run.seed, 0))
     model.learn(
         run.steps - model.num_timesteps,
         callback=[Learners(run, learners), Evaluations(run, folder, rows, learners)],
@@ -551,7 +567,9 @@ def train_all(
     :param is_done: Whether a run needs no training
     """
     all_runs = [(label, run) for label, seeds in runs_by_label.items() for run in seeds]
-    open_runs = [(label, run) for label, run in all_runs if not is_done(run, runs)]
+    # A run that belongs to two settings is trained once
+    by_folder = {run.folder(runs): (label, run) for label, run in reversed(all_runs) if not is_done(run, runs)}
+    open_runs = list(reversed(by_folder.values()))
     n_cores = n_usable_cores()
     jobs = max(1, min(jobs or n_cores, len(open_runs)))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -577,9 +595,9 @@ def train_all(
 
         refresh()
         if jobs == 1:
-            for _, run in open_runs:
-                train_function(run, runs, None)
-                refresh()
+            with called_every_second(refresh):
+                for _, run in open_runs:
+                    train_function(run, runs, None)
             return
         train_side_by_side(
             [(f"{label}, seed {run.seed}", (run, runs, max(1, n_cores // jobs))) for label, run in open_runs],
@@ -587,6 +605,27 @@ def train_all(
             jobs,
             refresh,
         )
+
+
+@contextmanager
+def called_every_second(function: Callable[[], None]) -> Iterator[None]:
+    """
+    :param function: What to call from another thread while the context lasts, and at its end
+    """
+    ended = threading.Event()
+
+    def call() -> None:
+        while not ended.wait(1):
+            function()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        function()
 
 
 def train_side_by_side(
@@ -683,7 +722,13 @@ def _call_and_report(sender: Connection, function: Callable[..., None], argument
     try:
         function(*arguments)
     except Exception as error:
-        sender.send((error, traceback.format_exc()))
+        text = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            # An exception that cannot be sent: what it says can
+            error = RuntimeError(text.splitlines()[-1])
+        sender.send((error, text))
 
 
 def n_usable_cores() -> int:

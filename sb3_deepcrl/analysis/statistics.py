@@ -107,11 +107,12 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     :param second: Numbers, same shape
     :return: Their correlation, not a number if one of them is the same everywhere
     """
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    first, second = rankdata(first), rankdata(second)
-    spread = first.std() * second.std()
-    return float(((first - first.mean()) * (second - second.mean())).mean() / spread) if spread else float("nan")
+    with warnings.catch_warnings():
+        # Of numbers that are all the same
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(spearmanr(np.ravel(first), np.ravel(second)).statistic)
 
 
 def critical_depth(scores: Mapping[int, Estimate]) -> int | None:

@@ -130,7 +130,7 @@ class Study(ABC):
         for item in fields(self):
             value = getattr(self, item.name)
             numbers = value if isinstance(value, list) else [value]
-            if any(isinstance(number, int) and number < 1 for number in numbers if not isinstance(number, bool)):
+            if any(isinstance(number, int) and number < 1 for number in numbers):
                 raise ValueError(f"`{item.name}` must be at least 1, got {value}")
             if isinstance(value, list) and len(set(map(str, value))) < len(value):
                 raise ValueError(f"`{item.name}` holds a value twice: {value}")
@@ -181,14 +181,21 @@ class Study(ABC):
         return (
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
             "is the number of steps of an episode at the goal, success reaching it at any step. "
-            f"{self.averaging()}, of the mean over the last five evaluations."
+            f"{self.averaging()}, of the mean over the last five evaluations. {self.steps:,} env steps of {self.n_envs} envs, "
+            f"an update for {self.transitions_per_update} transitions, batch size {self.batch_size}, gamma {self.gamma:g}, "
+            f"precision {self.precision}."
         )
 
     def averaging(self) -> str:
         """
         :return: How the seeds are summarised, in words
         """
-        return f"Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals" if self.seeds > 1 else "One seed"
+        if self.seeds == 1:
+            return "One seed"
+        if self.seeds < 4:
+            # That is what resampling so few of them comes to
+            return f"Means over {self.seeds} seeds with 95 % bootstrap intervals, which are their range"
+        return f"Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals"
 
     def caption(self) -> str:
         """
@@ -307,7 +314,7 @@ class ComparisonOfDepths(Study):
         super().__post_init__()
         for depth in self.depths:
             check_depth(depth)
-        self.check_free({"depth": "depths"})
+        self.check_free(dict.fromkeys(("depth", "actor_depth", "critic_depth"), "depths"))
 
     def settings(self) -> dict[str, Run]:
         return {f"depth {depth}": self.make_run(depth=depth) for depth in self.depths}

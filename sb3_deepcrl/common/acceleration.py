@@ -100,9 +100,9 @@ def compile_blocks(module: nn.Module) -> bool:
     Compile every residual block of a network, in place. All of them share one artifact, so that the start-up does not
     depend on the depth. Parameters, ``state_dict`` and pickles stay what they were.
 
-    On CPUs with AVX-512, blocks of Dense, LayerNorm and Swish run as the function in ``residual_block.cpp`` where their
-    products are in float32. For all others the code is generated at the first forward pass, and again for another batch
-    size: once as it is, from then on for any size.
+    On CPUs with AVX-512, blocks of Dense, LayerNorm and Swish run as the function in ``residual_block.cpp``. For all others
+    the code is generated at the first forward pass, and again for another batch size: once as it is, from then on for any
+    size.
 
     :param module: Any network
     :return: Whether it was done. Without a compiler there is a warning, and the network stays as it is.
@@ -110,7 +110,8 @@ def compile_blocks(module: nn.Module) -> bool:
     blocks = residual_blocks(module)
     if not blocks:
         return False
-    reason = why_not_compiled(next(blocks[0].parameters()).device.type)
+    device_type = next(blocks[0].parameters()).device.type
+    reason = why_not_compiled(device_type)
     if reason is not None:
         warnings.warn(
             f"The networks run uncompiled, because torch.compile fails here ({reason}). Install a C++ compiler, or do "
@@ -119,7 +120,7 @@ def compile_blocks(module: nn.Module) -> bool:
         return False
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
-    kernel = load_kernel()
+    kernel = load_kernel() if device_type == "cpu" else None
     for block in blocks:
         block.compile(backend=lean_inductor)
         if kernel is not None and type(block) is ResidualBlock:

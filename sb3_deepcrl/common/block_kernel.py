@@ -35,9 +35,16 @@ def load_kernel() -> ctypes.CDLL | None:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load(source)
+        assert isinstance(library, ctypes.CDLL)
+        _declare(library)
     except Exception:  # the cache is no public interface of PyTorch: torch.compile does the blocks then
         return None
-    assert isinstance(library, ctypes.CDLL)
+    # The compiler may have been told to do with less than the processor has
+    return library if library.n_lanes() == 16 else None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Set the types of the functions of the kernel."""
     library.n_lanes.restype = _INTEGER
     library.has_bfloat16.restype = ctypes.c_bool
     library.residual_block_forward.argtypes = [
@@ -49,7 +56,6 @@ def load_kernel() -> ctypes.CDLL | None:
     ]
     library.residual_block_backward.argtypes = [*[_ADDRESS] * 9, *[_INTEGER] * 3, ctypes.c_bool]
     library.residual_block_forward.restype = library.residual_block_backward.restype = None
-    return library
 
 
 def _addresses(tensors: tuple[th.Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
@@ -135,6 +141,14 @@ class _Block(th.autograd.Function):
         return None, dx, dscale, None, None, *(gradients if needed else [None] * _N_PARAMETERS)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """
+    :param module: Any module
+    :return: Whether somebody wants to be called when it runs
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 class KernelBlock:
     """
     What a residual block does when it is called: run as the kernel wherever that does the same, i.e. for blocks of Dense,
@@ -184,6 +198,8 @@ class KernelBlock:
         if width % (2 * self.n_lanes if autocast else self.n_lanes) or th.compiler.is_compiling():
             return None
         modules = list(self.block.branch)
+        if any(has_hooks(module) for module in (self.block, *modules)):
+            return None
         if [type(module) for module in modules] != _MODULES:
             return None
         tensors: list[th.Tensor | None] = []
