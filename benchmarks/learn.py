@@ -4,8 +4,8 @@ Where the wall-clock of ``learn()`` goes on the ant in the U maze: 64 envs stepp
 ``simulate`` is the step of the envs, ``forward`` the policy that acts, ``replay`` storing and sampling, ``update`` the
 gradient steps and ``other`` all the rest: SB3's loop, infos, logging. The matrix products of an update are measured in the
 same process with PyTorch's profiler, on minibatches of the same buffer. Where residual blocks are one C++ function, their
-products cannot be told from what is done with each row in between, so that the whole function counts (blocks). Simulation
-and learner take turns, so each of them may have all cores. Run it on an idle machine::
+products cannot be told from what is done with each row in between: the whole function is shown (blocks), and beside it what
+the products of the blocks take in PyTorch, at the rate measured by ``update.py`` (roof). Simulation and learner take turns, so each of them may have all cores. Run it on an idle machine::
 
     python benchmarks/learn.py --output docs/results/learn.md
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch as th
 from torch.profiler import ProfilerActivity, profile
+from update import PASSES, flops_per_second
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.block_kernel import load_kernel
@@ -121,7 +122,9 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
     clock.seconds["other"] = total - sum(clock.seconds.values())
     milliseconds = {part: 1000 * seconds / n_updates for part, seconds in clock.seconds.items()}
     products, blocks = matrix_product_ms(model, 8)
-    return {**milliseconds, "total": 1000 * total / n_updates, "products": products, "blocks": blocks}
+    rate = flops_per_second(args, getattr(th, args.precision))
+    roof = 1000 * PASSES * 2 * depth * args.width**2 * args.batch_size / rate
+    return {**milliseconds, "total": 1000 * total / n_updates, "products": products, "blocks": blocks, "roof": roof}
 
 
 def report(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> str:
@@ -140,13 +143,14 @@ def report(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> str:
         f"Printed by `python benchmarks/learn.py {' '.join(sys.argv[1:])}`.",
         "",
         "| depth | total (ms) | simulate | forward | replay | update | other | PyTorch's matrix products of the update | "
-        "its C++ blocks | simulation, products and blocks |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "its C++ blocks | simulation, products and blocks | the blocks' products in PyTorch (roof) |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for depth, row in rows.items():
         cells = [f"{row[part]:.1f} ({row[part] / row['total']:.0%})" for part in (*PARTS, "products", "blocks")]
         share = (row["simulate"] + row["products"] + row["blocks"]) / row["total"]
-        lines.append(f"| {depth} | {row['total']:.1f} | {' | '.join(cells)} | {share:.0%} |")
+        roof = f"{row['roof']:.1f} ({row['roof'] / row['total']:.0%})"
+        lines.append(f"| {depth} | {row['total']:.1f} | {' | '.join(cells)} | {share:.0%} | {roof} |")
     return "\n".join(lines) + "\n"
 
 
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="about the time of a measurement")
     parser.add_argument("--output", type=Path, help="file for the table (it is always printed)")
     parser.add_argument("--worker", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
+    parser.set_defaults(device="cpu", width=256)
     args = parser.parse_args()
     if args.worker is not None:
         print(json.dumps(measure(args, args.worker)))

@@ -175,7 +175,7 @@ def test_report_of_known_results(tmp_path):
     assert means[("depth 32", "depth 32")] == 102
     assert means[("depth 32", "collector itself")] == 92
     assert means[("depth 4", "depth 32")] == 14
-    assert [note.rsplit(", ", 1)[1] for note in report.notes[1:]] == ["better.", "no clear difference.", "better.", "better."]
+    assert [note.rsplit(", ", 1)[1] for note in report.notes[1:]] == ["higher.", "intervals overlap.", "higher.", "higher."]
     assert [ax.get_title() for ax in report.figure.axes] == ["Deep collector (depth 32)", "Shallow collector (depth 4)"]
     deep, shallow, _ = report.figure.axes[0].lines
     assert deep.get_label() == "learner, depth 32"
@@ -188,13 +188,13 @@ def test_conclusions():
     low, high, wide = Estimate(1, 0, 2), Estimate(5, 4, 6), Estimate(3, 1, 5)
     scores = {(8, 8): high, (8, 4): low, (4, 8): wide, (4, 4): high}
     verdicts = [sentence.rsplit(", ", 1)[1] for sentence in conclusions(scores, 8, 4)]
-    assert verdicts == ["better.", "no clear difference.", "no clear difference.", "worse."]
+    assert verdicts == ["higher.", "intervals overlap.", "intervals overlap.", "lower."]
     assert conclusions(scores, 8, 4)[0] == (
-        "From the data of collector 8, learner 8 against 4: 5.00 (4.00 to 6.00) against 1.00 (0.00 to 2.00), better."
+        "From the data of collector 8, learner 8 against 4: 5.00 (4.00 to 6.00) against 1.00 (0.00 to 2.00), higher."
     )
     # One seed has no interval
     unknown = Estimate(9, float("nan"), float("nan"))
-    assert conclusions({**scores, (8, 8): unknown}, 8, 4)[0].endswith("no clear difference.")
+    assert conclusions({**scores, (8, 8): unknown}, 8, 4)[0].endswith("one seed tells nothing.")
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_toy_study(tmp_path, monkeypatch):
     ]
     assert [row["trained"] for row in rows[:6]] == ["True"] * 3 + ["False"] * 3
     assert {row["episodes"] for row in rows} == {"4"}
-    # 20 steps are too few for the goals that are farther than the next cell
+    # The goals that are farther than the next cell lie behind a corner, which nothing leads an untrained policy around
     assert all(float(row["success_any"]) == 0 for row in rows if row["distance"] > "2")
     text = (tmp_path / "stitching-PointUMazeStitch-v0.md").read_text()
     assert "start and goal are at most 3 cells apart" in text

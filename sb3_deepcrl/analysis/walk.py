@@ -327,7 +327,7 @@ class Gaits:
 class WalkStudy(ComparisonOfDepths):
     """
     How humanoids of several depths move: fall time, height of the torso, distances, and a class for each episode, such as
-    walking, throwing itself at the goal, or going over the wall (section 4.3 and figure 4 of the paper).
+    walking, throwing itself at the goal, or going over the wall (section 4.3 of the paper).
     """
 
     name: ClassVar[str] = "walk"
