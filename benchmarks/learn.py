@@ -4,8 +4,9 @@ Where the wall-clock of ``learn()`` goes on the ant in the U maze: 64 envs stepp
 ``simulate`` is the step of the envs, ``forward`` the policy that acts, ``replay`` storing and sampling, ``update`` the
 gradient steps and ``other`` all the rest: SB3's loop, infos, logging. The matrix products of an update are measured in the
 same process with PyTorch's profiler, on minibatches of the same buffer. Where residual blocks are one C++ function, their
-products cannot be told from what is done with each row in between: the whole function is shown (blocks), and beside it what
-the products of the blocks take in PyTorch, at the rate measured by ``update.py`` (roof). Simulation and learner take turns, so each of them may have all cores. Run it on an idle machine::
+products cannot be told from what is done with each row in between: the whole function is shown (blocks), and beside it
+what the products of the blocks take in PyTorch, at the rate measured by ``update.py`` (roof). Simulation and learner take
+turns, so each of them may have all cores. Run it on an idle machine::
 
     python benchmarks/learn.py --output docs/results/learn.md
 """
