@@ -106,7 +106,7 @@ def test_command(tmp_path):
         (dict(baselines=["SAC+HER", "DDPG"]), r"Unknown baseline 'DDPG'. Choose from: SAC\+HER, TQC\+HER"),
         (
             dict(baseline_hyperparams={"depth": 4}),
-            "must be arguments of SAC, but 'depth' is none that can be set. Choose from: ",
+            "must be arguments of SAC, but 'depth' is none that can be set",
         ),
         (dict(baseline_hyperparams={"learning_starts": 10}), "`learning_starts` of the baselines is 10, but HER"),
         (dict(steps=400, n_envs=8, env_kwargs={"max_episode_steps": 50}), "`steps` must be more than the 400"),
