@@ -214,8 +214,8 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         "",
         f"Batch size {args.batch_size}, width {args.width}, sizes of the humanoid tasks; {machine(args)}; median of "
         f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
-        "measured in the same process; blocks with products of their own may be above it. Start-up is the first update, with "
-        "nothing compiled before. The modes are described in the script.",
+        "measured in the same process; blocks with products of their own may be above it. Start-up is from the constructor to "
+        "the end of the first update, with nothing compiled before. The modes are described in the script.",
         "",
         f"Printed by `python benchmarks/update.py {' '.join(sys.argv[1:])}`.",
         "",
