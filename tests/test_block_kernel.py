@@ -193,6 +193,8 @@ OTHERS = {
     "no affine": lambda block: exchange(block, 4, nn.LayerNorm(32, eps=1e-6, elementwise_affine=False)),
     "eps": lambda block: exchange(block, 4, nn.LayerNorm(32, eps=0.1)),
     "parametrized": lambda block: nn.utils.parametrizations.weight_norm(block.branch[0]),
+    "hook on the block": lambda block: block.register_forward_hook(print),
+    "hook on a layer": lambda block: block.branch[3].register_forward_pre_hook(print),
     "transposed": lambda block: setattr(block.branch[0].weight, "data", block.branch[0].weight.data.t()),
 }
 
@@ -202,7 +204,7 @@ OTHERS = {
 def test_other_blocks_run_otherwise(name):
     """Also if modules or parameters were exchanged after compiling."""
     block = make_block()
-    kernel_block = KernelBlock(load_kernel(), block, lambda x: "otherwise")
+    kernel_block = KernelBlock(load_kernel(), block, lambda: lambda x: "otherwise")
     assert isinstance(kernel_block(th.randn(3, 32)), th.Tensor)
     other = OTHERS[name](block)
     if isinstance(other, ResidualBlock) and other is not block:
@@ -213,7 +215,7 @@ def test_other_blocks_run_otherwise(name):
 
 @needs_kernel
 def test_other_inputs_run_otherwise():
-    kernel_block = KernelBlock(load_kernel(), make_block(), lambda x: "otherwise")
+    kernel_block = KernelBlock(load_kernel(), make_block(), lambda: lambda x: "otherwise")
     for x in (th.randn(2, 3, 32), th.randn(32), th.randn(3, 32).double(), th.randn(3, 32, device="meta")):
         assert kernel_block(x) == "otherwise"
     with th.autocast("cpu", th.float16):
@@ -221,7 +223,7 @@ def test_other_inputs_run_otherwise():
     with th.autocast("cpu", th.bfloat16):
         assert (type(kernel_block(th.randn(3, 32))) is th.Tensor) == has_bfloat16
     # A multiple of the lanes of a vector, but not of twice as many
-    kernel_block = KernelBlock(load_kernel(), make_block(48), lambda x: "otherwise")
+    kernel_block = KernelBlock(load_kernel(), make_block(48), lambda: lambda x: "otherwise")
     assert type(kernel_block(th.randn(3, 48))) is th.Tensor
     with th.autocast("cpu", th.bfloat16):
         assert kernel_block(th.randn(3, 48)) == "otherwise"

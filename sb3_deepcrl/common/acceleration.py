@@ -122,10 +122,12 @@ def compile_blocks(module: nn.Module) -> bool:
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
     kernel = load_kernel() if device_type == "cpu" else None
     for block in blocks:
-        block.compile(backend=lean_inductor)
         if kernel is not None and type(block) is ResidualBlock:
-            assert block._compiled_call_impl is not None
-            block._compiled_call_impl = KernelBlock(kernel, block, block._compiled_call_impl)
+            # What nn.Module.compile() would put there
+            compile_block = functools.partial(th.compile, block._call_impl, backend=lean_inductor)
+            block._compiled_call_impl = KernelBlock(kernel, block, compile_block)
+        else:
+            block.compile(backend=lean_inductor)
     return True
 
 

@@ -157,16 +157,24 @@ class KernelBlock:
 
     :param kernel: See :func:`load_kernel`
     :param block: The residual block
-    :param otherwise: What to call where the kernel does not do the same
+    :param compile_block: Makes what is called where the kernel does not do the same. It takes time and is hardly needed, so
+        that it waits for the first such call.
     """
 
-    def __init__(self, kernel: ctypes.CDLL, block: ResidualBlock, otherwise: Callable[[th.Tensor], th.Tensor]):
+    def __init__(
+        self, kernel: ctypes.CDLL, block: ResidualBlock, compile_block: Callable[[], Callable[[th.Tensor], th.Tensor]]
+    ):
         self.kernel = kernel
         self.block = block
-        self.otherwise = otherwise
+        self.compile_block = compile_block
         self.n_lanes = kernel.n_lanes()
         # Where there are units for whole matrices of bfloat16, PyTorch's products use them
         self.knows_bfloat16 = kernel.has_bfloat16() and not th.cpu._is_amx_tile_supported()
+
+    @functools.cached_property
+    def otherwise(self) -> Callable[[th.Tensor], th.Tensor]:
+        """What to call where the kernel does not do the same."""
+        return self.compile_block()
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
         bfloat16 = th.is_autocast_enabled("cpu")
