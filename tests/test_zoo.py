@@ -39,7 +39,7 @@ from tests.envs import GoalReachEnv
 ROOT = Path(__file__).parent.parent
 ENV = "PointUMaze-v0"
 N_ENVS = 4
-TINY = "-params n_envs:4 width:16 depth:4 batch_size:16 learning_starts:100".split()
+TINY = "-params n_envs:4 width:16 depth:4 batch_size:16 learning_starts:100 train_freq:'auto' gradient_steps:'auto'".split()
 # The run that most tests look at: evaluated and saved twice
 N_STEPS, EVERY = 1600, 800
 

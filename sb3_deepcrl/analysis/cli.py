@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = study.run(runs, output, jobs, command, console)
     except (ValueError, ChildProcessError) as error:
         # What comes from the process of a run has its traceback as its cause
-        cause = "" if error.__cause__ is None else f"{error.__cause__}\n"
+        cause = f"{error.__cause__}\n" if isinstance(error.__cause__, RuntimeError) else ""
         parser.exit(2, f"{cause}{parser.prog} {study_class.name}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
