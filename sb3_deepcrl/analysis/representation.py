@@ -22,7 +22,7 @@ from sb3_deepcrl.analysis.study import (
     new_figure,
     scores_by_depth,
 )
-from sb3_deepcrl.analysis.value_map import MazeMap
+from sb3_deepcrl.analysis.value_map import MazeMap, network_inputs
 from sb3_deepcrl.common.losses import rowwise_energy
 from sb3_deepcrl.deepcrl import DeepCRL
 
@@ -148,13 +148,7 @@ def embed(model: DeepCRL, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarra
     :return: Embeddings of state and action, shape ``(n_steps, repr_dim)``, embedding of the goal, shape ``(repr_dim,)``, and
         the energy of both, shape ``(n_steps,)``
     """
-    observations = trajectory.observations
-    vec_normalize = model.get_vec_normalize_env()
-    if vec_normalize is not None:
-        observations = vec_normalize.normalize_obs(observations)  # type: ignore[assignment]
-    obs_tensor, _ = model.policy.obs_to_tensor(observations)
-    assert isinstance(obs_tensor, dict)
-    model.policy.set_training_mode(False)
+    obs_tensor = network_inputs(model, trajectory.observations)
     with th.no_grad():
         actions = th.as_tensor(trajectory.actions, dtype=th.float32, device=model.device)
         embeddings = model.critic.encode_state_action(model.critic.extract_state_features(obs_tensor), actions)

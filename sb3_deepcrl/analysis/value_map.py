@@ -238,6 +238,21 @@ def observations_at(observation: dict[str, np.ndarray], xy: np.ndarray, goal: np
     return batch
 
 
+def network_inputs(model: DeepCRL, observations: dict[str, np.ndarray]) -> dict[str, th.Tensor]:
+    """
+    :param model: The model, which is put into evaluation mode
+    :param observations: Observations as the env gives them, each of shape ``(n, ...)``
+    :return: What its networks see of them, normalised if the model was trained so
+    """
+    vec_normalize = model.get_vec_normalize_env()
+    if vec_normalize is not None:
+        observations = vec_normalize.normalize_obs(observations)  # type: ignore[assignment]
+    obs_tensor, _ = model.policy.obs_to_tensor(observations)
+    assert isinstance(obs_tensor, dict)
+    model.policy.set_training_mode(False)
+    return obs_tensor
+
+
 def value_map(
     model: DeepCRL, observation: dict[str, np.ndarray], xy: np.ndarray, goal: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -251,13 +266,7 @@ def value_map(
     :return: Energies of shape ``(n,)``, the higher the nearer to the goal, and the actions that the policy takes in [-1, 1],
         shape ``(n, action_dim)``
     """
-    observations = observations_at(observation, xy, np.asarray(goal))
-    vec_normalize = model.get_vec_normalize_env()
-    if vec_normalize is not None:
-        observations = vec_normalize.normalize_obs(observations)  # type: ignore[assignment]
-    obs_tensor, _ = model.policy.obs_to_tensor(observations)
-    assert isinstance(obs_tensor, dict)
-    model.policy.set_training_mode(False)
+    obs_tensor = network_inputs(model, observations_at(observation, xy, np.asarray(goal)))
     with th.no_grad():
         actions = model.actor(obs_tensor, deterministic=True)
         values = model.critic(obs_tensor, actions)
