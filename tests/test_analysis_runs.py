@@ -423,8 +423,9 @@ def test_two_runs_side_by_side(tmp_path):
         assert counters(toy_run(seed=seed), together) == TOY_COUNTERS
     same, other = (load_model(toy_run(seed=seed), together).policy.state_dict() for seed in range(2))
     expected = load_model(toy_run(), alone).policy.state_dict()
-    assert all(th.equal(same[name], expected[name]) for name in expected)
-    assert not all(th.equal(other[name], expected[name]) for name in expected)
+    # Up to the order of sums, as the number of threads may differ
+    assert all(th.allclose(same[name], expected[name], atol=1e-4) for name in expected)
+    assert not all(th.allclose(other[name], expected[name], atol=1e-4) for name in expected)
     lines = output.getvalue().splitlines()
     assert [re.sub(r"\s.*", "", line) for line in lines] == ["env", "one,", "one,"]
     assert all("100%" in line for line in lines)
