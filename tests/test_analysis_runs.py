@@ -352,15 +352,6 @@ def test_a_continued_run_draws_other_random_numbers(tmp_path):
     assert not (goals[:80] == goals[80:]).all()
 
 
-def test_replay_buffers_under_their_first_name(tmp_path):
-    run = toy_run(steps=80)
-    train(run, tmp_path)
-    folder = run.folder(tmp_path)
-    (folder / "buffer-80.pkl").rename(folder / "buffer.pkl")
-    train(toy_run(), tmp_path)
-    assert n_stored(toy_run(), tmp_path) == 160
-
-
 def test_one_process_a_run(tmp_path):
     run = toy_run(steps=40)
     folder = run.folder(tmp_path)

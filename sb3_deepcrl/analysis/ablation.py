@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import curves_of
 from sb3_deepcrl.analysis.study import (
+    ComparisonOfDepths,
     Report,
     Results,
-    Study,
     add_legend,
     draw_curve,
     draw_estimates,
@@ -18,7 +18,6 @@ from sb3_deepcrl.analysis.study import (
     rows_of,
     summarize,
 )
-from sb3_deepcrl.common.torch_layers import check_depth
 
 NO_RESIDUAL, NO_NORM, RELU = {"residual": False}, {"norm": "none"}, {"activation_fn": "ReLU"}
 # What is changed in the network, as policy_kwargs
@@ -33,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class AblationStudy(Study):
+class AblationStudy(ComparisonOfDepths):
     """
     What deep networks need (figures 5 and 16 of the paper): the complete network, the same without residual connections,
     without layer normalization, with ReLU in place of Swish, and with all three of these changes.
@@ -51,13 +50,10 @@ class AblationStudy(Study):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for depth in self.depths:
-            check_depth(depth)
         for variant in self.variants:
             if variant not in VARIANTS:
                 raise ValueError(f"Unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}")
-        changed = {name: "variants" for variant in self.variants for name in VARIANTS[variant]}
-        self.check_free({"depth": "depths", "actor_depth": "depths", "critic_depth": "depths", **changed})
+        self.check_free({name: "variants" for variant in self.variants for name in VARIANTS[variant]})
 
     @staticmethod
     def label(variant: str, depth: int) -> str:

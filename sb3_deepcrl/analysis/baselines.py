@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from sb3_deepcrl.analysis.runs import ALGORITHMS, Run, check_hyperparams, make_env
 from sb3_deepcrl.analysis.statistics import Estimate
 from sb3_deepcrl.analysis.study import (
+    ComparisonOfDepths,
     Report,
     Results,
-    Study,
     depth_colors,
     draw_learning_curves,
     final_estimate,
@@ -16,7 +16,6 @@ from sb3_deepcrl.analysis.study import (
     rows_of,
     summarize,
 )
-from sb3_deepcrl.common.torch_layers import check_depth
 
 BASELINES = tuple(algorithm for algorithm in ALGORITHMS if algorithm != "DeepCRL")
 # DeepCRL's learning rate and first temperature, and the defaults of HER
@@ -57,7 +56,7 @@ def first_update(n_envs: int, episode_steps: int | None, steps: int, learning_st
 
 
 @dataclass
-class BaselinesStudy(Study):
+class BaselinesStudy(ComparisonOfDepths):
     """
     DeepCRL at several depths beside SAC and TQC with hindsight goals (HER): the same env steps, envs, number of transitions
     for each update, batch size and evaluations (section 4.2 of the paper, which compares with SAC with and without HER, TD3
@@ -73,16 +72,8 @@ class BaselinesStudy(Study):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for depth in self.depths:
-            check_depth(depth)
-        self.check_free(
-            {
-                **dict.fromkeys(("depth", "actor_depth", "critic_depth"), "depths"),
-                # They are the baselines' too
-                "batch_size": "batch_size",
-                "gamma": "gamma",
-            }
-        )
+        # They are the baselines' too
+        self.check_free({"batch_size": "batch_size", "gamma": "gamma"})
         for baseline in self.baselines:
             if baseline not in BASELINES:
                 raise ValueError(f"Unknown baseline {baseline!r}. Choose from: {', '.join(BASELINES)}")

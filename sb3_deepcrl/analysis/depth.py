@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import critical_depth
 from sb3_deepcrl.analysis.study import (
+    ComparisonOfDepths,
     Report,
     Results,
-    Study,
     depth_colors,
     draw_learning_curves,
     final_estimate,
@@ -16,14 +16,13 @@ from sb3_deepcrl.analysis.study import (
     summarize,
 )
 from sb3_deepcrl.common.losses import check_choice
-from sb3_deepcrl.common.torch_layers import check_depth
 
 # What becomes deeper: hyperparameters of DeepCRL
 PARTS = {"both": ("depth",), "actor": ("actor_depth",), "critic": ("critic_depth",)}
 
 
 @dataclass
-class DepthStudy(Study):
+class DepthStudy(ComparisonOfDepths):
     """
     Time at goal and success over env steps and over seconds, for several depths of actor and critic, together or one of
     them with the other at the smallest depth (figures 1 and 6 of the paper).
@@ -37,11 +36,8 @@ class DepthStudy(Study):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for depth in self.depths:
-            check_depth(depth)
         for part in self.parts:
             check_choice(part, tuple(PARTS), "parts")
-        self.check_free(dict.fromkeys(("depth", "actor_depth", "critic_depth"), "depths"))
 
     def label(self, part: str, depth: int) -> str:
         """

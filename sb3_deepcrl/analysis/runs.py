@@ -381,9 +381,7 @@ def buffer_path(folder: Path, num_timesteps: int) -> Path:
     :param num_timesteps: Number of env steps of the model in that folder
     :return: File of its replay buffer
     """
-    path = folder / f"buffer-{num_timesteps}.pkl"
-    # The name in the first runs
-    return path if path.exists() else folder / "buffer.pkl"
+    return folder / f"buffer-{num_timesteps}.pkl"
 
 
 class Evaluations(BaseCallback):
@@ -450,7 +448,7 @@ class Evaluations(BaseCallback):
 
     def _save(self) -> None:
         assert isinstance(self.model, OffPolicyAlgorithm)
-        buffer = self.path / f"buffer-{self.num_timesteps}.pkl"
+        buffer = buffer_path(self.path, self.num_timesteps)
         with atomic_path(buffer, ".pkl") as path:
             self.model.save_replay_buffer(path)
         learners = {learner_path(self.path, name, self.num_timesteps): model for name, model in self.learners.items()}
@@ -460,7 +458,7 @@ class Evaluations(BaseCallback):
         with atomic_path(self.path / "model.zip", ".zip") as path:
             self.model.save(path)
         write_rows(self.path / "results.csv", self.rows)
-        for path in {*self.path.glob("buffer*.pkl"), *self.path.glob("learner-*.zip")} - {buffer, *learners}:
+        for path in {*self.path.glob("buffer-*.pkl"), *self.path.glob("learner-*.zip")} - {buffer, *learners}:
             path.unlink()
 
 

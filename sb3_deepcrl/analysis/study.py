@@ -305,7 +305,7 @@ def gamma_of(env_id: str) -> float:
 @dataclass
 class ComparisonOfDepths(Study):
     """
-    Base class of the studies that look at models of several depths. They are those of the study ``depth``.
+    Base class of the studies that compare several depths. Without settings of their own they take the models of ``depth``.
     """
 
     depths: list[int] = option([4, 32], "Depths")
