@@ -266,6 +266,35 @@ def test_copies_go_on_independently(duplicate):
     assert twin.size() == 27
 
 
+@pytest.mark.parametrize("n_steps", [0, 7, 60])
+def test_files_hold_what_was_used(n_steps):
+    env = counter_env(2)
+    buffer = make_buffer(env, buffer_size=100)
+    obs = collect(buffer, env, n_steps)
+    large = make_buffer(env, buffer_size=100_000)
+    large_obs = collect(large, env, n_steps)
+    assert len(pickle.dumps(large)) < 20_000
+    twin = pickle.loads(pickle.dumps(buffer))
+    for name, values in {**buffer.observations, **vars(buffer)}.items():
+        if isinstance(values, np.ndarray):
+            np.testing.assert_array_equal({**twin.observations, **vars(twin)}[name], values)
+    large_twin = pickle.loads(pickle.dumps(large))
+    assert large_twin.n_slots == large.n_slots
+    collect(large_twin, env, 120, large_obs)
+    check_samples(large_twin)
+
+
+def test_files_of_the_first_release_hold_all_slots():
+    env = counter_env(2)
+    buffer = make_buffer(env)
+    collect(buffer, env, 7)
+    state = {key: value for key, value in vars(buffer).items() if key not in ("on_device", "_device_copy", "_written")}
+    twin = ContrastiveReplayBuffer.__new__(ContrastiveReplayBuffer)
+    twin.__setstate__(state)
+    assert twin.size() == 7
+    check_samples(twin)
+
+
 def test_reset():
     env = counter_env(2)
     buffer = make_buffer(env)

@@ -9,6 +9,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 # ``remaining`` of a transition whose episode is still running
 RUNNING = -1
+# What a slot holds besides observations
+SLOT_ARRAYS = ("actions", "rewards", "dones", "timeouts", "remaining")
 
 
 def check_finite(values: dict[str, np.ndarray], env_indices: np.ndarray | None = None) -> None:
@@ -123,12 +125,26 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         state = dict(self.__dict__)
         # The file is the same for all devices
         del state["_device_copy"], state["_written"]
+        # Slots that were never used need no room in it
+        state["observations"] = {key: values[: self.n_used] for key, values in self.observations.items()}
+        state.update({name: state[name][: self.n_used] for name in SLOT_ARRAYS})
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Buffers of the first release do not have it
+        # Buffers of the first release do not have it, and hold all slots
         self.__dict__.update({"on_device": False, **state})
+        self.observations = {key: self._with_all_slots(values) for key, values in self.observations.items()}
+        for name in SLOT_ARRAYS:
+            setattr(self, name, self._with_all_slots(getattr(self, name)))
         self._forget_device_copy()
+
+    def _with_all_slots(self, values: np.ndarray) -> np.ndarray:
+        """Values of the slots that were used, followed by zeros for all others."""
+        if len(values) == self.buffer_size + 2:
+            return values
+        padded = np.zeros((self.buffer_size + 2, *values.shape[1:]), dtype=values.dtype)
+        padded[: len(values)] = values
+        return padded
 
     @staticmethod
     def _storage_dtype(space: spaces.Space) -> np.dtype:
