@@ -270,7 +270,7 @@ def test_copies_go_on_independently(duplicate):
 def test_files_hold_what_was_used(n_steps):
     env = counter_env(2)
     buffer = make_buffer(env, buffer_size=100)
-    obs = collect(buffer, env, n_steps)
+    collect(buffer, env, n_steps)
     large = make_buffer(env, buffer_size=100_000)
     large_obs = collect(large, env, n_steps)
     assert len(pickle.dumps(large)) < 20_000
