@@ -11,12 +11,12 @@ from sb3_deepcrl.analysis.cli import main
 from sb3_deepcrl.analysis.representation import (
     Episode,
     RepresentationStudy,
-    Trajectory,
-    choose_trajectory,
+    WayToGoal,
+    choose_way,
     embed,
     path_measures,
     principal_plane,
-    record_trajectories,
+    record_ways,
     remaining_way,
 )
 from sb3_deepcrl.analysis.runs import EVAL_SEED, make_env
@@ -32,10 +32,10 @@ def embedded(points: np.ndarray, dim: int = 8) -> np.ndarray:
     return points @ basis[: points.shape[1]] + 3.0
 
 
-def trajectory_of(positions, goal=(0.0, 0.0), is_success=True) -> Trajectory:
+def trajectory_of(positions, goal=(0.0, 0.0), is_success=True) -> WayToGoal:
     positions = np.asarray(positions, dtype=np.float64)
     observations = {"achieved_goal": positions, "desired_goal": np.tile(goal, (len(positions), 1))}
-    return Trajectory(observations, np.zeros((len(positions), 2)), is_success)
+    return WayToGoal(observations, np.zeros((len(positions), 2)), is_success)
 
 
 def test_plane_of_a_plane():
@@ -109,17 +109,17 @@ def test_choice_of_the_episode():
     instant = trajectory_of([[0.1, 0.0]])
     near = trajectory_of([[4.0, 0.0], [3.0, 0.0], [2.0, 0.0], [0.5, 0.0], [7.0, 0.0]], is_success=False)
     far = trajectory_of([[99.0, 0.0], [98.0, 0.0], [97.0, 0.0]], is_success=False)
-    assert choose_trajectory([instant, far, short, long, near], None) is long
-    nearest = choose_trajectory([far, instant, near], None)
+    assert choose_way([instant, far, short, long, near], None) is long
+    nearest = choose_way([far, instant, near], None)
     assert nearest.positions[:, 0].tolist() == [4.0, 3.0, 2.0, 0.5]
     assert not nearest.is_success
     with pytest.raises(ValueError, match="All 2 episodes have less than 3 steps"):
-        choose_trajectory([instant, instant], None)
+        choose_way([instant, instant], None)
 
 
 def test_recorded_states_and_actions_belong_together():
     env = make_vec_env(GoalReachEnv, 6, env_kwargs=dict(action_scale=2.0), seed=3)
-    trajectories = record_trajectories(make_model(env), env)
+    trajectories = record_ways(make_model(env), env)
     assert {trajectory.is_success for trajectory in trajectories} == {True, False}
     for trajectory in trajectories:
         # What the env does with actions in [-1, 1]
@@ -133,7 +133,7 @@ def test_recorded_states_and_actions_belong_together():
 
 def test_recorded_in_native_envs():
     env = make_env("PointUMazeEval-v0", 3, 0, dict(max_episode_steps=15))
-    for trajectory in record_trajectories(make_model(env), env):
+    for trajectory in record_ways(make_model(env), env):
         assert len(trajectory.actions) == 15
         # A step is 0.1 s, at up to 4 m/s
         observations = trajectory.observations["observation"]
@@ -149,7 +149,7 @@ def test_recorded_in_native_envs():
 def test_embeddings_are_those_of_the_critic(normalize, energy):
     env = DummyVecEnv([GoalReachEnv])
     model = make_model(VecNormalize(env) if normalize else env, energy=energy).learn(60)
-    trajectory = record_trajectories(make_model(env), env)[0]
+    trajectory = record_ways(make_model(env), env)[0]
     embeddings, goal, energies = embed(model, trajectory)
     assert (embeddings.shape, goal.shape) == ((len(trajectory.actions), 8), (8,))
     observations = trajectory.observations

@@ -45,7 +45,7 @@ MEASURES = {
 
 
 @dataclass
-class Trajectory:
+class WayToGoal:
     """
     The way of a robot in one episode, up to the first step at the goal.
 
@@ -75,13 +75,13 @@ class Episode(NamedTuple):
 
     :param env_id: Where it was played
     :param depth: Depth of the model that played it
-    :param trajectory: What happened
+    :param way: What happened
     :param maze: The maze, None on an open floor
     """
 
     env_id: str
     depth: int
-    trajectory: Trajectory
+    way: WayToGoal
     maze: MazeMap | None
 
 
@@ -141,23 +141,23 @@ def path_measures(points: np.ndarray, to_goal: np.ndarray, remaining: np.ndarray
     }
 
 
-def embed(model: DeepCRL, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def embed(model: DeepCRL, way: WayToGoal) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     :param model: The trained model
-    :param trajectory: States and actions, of whichever policy
+    :param way: States and actions, of whichever policy
     :return: Embeddings of state and action, shape ``(n_steps, repr_dim)``, embedding of the goal, shape ``(repr_dim,)``, and
         the energy of both, shape ``(n_steps,)``
     """
-    obs_tensor = network_inputs(model, trajectory.observations)
+    obs_tensor = network_inputs(model, way.observations)
     with th.no_grad():
-        actions = th.as_tensor(trajectory.actions, dtype=th.float32, device=model.device)
+        actions = th.as_tensor(way.actions, dtype=th.float32, device=model.device)
         embeddings = model.critic.encode_state_action(model.critic.extract_state_features(obs_tensor), actions)
         goals = model.critic.encode_goal(obs_tensor)
         energies = rowwise_energy(embeddings, goals, model.critic.energy)
     return embeddings.float().cpu().numpy(), goals[0].float().cpu().numpy(), energies.float().cpu().numpy()
 
 
-def record_trajectories(model: DeepCRL, env: VecEnv) -> list[Trajectory]:
+def record_ways(model: DeepCRL, env: VecEnv) -> list[WayToGoal]:
     """
     :param model: The trained model, which acts deterministically
     :param env: Goal-conditioned envs that report ``is_success``
@@ -180,7 +180,7 @@ def record_trajectories(model: DeepCRL, env: VecEnv) -> list[Trajectory]:
         successes |= open_ones & at_goal
         ends[open_ones & (dones | at_goal)] = len(actions)
     return [
-        Trajectory(
+        WayToGoal(
             {key: np.stack([step[key][i] for step in observations[:end]]) for key in observations[0]},
             np.stack([step[i] for step in actions[:end]]),
             bool(successes[i]),
@@ -189,34 +189,34 @@ def record_trajectories(model: DeepCRL, env: VecEnv) -> list[Trajectory]:
     ]
 
 
-def remaining_way(trajectory: Trajectory, maze: MazeMap | None) -> np.ndarray:
+def remaining_way(way: WayToGoal, maze: MazeMap | None) -> np.ndarray:
     """
-    :param trajectory: A trajectory
+    :param way: A way to a goal
     :param maze: The maze, None on an open floor
     :return: Length of the shortest way to the goal at each step in metres, infinite inside of walls
     """
     if maze is None:
-        return np.linalg.norm(trajectory.positions - trajectory.goal, axis=-1)
-    return maze.distances(trajectory.positions[:, :2], trajectory.goal[None, :2])[:, 0]
+        return np.linalg.norm(way.positions - way.goal, axis=-1)
+    return maze.distances(way.positions[:, :2], way.goal[None, :2])[:, 0]
 
 
-def choose_trajectory(trajectories: Sequence[Trajectory], maze: MazeMap | None) -> Trajectory:
+def choose_way(ways: Sequence[WayToGoal], maze: MazeMap | None) -> WayToGoal:
     """
-    :param trajectories: Episodes
+    :param ways: Episodes
     :param maze: The maze, None on an open floor
     :return: The successful one with the longest way from start to goal; if there is none, the one that came nearest to its
         goal, up to there
     :raises ValueError: if all have less than three steps
     """
-    long_ones = [trajectory for trajectory in trajectories if len(trajectory.actions) >= MIN_STEPS]
+    long_ones = [way for way in ways if len(way.actions) >= MIN_STEPS]
     if not long_ones:
-        raise ValueError(f"All {len(trajectories)} episodes have less than {MIN_STEPS} steps: there is no way to look at")
-    successful = [trajectory for trajectory in long_ones if trajectory.is_success]
+        raise ValueError(f"All {len(ways)} episodes have less than {MIN_STEPS} steps: there is no way to look at")
+    successful = [way for way in long_ones if way.is_success]
     if successful:
-        return max(successful, key=lambda trajectory: remaining_way(trajectory, maze)[0])
-    nearest = min(long_ones, key=lambda trajectory: remaining_way(trajectory, maze).min())
+        return max(successful, key=lambda way: remaining_way(way, maze)[0])
+    nearest = min(long_ones, key=lambda way: remaining_way(way, maze).min())
     end = max(int(remaining_way(nearest, maze).argmin()) + 1, MIN_STEPS)
-    return Trajectory({key: values[:end] for key, values in nearest.observations.items()}, nearest.actions[:end], False)
+    return WayToGoal({key: values[:end] for key, values in nearest.observations.items()}, nearest.actions[:end], False)
 
 
 def maze_or_none(env: gym.Env) -> MazeMap | None:
@@ -256,10 +256,10 @@ class RepresentationStudy(ComparisonOfDepths):
             for depth in sorted(self.depths, reverse=True):
                 run = self.seeds_of(self.make_run(depth=depth))[seed]
                 env = make_env(env_id, self.n_eval_episodes, EVAL_SEED, self.env_kwargs)
-                trajectory = choose_trajectory(record_trajectories(load_model(run, runs), env), maze)
+                way = choose_way(record_ways(load_model(run, runs), env), maze)
                 env.close()
-                found.append(Episode(env_id, depth, trajectory, maze))
-                if trajectory.is_success:
+                found.append(Episode(env_id, depth, way, maze))
+                if way.is_success:
                     return found[-1]
         return found[0]
 
@@ -269,8 +269,8 @@ class RepresentationStudy(ComparisonOfDepths):
         paths: dict[int, tuple[PlanePath, np.ndarray]] = {}
         for depth, seed, model in self.models(runs):
             episode = episodes[seed]
-            embeddings, goal, energies = embed(model, episode.trajectory)
-            measures = path_measures(embeddings, -energies, remaining_way(episode.trajectory, episode.maze))
+            embeddings, goal, energies = embed(model, episode.way)
+            measures = path_measures(embeddings, -energies, remaining_way(episode.way, episode.maze))
             rows.append(
                 {
                     "depth": depth,
@@ -278,8 +278,8 @@ class RepresentationStudy(ComparisonOfDepths):
                     "timesteps": model.num_timesteps,
                     "episode_env": episode.env_id,
                     "episode_of_depth": episode.depth,
-                    "success": episode.trajectory.is_success,
-                    "steps": len(episode.trajectory.actions),
+                    "success": episode.way.is_success,
+                    "steps": len(episode.way.actions),
                     **{name: round(value, 4) for name, value in measures.items()},
                 }
             )
@@ -301,13 +301,13 @@ class RepresentationStudy(ComparisonOfDepths):
         return Report(f"Representation of a way on {self.env}", rows, table, notes, self._figure(paths, episodes[0]))
 
     def _episode_note(self, seed: int, episode: Episode) -> str:
-        trajectory = episode.trajectory
-        start, goal = (", ".join(f"{x:.1f}" for x in position) for position in (trajectory.positions[0], trajectory.goal))
+        way = episode.way
+        start, goal = (", ".join(f"{x:.1f}" for x in position) for position in (way.positions[0], way.goal))
         text = (
             f"Seed {seed}: an episode of depth {episode.depth} in {episode.env_id} from ({start}) to ({goal}), "
-            f"{len(trajectory.actions)} steps"
+            f"{len(way.actions)} steps"
         )
-        if trajectory.is_success:
+        if way.is_success:
             return f"{text} to the goal."
         return (
             f"{text}. It does **not** reach its goal: no model with this seed reached one in {self.n_eval_episodes} episodes. "
@@ -315,13 +315,13 @@ class RepresentationStudy(ComparisonOfDepths):
         )
 
     def _figure(self, paths: dict[int, tuple[PlanePath, np.ndarray]], episode: Episode) -> "Figure":
-        trajectory, maze = episode.trajectory, episode.maze
+        way, maze = episode.way, episode.maze
         figure, axes = new_figure(1, len(paths) + 2, width=4.2, height=4.2)
-        remaining = remaining_way(trajectory, maze)
+        remaining = remaining_way(way, maze)
         style: dict[str, Any] = dict(c=remaining, cmap="viridis_r", s=14, zorder=2)
         star: dict[str, Any] = dict(marker="*", markersize=16, color="tab:red", markeredgecolor="white", linestyle="none")
         ax = axes[0, 0]
-        positions, goal = trajectory.positions[:, :2], trajectory.goal[:2]
+        positions, goal = way.positions[:, :2], way.goal[:2]
         if maze is None:
             ax.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
         else:
