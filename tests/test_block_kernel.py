@@ -1,4 +1,5 @@
 import pickle
+import re
 from copy import deepcopy
 
 import pytest
@@ -7,7 +8,7 @@ from torch import nn
 
 from sb3_deepcrl import compile_blocks
 from sb3_deepcrl.common import acceleration
-from sb3_deepcrl.common.block_kernel import KernelBlock, load_kernel
+from sb3_deepcrl.common.block_kernel import KernelBlock, check_memory, load_kernel
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, frozen
 
 has_avx512 = th.backends.cpu.get_cpu_capability() == "AVX512"
@@ -259,3 +260,16 @@ def test_copies_are_uncompiled():
         tower.load_state_dict({key: value + 0.1 for key, value in tower.state_dict().items()})
         tower.blocks[0].branch[0].weight = nn.Parameter(th.randn(16, 16))
     th.testing.assert_close(tower(x), deepcopy(tower)(x))
+
+
+@needs_kernel
+def test_out_of_memory_is_an_error():
+    kernel, width = load_kernel(), 2**24
+    assert not kernel.residual_block_forward(None, None, None, 1e-6, None, None, None, 1, width, 1, False)
+    assert not kernel.residual_block_backward(*[None] * 9, 1, width, 1, False)
+    x = th.randn(64, 32)
+    with pytest.raises(MemoryError, match=re.escape("inputs of shape (64, 32): use a smaller batch")):
+        check_memory(False, x)
+    # The workspace is as it was
+    block = make_block()
+    assert_close([on_kernel(block)(x)], [deepcopy(block).double()(x.double())])

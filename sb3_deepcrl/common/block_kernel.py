@@ -55,7 +55,17 @@ def _declare(library: ctypes.CDLL) -> None:
         ctypes.c_bool,
     ]
     library.residual_block_backward.argtypes = [*[_ADDRESS] * 9, *[_INTEGER] * 3, ctypes.c_bool]
-    library.residual_block_forward.restype = library.residual_block_backward.restype = None
+    library.residual_block_forward.restype = library.residual_block_backward.restype = ctypes.c_bool
+
+
+def check_memory(enough_memory: bool, x: th.Tensor) -> None:
+    """
+    :param enough_memory: What the kernel returned
+    :param x: Its input
+    :raises MemoryError: if there was not enough
+    """
+    if not enough_memory:
+        raise MemoryError(f"Not enough memory for a residual block with inputs of shape {tuple(x.shape)}: use a smaller batch")
 
 
 def _addresses(tensors: tuple[th.Tensor, ...]) -> ctypes.Array[ctypes.c_void_p]:
@@ -78,7 +88,7 @@ def _forward(
     output = th.empty_like(x)
     products = x.new_empty(LAYERS_PER_BLOCK, n_rows, width) if keep else None
     statistics = x.new_empty(LAYERS_PER_BLOCK, n_rows, 2) if keep else None
-    kernel.residual_block_forward(
+    enough_memory = kernel.residual_block_forward(
         x.data_ptr(),
         _addresses(parameters),
         None if scale is None else scale.data_ptr(),
@@ -91,6 +101,7 @@ def _forward(
         th.get_num_threads(),
         bfloat16,
     )
+    check_memory(enough_memory, x)
     return output, products, statistics
 
 
@@ -123,7 +134,7 @@ class _Block(th.autograd.Function):
         needed = any(ctx.needs_input_grad[2:])
         gradients = tuple(map(th.empty_like, parameters)) if needed else ()
         dscale = th.empty_like(scale) if needed and scale is not None else None
-        ctx.kernel.residual_block_backward(
+        enough_memory = ctx.kernel.residual_block_backward(
             x.data_ptr(),
             gradient.data_ptr(),
             products.data_ptr(),
@@ -138,6 +149,7 @@ class _Block(th.autograd.Function):
             th.get_num_threads(),
             ctx.bfloat16,
         )
+        check_memory(enough_memory, x)
         return None, dx, dscale, None, None, *(gradients if needed else [None] * _N_PARAMETERS)
 
 

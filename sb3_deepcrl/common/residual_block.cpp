@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace {
 
@@ -82,12 +83,24 @@ float* workspace(int64_t size) {
   static thread_local int64_t capacity = 0;
   if (capacity < size) {
     memory.reset();
+    capacity = 0;
     memory.reset(new float[size + LANES]);
     capacity = size;
   }
   const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
   const std::uintptr_t line = LANES * sizeof(float);
   return reinterpret_cast<float*>((address + line - 1) / line * line);
+}
+
+// An exception must not reach the caller, which is not C++
+template <class Function>
+bool enough_memory(Function function) {
+  try {
+    function();
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return true;
 }
 
 // No more threads than there are tiles of rows, and only one where waiting for others would take longer than the work
@@ -396,7 +409,8 @@ extern "C" bool has_bfloat16() {
 
 // x, out: (n_rows, width). products (4, n_rows, width) and statistics (4, n_rows, 2) are what the backward pass needs, or
 // null. scale is null for a block that does not add x. bfloat16: whether to round the factors of the products.
-extern "C" void residual_block_forward(const float* x, const Layer* layers, const float* scale, float eps, float* out,
+// Returns whether there was enough memory, before which nothing is done.
+extern "C" bool residual_block_forward(const float* x, const Layer* layers, const float* scale, float eps, float* out,
                                        float* products, float* statistics, int64_t n_rows, int64_t width,
                                        int64_t n_threads, bool bfloat16) {
   n_threads = useful_threads(n_rows, n_threads);
@@ -404,12 +418,12 @@ extern "C" void residual_block_forward(const float* x, const Layer* layers, cons
 #ifdef __AVX512BF16__
   if (bfloat16) run = forward<BFloat16>;
 #endif
-  run(x, layers, scale, eps, out, products, statistics, n_rows, width, n_threads);
+  return enough_memory([&] { run(x, layers, scale, eps, out, products, statistics, n_rows, width, n_threads); });
 }
 
 // dout, dx: gradients of the output and the input. The gradients of the parameters are left out if `gradients` is null,
-// that of the scale also if `dscale` is.
-extern "C" void residual_block_backward(const float* x, const float* dout, const float* products, const float* statistics,
+// that of the scale also if `dscale` is. Returns whether there was enough memory.
+extern "C" bool residual_block_backward(const float* x, const float* dout, const float* products, const float* statistics,
                                         const Layer* layers, const float* scale, float* dx,
                                         const LayerGradients* gradients, float* dscale, int64_t n_rows, int64_t width,
                                         int64_t n_threads, bool bfloat16) {
@@ -418,5 +432,6 @@ extern "C" void residual_block_backward(const float* x, const float* dout, const
 #ifdef __AVX512BF16__
   if (bfloat16) run = gradients ? backward<BFloat16, true> : backward<BFloat16, false>;
 #endif
-  run(x, dout, products, statistics, layers, scale, dx, gradients, dscale, n_rows, width, n_threads);
+  return enough_memory(
+      [&] { run(x, dout, products, statistics, layers, scale, dx, gradients, dscale, n_rows, width, n_threads); });
 }
