@@ -559,6 +559,7 @@ def test_depth_study(tmp_path, capsys):
         (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
         (["--steps", "19"], "`n_evaluations` must be at most the number of steps 19, got 20"),
         (["--jobs", "0"], "`jobs` must be at least 1, got 0"),
+        (["--learning-rate", "0"], "`learning_rate` must be positive, got 0.0"),
         (["--parts", "none"], "argument --parts: invalid choice: 'none' .*"),
         (["--hyperparams", "widht:3"], r"`hyperparams` .* 'widht' is none that can be set. Did you mean 'width'\?"),
         (["--hyperparams", "width=3"], "argument --hyperparams: expected key:value, got 'width=3'"),

@@ -18,9 +18,10 @@ from sb3_deepcrl.analysis.study import (
 )
 
 BASELINES = tuple(algorithm for algorithm in ALGORITHMS if algorithm != "DeepCRL")
-# DeepCRL's learning rate and first temperature, and the defaults of HER
+# Options of the study that are arguments of the baselines, too
+SHARED = ("batch_size", "learning_rate", "gamma")
+# DeepCRL's first temperature, and the defaults of HER
 HYPERPARAMS = {
-    "learning_rate": 3e-4,
     "ent_coef": "auto_0.1",
     "replay_buffer_kwargs": {"n_sampled_goal": 4, "goal_selection_strategy": "future"},
 }
@@ -73,7 +74,7 @@ class BaselinesStudy(ComparisonOfDepths):
     def __post_init__(self) -> None:
         super().__post_init__()
         # They are the baselines' too
-        self.check_free({"batch_size": "batch_size", "gamma": "gamma"})
+        self.check_free({name: name for name in SHARED})
         for baseline in self.baselines:
             if baseline not in BASELINES:
                 raise ValueError(f"Unknown baseline {baseline!r}. Choose from: {', '.join(BASELINES)}")
@@ -93,7 +94,7 @@ class BaselinesStudy(ComparisonOfDepths):
         """
         :return: Arguments of the baselines
         """
-        own = {"batch_size": self.batch_size, "gamma": self.gamma, **HYPERPARAMS}
+        own = {**{name: getattr(self, name) for name in SHARED}, **HYPERPARAMS}
         return {**own, **self.baseline_hyperparams, "learning_starts": self.learning_starts}
 
     def settings(self) -> dict[str, Run]:

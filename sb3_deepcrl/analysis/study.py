@@ -115,6 +115,7 @@ class Study(ABC):
     n_envs: int = option(64, "Number of parallel envs")
     transitions_per_update: int = option(40, "Number of transitions that are collected for each update")
     batch_size: int = option(256, "Size of the minibatches")
+    learning_rate: float = option(6e-4, "Learning rate: twice the paper's, whose runs are a hundred times as long")
     gamma: float = option(0.0, "Discount factor, by default 0.95 for the point and 0.99, the paper's, for all others")
     precision: str = option("auto", "Precision of the matrix products", choices=("float32", "bfloat16", "auto"))
     hyperparams: dict[str, Any] = option({}, "Other arguments of DeepCRL, e.g. energy:dot")
@@ -134,6 +135,8 @@ class Study(ABC):
                 raise ValueError(f"`{item.name}` must be at least 1, got {value}")
             if isinstance(value, list) and len(set(map(str, value))) < len(value):
                 raise ValueError(f"`{item.name}` holds a value twice: {value}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}")
         if self.steps < self.n_evaluations:
             raise ValueError(f"`n_evaluations` must be at most the number of steps {self.steps}, got {self.n_evaluations}")
 
@@ -152,6 +155,7 @@ class Study(ABC):
             transitions_per_update=self.transitions_per_update,
             hyperparams={
                 "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
                 "gamma": self.gamma,
                 "precision": self.precision,
                 **hyperparams,
@@ -182,8 +186,8 @@ class Study(ABC):
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
             "is the number of steps of an episode at the goal, success reaching it at any step. "
             f"{self.averaging()}, of the mean over the last five evaluations. {self.steps:,} env steps of {self.n_envs} envs, "
-            f"an update for {self.transitions_per_update} transitions, batch size {self.batch_size}, gamma {self.gamma:g}, "
-            f"precision {self.precision}."
+            f"an update for {self.transitions_per_update} transitions, batch size {self.batch_size}, learning rate "
+            f"{self.learning_rate:g}, gamma {self.gamma:g}, precision {self.precision}."
         )
 
     def averaging(self) -> str:
