@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from sb3_deepcrl import envs
-from sb3_deepcrl.envs import GoalEnv, register_envs
+from sb3_deepcrl.envs import BatchVecEnv, GoalEnv, register_envs
 from sb3_deepcrl.envs.registration import ENV_TABLE
 from sb3_deepcrl.envs.simulation import Simulation
 from sb3_deepcrl.envs.task import GoalTask
@@ -315,9 +315,64 @@ def test_random_starts_are_uniform_over_all_pairs():
     assert np.abs(counts - N / 4).max() < 5 * np.sqrt(N * 3 / 16)
 
 
+def towards_the_goal(observation) -> np.ndarray:
+    """What a point does in a corridor, with or without a batch axis."""
+    to_goal = observation["desired_goal"] - observation["achieved_goal"]
+    return np.clip(to_goal - 0.3 * observation["observation"][..., 2:], -1, 1)
+
+
+def test_a_continuing_goal_is_another_one_after_success():
+    # The free cells at the right have no way to the others
+    kwargs = {"robot": "point", "maze": ["#########", "#rggg#..#", "#########"], "goal": "continuing", "random_start": True}
+    env, vec_env = GoalEnv(**kwargs), BatchVecEnv("PointUMaze-v0", 2, max_episode_steps=1000, **kwargs)
+    vec_env.seed(4)
+    batch = vec_env.reset()
+    observation, _ = env.reset(seed=5)
+    next_goals: dict[tuple[float, ...], set[tuple[float, ...]]] = {}
+    for _ in range(900):
+        goal = observation["desired_goal"]
+        observation, reward, _, _, info = env.step(towards_the_goal(observation))
+        batch, *_ = vec_env.step(towards_the_goal(batch))
+        # Reward and observation have the same goal
+        np.testing.assert_array_equal(observation["desired_goal"], goal)
+        assert reward == info["is_success"]
+        if info["is_success"]:
+            next_goals.setdefault(tuple(goal), set()).add(tuple(env.goal))
+        else:
+            np.testing.assert_array_equal(env.goal, goal)
+        # The same in a batch
+        np.testing.assert_array_equal(batch["desired_goal"][1], observation["desired_goal"])
+        observation["desired_goal"] = env.goal
+        batch["desired_goal"] = vec_env.simulation.goals.copy()
+    cells = {(2.0, 4.0), (2.0, 6.0), (2.0, 8.0)}
+    assert next_goals == {goal: cells - {goal} for goal in cells}
+
+
+def test_the_only_goal_stays():
+    env = GoalEnv(robot="point", maze=["####", "#rg#", "####"], goal="continuing")
+    observation, _ = env.reset(seed=0)
+    for _ in range(50):
+        observation, _, _, _, info = env.step(towards_the_goal(observation))
+        np.testing.assert_array_equal(observation["desired_goal"], [2, 4])
+    assert info["is_success"]
+
+
+@pytest.mark.parametrize("env_id", ["AntGoal-v0", "ArmPushEasy-v0"])
+def test_continuing_goals_without_a_maze(env_id):
+    env = gym.make(env_id, goal="continuing", success_threshold=100.0)
+    observation, _ = env.reset(seed=0)
+    goals = [observation["desired_goal"]] + [env.step(env.action_space.sample())[0]["desired_goal"] for _ in range(5)]
+    np.testing.assert_array_equal(goals[0], goals[1])
+    assert len(np.unique(goals[1:], axis=0)) == 5
+    env.unwrapped.goal_mode = "resample"
+    later = [env.step(env.action_space.sample())[0]["desired_goal"] for _ in range(3)]
+    assert len(np.unique(later, axis=0)) == 1
+
+
 def test_the_point_starts_anywhere_but_in_evaluation():
     for env_id in ("PointU4Maze-v0", "PointU4MazeEval-v0"):
         task = gym.make(env_id).unwrapped.task
+        assert task.goal_mode == ("resample" if "Eval" in env_id else "continuing")
         starts, _ = drawn(task)
         cells = task.scene.layout.starts if "Eval" in env_id else task.scene.layout.free
         np.testing.assert_array_equal(np.unique(starts, axis=0), np.unique(cells * task.scene.cell_size, axis=0))
@@ -457,7 +512,7 @@ def test_thresholds_at_their_edge():
 
 
 def test_success_counts_every_step_and_ends_nothing():
-    env = gym.make("PointUMaze-v0", reset_noise_scale=0.0)
+    env = gym.make("PointUMaze-v0", goal="resample", reset_noise_scale=0.0)
     env.reset(options={"start": [2.0, 2.0], "goal": [2.0, 4.0]})
     seen = []
     for step in range(30):
@@ -638,6 +693,7 @@ def test_pickled_env_starts_afresh():
         ({"robot": "ant", "maze": "u", "stitching": 0}, "stitching=0"),
         ({"robot": "ant", "maze": "u", "random_start": "yes"}, "random_start='yes': expected True or False"),
         ({"robot": "ant", "maze": "u", "random_start": True, "stitching": 3}, "random_start and stitching=3"),
+        ({"robot": "ant", "maze": "u", "goal": "continuing", "stitching": 3}, "'continuing' and stitching contradict"),
         ({"robot": "ant", "random_start": True}, "random_start describes a maze"),
         ({"robot": "ant", "maze": "u", "stitching": 9}, "no two cells are 7 cells apart"),
         ({"robot": "ant", "goal_set": "eval"}, "goal_set describes a maze"),

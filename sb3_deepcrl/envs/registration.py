@@ -3,7 +3,8 @@ The Gymnasium ids of this package. This module imports nothing but Gymnasium: th
 
 ============================================ ===============================================================================
 ``{Robot}{Layout}Maze-v0``                   Point, Ant or Humanoid in the maze U, U2, ..., U7, Big or Hardest, with the
-                                             training goals, e.g. ``AntU4Maze-v0``. The point starts in any cell
+                                             training goals, e.g. ``AntU4Maze-v0``. The point starts in any cell, and has
+                                             another goal each time that it reached one
 ``{Robot}{Layout}MazeEval-v0``               The same maze with the evaluation goals, from the start cell (not Hardest, which
                                              has none of its own, except for the point: it keeps its training goals there)
 ``{Robot}UMazeStitch-v0``                    Starts and goals at most 3 cells apart (figure 11 of the paper)
@@ -41,7 +42,7 @@ def _env_table() -> dict[str, dict[str, Any]]:
             table[f"{name}-v0"] = {"robot": robot, "maze": maze}
             if robot == "point":
                 # A point that knows how to reach near goals is too precise to find the far ones by chance
-                table[f"{name}-v0"]["random_start"] = True
+                table[f"{name}-v0"].update(random_start=True, goal="continuing")
             # Hardest has no evaluation goals of its own, but the point has another start there
             if layout != "hardest" or robot == "point":
                 table[f"{name}Eval-v0"] = {"robot": robot, "maze": maze, "goal_set": "eval"}

@@ -40,6 +40,16 @@ class Scene(ABC):
         :return: Start positions of shape (n, 2) and goals of shape (n, goal_dim), in metres
         """
 
+    def next_goals(self, uniform: np.ndarray, goals: np.ndarray) -> np.ndarray:
+        """
+        Draw goals for robots that reached theirs.
+
+        :param uniform: Numbers in [0, 1), shape (n, n_uniform)
+        :param goals: The goals that were reached in metres, shape (n, goal_dim)
+        :return: The next ones, same shape
+        """
+        return self.draw(uniform)[1]
+
     def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
         """
         An open floor accepts every start and goal.
@@ -89,6 +99,7 @@ class Maze(Scene):
         self.layout = layout
         self.cell_size = cell_size
         self.wall_height = wall_height
+        self.stitching = stitching
         self.exact_start = stitching is not None
         n_rows, n_columns = layout.shape
         self.bounds = ((-cell_size / 2, -cell_size / 2), ((n_rows - 0.5) * cell_size, (n_columns - 0.5) * cell_size))
@@ -115,6 +126,9 @@ class Maze(Scene):
         positions = self.pairs * cell_size
         self._starts = positions[:, 0].astype(np.float64)
         self._goals = np.hstack((positions[:, 1], np.tile(goal_tail, (len(positions), 1))))
+        self._all_goals = np.unique(self._goals, axis=0)
+        # Goals that can be reached from a cell, but for the cell itself
+        self._other_goals: dict[tuple[int, int], np.ndarray] = {}
         self.n_uniform = 1
 
     def build(self, spec: mujoco.MjSpec) -> None:
@@ -139,6 +153,21 @@ class Maze(Scene):
         # Rounding may leave the last cumulative probability just below one
         index = np.minimum(np.searchsorted(self._cumulative, uniform[:, 0], side="right"), len(self.pairs) - 1)
         return self._starts[index], self._goals[index]
+
+    def next_goals(self, uniform: np.ndarray, goals: np.ndarray) -> np.ndarray:
+        # Any other goal to which a way leads, each equally likely; the only one stays where it is
+        next_goals = goals.copy()
+        for i, goal in enumerate(goals):
+            others = self._goals_from(self.cell_of(goal))
+            if len(others) > 0:
+                next_goals[i] = others[int(uniform[i, 0] * len(others))]
+        return next_goals
+
+    def _goals_from(self, cell: tuple[int, int]) -> np.ndarray:
+        if cell not in self._other_goals:
+            steps = self.layout.distances(cell)
+            self._other_goals[cell] = np.array([goal for goal in self._all_goals if steps[self.cell_of(goal)] > 0])
+        return self._other_goals[cell]
 
     def cell_of(self, position: np.ndarray) -> tuple[int, int]:
         """

@@ -165,6 +165,8 @@ class Simulation:
         goals = self.goals.copy()
         distance = task.goal_distance(achieved, goals)
         info = self._measures(distance, healthy)
+        if task.goal_mode == "continuing":
+            self._renew_goals(np.flatnonzero(info["is_success"]))
         return Transition(
             {"observation": observation, "achieved_goal": achieved, "desired_goal": goals},
             task.reward_from_distance(distance),
@@ -172,6 +174,11 @@ class Simulation:
             diverged,
             info,
         )
+
+    def _renew_goals(self, indices: np.ndarray) -> None:
+        if len(indices) > 0:
+            uniform = np.array([self.generators[i].random(self.task.scene.n_uniform) for i in indices])
+            self.goals[indices] = self.task.scene.next_goals(uniform, self.goals[indices])
 
     def data(self, index: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
         """

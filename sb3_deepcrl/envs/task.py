@@ -16,7 +16,7 @@ from sb3_deepcrl.envs.robot import Robot
 from sb3_deepcrl.envs.scenes import Maze, OpenField, Scene
 
 # Allowed values of attributes that may be set on a running task
-CHOICES = {"reward_type": ("sparse", "dense"), "goal_mode": ("resample", "fixed")}
+CHOICES = {"reward_type": ("sparse", "dense"), "goal_mode": ("resample", "fixed", "continuing")}
 # All attributes that may be set on a running task
 SETTABLE = (*CHOICES, "success_threshold")
 ROBOTS = ("point", "ant", "humanoid", "arm")
@@ -55,7 +55,9 @@ class GoalTask:
     :param random_start: For a maze: whether an episode starts in any free cell but that of the goal, each equally likely,
         instead of in the start cell
     :param goal: "resample" draws a new start and goal each episode; "fixed" keeps the pair drawn at the first reset and
-        after each reset with a seed, as the released code does in training
+        after each reset with a seed, as the released code does in training; "continuing" is "resample" with another goal each
+        time that one was reached, as ``reset_target`` in the mazes of gymnasium-robotics: the next step is the first one with
+        the new goal
     :param reward_type: "sparse" is 1 within ``success_threshold`` of the goal and 0 elsewhere (section 4.1 of the paper);
         "dense" is the negative distance to the goal in metres
     :param success_threshold: Distance to the goal in metres below which a step is a success. None takes the released code's:
@@ -204,6 +206,11 @@ class GoalTask:
             _check_choice(name, value, CHOICES[name])
         if name == "success_threshold":
             _check_positive(name, value, required=True)
+        if name == "goal_mode" and value == "continuing" and isinstance(self.scene, Maze) and self.scene.stitching:
+            raise ValueError(
+                "The goal 'continuing' and stitching contradict each other, both say which goals a start has: "
+                "use 'resample', or leave stitching out."
+            )
         super().__setattr__(name, value)
 
     # --- Start and goal -----------------------------------------------------------------------------------------------
