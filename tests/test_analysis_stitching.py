@@ -109,7 +109,7 @@ def test_wrong_input():
 
 
 def test_any_maze_can_be_stitched():
-    study = StitchingStudy(env="PointU4Maze-v0", env_kwargs={"stitching": 2, "random_start": False})
+    study = StitchingStudy(env="PointU4Maze-v0", env_kwargs={"stitching": 2, "random_start": False, "goal": "resample"})
     assert (study.eval_env, study._trained, study._distances) == ("PointU4MazeEval-v0", 2, list(range(1, 11)))
 
 

@@ -208,8 +208,8 @@ class GoalTask:
             _check_positive(name, value, required=True)
         if name == "goal_mode" and value == "continuing" and isinstance(self.scene, Maze) and self.scene.stitching:
             raise ValueError(
-                "The goal 'continuing' and stitching contradict each other, both say which goals a start has: "
-                "use 'resample', or leave stitching out."
+                f"goal='continuing' and stitching={self.scene.stitching} contradict each other, both say which goals there are: "
+                "pass goal='resample', or leave stitching out."
             )
         super().__setattr__(name, value)
 
