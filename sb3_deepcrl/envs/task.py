@@ -208,7 +208,7 @@ class GoalTask:
             _check_positive(name, value, required=True)
         if name == "goal_mode" and value == "continuing" and isinstance(self.scene, Maze) and self.scene.stitching:
             raise ValueError(
-                f"goal='continuing' and stitching={self.scene.stitching} contradict each other, both say which goals there are: "
+                f"goal='continuing' and stitching={self.scene.stitching} contradict each other, both choose among the goals: "
                 "pass goal='resample', or leave stitching out."
             )
         super().__setattr__(name, value)
