@@ -559,6 +559,7 @@ def test_depth_study(tmp_path, capsys):
         (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
         (["--steps", "19"], "`n_evaluations` must be at most the number of steps 19, got 20"),
         (["--jobs", "0"], "`jobs` must be at least 1, got 0"),
+        (["--hyperparams", "learning_rate:1e-3"], "`hyperparams` holds `learning_rate=0.001`, which .* use `learning_rate`"),
         (["--learning-rate", "0"], "`learning_rate` must be positive, got 0.0"),
         (["--parts", "none"], "argument --parts: invalid choice: 'none' .*"),
         (["--hyperparams", "widht:3"], r"`hyperparams` .* 'widht' is none that can be set. Did you mean 'width'\?"),

@@ -170,7 +170,7 @@ def test_command(tmp_path):
         (dict(batch_sizes=[1, 8]), r"must be at least 2, got 256 and \[1, 8\]"),
         (dict(hyperparams={"width": 64}), "`hyperparams` holds `width=64`.*use `width`"),
         (dict(hyperparams={"policy_kwargs": {"critic_depth": 8}}), "`critic_depth=8`.*use `depths`"),
-        (dict(hyperparams={"batch_size": 64}), "`batch_size=64`.*use `batch_sizes`"),
+        (dict(hyperparams={"batch_size": 64}), "`batch_size=64`.*use `batch_size`"),
     ],
 )
 def test_bad_options(kwargs, message):

@@ -18,8 +18,6 @@ from sb3_deepcrl.analysis.study import (
 )
 
 BASELINES = tuple(algorithm for algorithm in ALGORITHMS if algorithm != "DeepCRL")
-# Options of the study that are arguments of the baselines, too
-SHARED = ("batch_size", "learning_rate", "gamma")
 # DeepCRL's first temperature, and the defaults of HER
 HYPERPARAMS = {
     "ent_coef": "auto_0.1",
@@ -73,8 +71,6 @@ class BaselinesStudy(ComparisonOfDepths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # They are the baselines' too
-        self.check_free({name: name for name in SHARED})
         for baseline in self.baselines:
             if baseline not in BASELINES:
                 raise ValueError(f"Unknown baseline {baseline!r}. Choose from: {', '.join(BASELINES)}")
@@ -94,7 +90,7 @@ class BaselinesStudy(ComparisonOfDepths):
         """
         :return: Arguments of the baselines
         """
-        own = {**{name: getattr(self, name) for name in SHARED}, **HYPERPARAMS}
+        own = {"batch_size": self.batch_size, "learning_rate": self.learning_rate, "gamma": self.gamma, **HYPERPARAMS}
         return {**own, **self.baseline_hyperparams, "learning_starts": self.learning_starts}
 
     def settings(self) -> dict[str, Run]:

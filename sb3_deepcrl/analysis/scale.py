@@ -177,7 +177,7 @@ class ScaleStudy(Study):
                 "rows of a minibatch are the negatives"
             )
         networks = {"depth": "depths", "actor_depth": "depths", "critic_depth": "depths", "width": "width"}
-        self.check_free({**networks, "batch_size": "batch_sizes"})
+        self.check_free(networks)
 
     @cached_property
     def _spaces(self) -> tuple[Any, Any]:

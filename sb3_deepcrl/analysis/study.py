@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Options of all studies that are arguments of DeepCRL
+SHARED = ("batch_size", "learning_rate", "gamma", "precision")
 # The evaluations of each seed, by setting
 Results = dict[str, list[list[dict[str, str]]]]
 
@@ -128,6 +130,8 @@ class Study(ABC):
         self.eval_env = self.eval_env or eval_env_of(self.env)
         self.gamma = self.gamma or gamma_of(self.env)
         check_hyperparams(self.hyperparams)
+        # Reports say what these are
+        self.check_free({name: name for name in SHARED})
         for item in fields(self):
             value = getattr(self, item.name)
             numbers = value if isinstance(value, list) else [value]
@@ -154,10 +158,7 @@ class Study(ABC):
             n_envs=self.n_envs,
             transitions_per_update=self.transitions_per_update,
             hyperparams={
-                "batch_size": self.batch_size,
-                "learning_rate": self.learning_rate,
-                "gamma": self.gamma,
-                "precision": self.precision,
+                **{name: getattr(self, name) for name in SHARED},
                 **hyperparams,
                 **self.hyperparams,
             },
