@@ -10,9 +10,8 @@ ALL = ["complete", "no-residual", "no-norm", "relu", "plain", "unscaled"]
 
 
 def test_networks():
-    study = AblationStudy(
-        depths=[8], variants=ALL, hyperparams={"width": 8, "policy_kwargs": {"optimizer_kwargs": {"eps": 1e-5}}}
-    )
+    hyperparams = {"policy_kwargs": {"optimizer_kwargs": {"eps": 1e-5}}}
+    study = AblationStudy(depths=[8], variants=ALL, width=8, hyperparams=hyperparams)
     found = {}
     for label, run in study.settings().items():
         env = make_env(run.env, 1, 0)
@@ -70,7 +69,7 @@ def test_report_of_known_scores(tmp_path):
 
 
 def test_command(tmp_path):
-    options = ("--depths", "8", "--variants", *ALL, "--seeds", "1", "--hyperparams", "width:8", "learning_starts:80")
+    options = ("--depths", "8", "--variants", *ALL, "--seeds", "1", "--width", "8", "--hyperparams", "learning_starts:80")
     rows, text = run_study(tmp_path, "ablation", *options)
     assert [(row["network"], row["depth"]) for row in table_of(text)] == [(variant, "8") for variant in ALL]
     assert {float(row["time_at_goal"]) for row in rows} == {STEPS}

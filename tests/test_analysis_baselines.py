@@ -80,7 +80,7 @@ def test_report_of_known_scores(tmp_path):
 
 def test_command(tmp_path):
     options = (
-        *("--depths", "4", "--seeds", "1", "--hyperparams", "width:8", "learning_starts:80"),
+        *("--depths", "4", "--seeds", "1", "--width", "8", "--hyperparams", "learning_starts:80"),
         # A dict that Stable-Baselines3 writes into
         *("--baseline-hyperparams", "policy_kwargs:{'net_arch': [8]}"),
     )

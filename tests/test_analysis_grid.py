@@ -63,8 +63,9 @@ def test_command(tmp_path):
         "4",
         "--seeds",
         "2",
+        "--width",
+        "8",
         "--hyperparams",
-        "width:8",
         "learning_starts:80",
     )
     rows, text = run_study(tmp_path, "grid", *options)

@@ -45,8 +45,8 @@ from sb3_deepcrl.envs import BatchVecEnv
 TOY_HYPERPARAMS = {"width": 8, "batch_size": 8, "learning_starts": 40, "buffer_size": 4000, "precision": "float32"}
 TOY_OPTIONS = [
     *("--env", "PointUMaze-v0", "--steps", "160", "--n-evaluations", "4", "--n-eval-episodes", "4", "--n-envs", "4"),
-    *("--transitions-per-update", "8", "--batch-size", "8", "--precision", "float32", "--env-kwargs", "max_episode_steps:20"),
-    *("--hyperparams", "width:8", "learning_starts:40", "buffer_size:4000"),
+    *("--transitions-per-update", "8", "--width", "8", "--batch-size", "8", "--precision", "float32"),
+    *("--env-kwargs", "max_episode_steps:20", "--hyperparams", "learning_starts:40", "buffer_size:4000"),
 ]
 # With one update after every 8 steps from 48 on
 TOY_COUNTERS = [(40, 0), (80, 5), (120, 10), (160, 15)]
@@ -397,10 +397,11 @@ TOY_STUDY = dict(
     n_eval_episodes=4,
     n_envs=4,
     transitions_per_update=8,
+    width=8,
     batch_size=8,
     precision="float32",
     env_kwargs={"max_episode_steps": 20},
-    hyperparams={"width": 8, "learning_starts": 40, "buffer_size": 4000},
+    hyperparams={"learning_starts": 40, "buffer_size": 4000},
 )
 
 
@@ -521,6 +522,26 @@ def test_scores_of_runs():
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("env_id", "expected"),
+    [
+        ("PointU4Maze-v0", ("PointU4MazeEval-v0", 0.95, 16)),
+        ("AntU4Maze-v0", ("AntU4MazeEval-v0", 0.99, 256)),
+        # Not of this package
+        ("PointMaze_UMaze-v3", ("PointMaze_UMaze-v3", 0.99, 256)),
+    ],
+)
+def test_defaults_follow_the_env(env_id, expected):
+    study = DepthStudy(env=env_id)
+    run = study.settings()["depth 4"]
+    assert (run.eval_env, run.hyperparams["gamma"], run.hyperparams["width"]) == expected
+    assert study.command() == f"python -m sb3_deepcrl.analysis depth --env {env_id}"
+    eval_env, gamma, width = expected
+    other = DepthStudy(env=env_id, width=2 * width, gamma=gamma, eval_env=eval_env)
+    assert other.settings()["depth 4"].hyperparams["width"] == 2 * width
+    assert other.command().endswith(f"{env_id} --width {2 * width}")
+
+
 def test_depth_study(tmp_path, capsys):
     options = [*TOY_OPTIONS, "--depths", "4", "8", "--parts", "both", "actor", "critic", "--seeds", "2"]
     main(["depth", *options, "--runs", str(tmp_path), "--output", str(tmp_path / "report" / "depth.md"), "--jobs", "1"])
@@ -560,12 +581,14 @@ def test_depth_study(tmp_path, capsys):
         (["--steps", "19"], "`n_evaluations` must be at most the number of steps 19, got 20"),
         (["--jobs", "0"], "`jobs` must be at least 1, got 0"),
         (["--hyperparams", "learning_rate:1e-3"], "`hyperparams` holds `learning_rate=0.001`, which .* use `learning_rate`"),
+        (["--hyperparams", "width:8"], "`hyperparams` holds `width=8`, which this study sets itself: use `width`"),
+        (["--width", "-1"], "`width` must be at least 1, got -1"),
         (["--learning-rate", "0"], "`learning_rate` must be positive, got 0.0"),
         (["--parts", "none"], "argument --parts: invalid choice: 'none' .*"),
         (["--hyperparams", "widht:3"], r"`hyperparams` .* 'widht' is none that can be set. Did you mean 'width'\?"),
         (["--hyperparams", "width=3"], "argument --hyperparams: expected key:value, got 'width=3'"),
         ([*TOY_OPTIONS, "--env-kwargs", "walls:3"], r"PointUMaze-v0 cannot be made with `env_kwargs` {'walls': 3}: .*"),
-        ([*TOY_OPTIONS, "--hyperparams", "width:wide"], "`width` must be a positive integer, got 'wide'"),
+        ([*TOY_OPTIONS, "--hyperparams", "repr_dim:wide"], "`repr_dim` must be a positive integer, got 'wide'"),
     ],
 )
 def test_errors_take_one_line(tmp_path, capsys, options, message):

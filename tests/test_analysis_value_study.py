@@ -23,8 +23,8 @@ gym.register_envs(gymnasium_robotics)
 
 # A study that takes seconds
 TOY = (
-    "--depths 4 8 --seeds 2 --steps 64 --n-evaluations 1 --n-eval-episodes 4 --n-envs 4 --batch-size 16 "
-    "--hyperparams width:8 repr_dim:4 learning_starts:32 --env-kwargs max_episode_steps:20 --jobs 1"
+    "--depths 4 8 --seeds 2 --steps 64 --n-evaluations 1 --n-eval-episodes 4 --n-envs 4 --width 8 --batch-size 16 "
+    "--hyperparams repr_dim:4 learning_starts:32 --env-kwargs max_episode_steps:20 --jobs 1"
 ).split()
 
 
@@ -210,8 +210,9 @@ def test_toy_study(tmp_path, monkeypatch, capsys):
         n_evaluations=1,
         n_eval_episodes=4,
         n_envs=4,
+        width=8,
         batch_size=16,
-        hyperparams=dict(width=8, repr_dim=4, learning_starts=32),
+        hyperparams=dict(repr_dim=4, learning_starts=32),
         env_kwargs=dict(max_episode_steps=20),
     )
     model = load_model(study.seeds_of(study.settings()["depth 8"])[1], tmp_path)

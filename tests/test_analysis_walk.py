@@ -295,10 +295,11 @@ def test_walk_study(tmp_path):
         n_eval_episodes=4,
         n_envs=4,
         transitions_per_update=8,
+        width=8,
         batch_size=8,
         precision="float32",
         env_kwargs={"max_episode_steps": 60},
-        hyperparams={"width": 8, "learning_starts": 40, "buffer_size": 4000},
+        hyperparams={"learning_starts": 40, "buffer_size": 4000},
     )
     run = study.seeds_of(study.settings()["depth 8"])[1]
     expected = walk_episodes(load_model(run, tmp_path), "HumanoidUMazeEval-v0", 4, {"max_episode_steps": 60})

@@ -151,7 +151,6 @@ class ScaleStudy(Study):
     summary: ClassVar[str] = "depth against width and batch size, with as many parameters or operations"
 
     depth: int = option(4, "Depth of the shallow network")
-    width: int = option(256, "Width of the shallow network and of the deeper ones")
     depths: list[int] = option([16], "Depths of the deeper networks")
     match: list[str] = option(
         list(MATCHES),
@@ -176,8 +175,7 @@ class ScaleStudy(Study):
                 f"`batch_size` and `batch_sizes` must be at least 2, got {self.batch_size} and {self.batch_sizes}: the other "
                 "rows of a minibatch are the negatives"
             )
-        networks = {"depth": "depths", "actor_depth": "depths", "critic_depth": "depths", "width": "width"}
-        self.check_free(networks)
+        self.check_free(dict.fromkeys(("depth", "actor_depth", "critic_depth"), "depths"))
 
     @cached_property
     def _spaces(self) -> tuple[Any, Any]:
@@ -186,9 +184,7 @@ class ScaleStudy(Study):
         return env.observation_space, env.action_space
 
     def _run_of(self, size: Size) -> Run:
-        # The same arguments as in other studies where it is the same setting
-        width = {} if size.width == ARCHITECTURE["width"] else {"width": size.width}
-        return self.make_run(depth=size.depth, batch_size=size.batch_size, **width)
+        return self.make_run(**asdict(size))
 
     def _policy_of(self, size: Size) -> DeepCRLPolicy:
         return policy_of(*self._spaces, self._run_of(size).hyperparams)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Options of all studies that are arguments of DeepCRL
-SHARED = ("batch_size", "learning_rate", "gamma", "precision")
+SHARED = ("width", "batch_size", "learning_rate", "gamma", "precision")
 # The evaluations of each seed, by setting
 Results = dict[str, list[list[dict[str, str]]]]
 
@@ -116,6 +116,7 @@ class Study(ABC):
     n_eval_episodes: int = option(64, "Number of episodes of each evaluation")
     n_envs: int = option(64, "Number of parallel envs")
     transitions_per_update: int = option(40, "Number of transitions that are collected for each update")
+    width: int = option(0, "Width of the networks, by default 16 for the point and 256, the paper's, for all others")
     batch_size: int = option(256, "Size of the minibatches")
     learning_rate: float = option(6e-4, "Learning rate: twice the paper's, whose runs are a hundred times as long")
     gamma: float = option(0.0, "Discount factor, by default 0.95 for the point and 0.99, the paper's, for all others")
@@ -127,8 +128,8 @@ class Study(ABC):
         for name in ("env", "eval_env"):
             if getattr(self, name):
                 check_env_id(getattr(self, name))
-        self.eval_env = self.eval_env or eval_env_of(self.env)
-        self.gamma = self.gamma or gamma_of(self.env)
+        for name, default in defaults_of(self.env).items():
+            setattr(self, name, getattr(self, name) or default)
         check_hyperparams(self.hyperparams)
         # Reports say what these are
         self.check_free({name: name for name in SHARED})
@@ -187,8 +188,8 @@ class Study(ABC):
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
             "is the number of steps of an episode at the goal, success reaching it at any step. "
             f"{self.averaging()}, of the mean over the last five evaluations. {self.steps:,} env steps of {self.n_envs} envs, "
-            f"an update for {self.transitions_per_update} transitions, batch size {self.batch_size}, learning rate "
-            f"{self.learning_rate:g}, gamma {self.gamma:g}, precision {self.precision}."
+            f"an update for {self.transitions_per_update} transitions, width {self.width}, batch size {self.batch_size}, "
+            f"learning rate {self.learning_rate:g}, gamma {self.gamma:g}, precision {self.precision}."
         )
 
     def averaging(self) -> str:
@@ -283,7 +284,7 @@ class Study(ABC):
         :return: The command line of this study
         """
         words = ["python", "-m", "sb3_deepcrl.analysis", self.name]
-        found = {"eval_env": eval_env_of(self.env), "gamma": gamma_of(self.env)}
+        found = defaults_of(self.env)
         for item in fields(self):
             value = getattr(self, item.name)
             default = item.default_factory() if item.default_factory is not MISSING else item.default
@@ -296,15 +297,19 @@ class Study(ABC):
         return shlex.join(words)
 
 
-def gamma_of(env_id: str) -> float:
+def defaults_of(env_id: str) -> dict[str, Any]:
     """
-    The chance to be at a goal that is n steps away is ``gamma^n`` (without detours), so that gamma sets what the critic
-    can tell apart. The point of this package needs a tenth of the paper's steps.
+    Options whose default depends on the env. The point of this package differs from the paper's tasks in two:
+
+    - The chance to be at a goal that is n steps away is ``gamma^n`` (without detours), so that gamma sets what the critic can
+      tell apart. The point needs a tenth of the paper's steps.
+    - A maze in the plane fits into a single block of 256 units, so that more of them have nothing left to do.
 
     :param env_id: Id of an env
-    :return: Discount factor for it
+    :return: Their values for it
     """
-    return 0.95 if env_id.startswith("Point") and env_id in ENV_TABLE else 0.99
+    is_point = env_id.startswith("Point") and env_id in ENV_TABLE
+    return {"eval_env": eval_env_of(env_id), "gamma": 0.95 if is_point else 0.99, "width": 16 if is_point else 256}
 
 
 @dataclass
