@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch as th
 from rich.console import Console
+from stable_baselines3.common.utils import get_device
 
 from sb3_deepcrl.analysis.runs import (
     Run,
@@ -28,6 +29,7 @@ from sb3_deepcrl.analysis.runs import (
     write_rows,
 )
 from sb3_deepcrl.analysis.statistics import Estimate, curves_of, final_scores, interquartile_mean
+from sb3_deepcrl.common.acceleration import has_native_bfloat16
 from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.torch_layers import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -207,7 +209,7 @@ class Study(ABC):
         """
         :return: Title of a picture
         """
-        return f"{self.eval_env.removesuffix('-v0')}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return f"{self.eval_env.removesuffix('-v0')}, width {self.width}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
 
     @abstractmethod
     def settings(self) -> dict[str, Run]:
@@ -356,9 +358,11 @@ def machine() -> str:
     :return: What the runs were made on
     """
     gpu = f", {th.cuda.get_device_name()}" if th.cuda.is_available() else ""
+    precision = "bfloat16" if has_native_bfloat16(get_device("auto")) else "float32"
     return (
-        f"Machine: {platform.machine()}, {n_usable_cores()} cores{gpu}, torch {th.__version__}. Seconds are CPU seconds of "
-        "training, without evaluations, with other runs beside it: compare them within this report only."
+        f"Machine: {platform.machine()}, {n_usable_cores()} cores{gpu}, torch {th.__version__}, where precision auto is "
+        f"{precision}. Seconds are CPU seconds of training, without evaluations, with other runs beside it: compare them "
+        "within this report only."
     )
 
 

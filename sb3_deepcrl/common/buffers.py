@@ -90,8 +90,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.gamma = gamma
 
         self.buffer_size = max(buffer_size // n_envs, 1)
-        # Two more slots: for the last state of an episode, and for the first one of the next
-        n_slots = self.buffer_size + 2
+        n_slots = self.n_slots
         assert isinstance(self.obs_shape, dict)
         self.observations = {
             key: np.zeros((n_slots, n_envs, *shape), dtype=self._storage_dtype(observation_space[key]))
@@ -140,9 +139,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def _with_all_slots(self, values: np.ndarray) -> np.ndarray:
         """Values of the slots that were used, followed by zeros for all others."""
-        if len(values) == self.buffer_size + 2:
+        if len(values) == self.n_slots:
             return values
-        padded = np.zeros((self.buffer_size + 2, *values.shape[1:]), dtype=values.dtype)
+        padded = np.zeros((self.n_slots, *values.shape[1:]), dtype=values.dtype)
         padded[: len(values)] = values
         return padded
 
@@ -153,8 +152,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     @property
     def n_slots(self) -> int:
-        """Number of slots of each env."""
-        return len(self.remaining)
+        """Number of slots of each env: two more, for the last state of an episode and for the first one of the next."""
+        return self.buffer_size + 2
 
     @property
     def next_observations(self) -> dict[str, np.ndarray]:  # type: ignore[override]
