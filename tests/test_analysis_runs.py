@@ -525,7 +525,7 @@ def test_scores_of_runs():
 @pytest.mark.parametrize(
     ("env_id", "expected"),
     [
-        ("PointU4Maze-v0", ("PointU4MazeEval-v0", 0.95, 16)),
+        ("PointU4Maze-v0", ("PointU4MazeEval-v0", 0.95, 32)),
         ("AntU4Maze-v0", ("AntU4MazeEval-v0", 0.99, 256)),
         # Not of this package
         ("PointMaze_UMaze-v3", ("PointMaze_UMaze-v3", 0.99, 256)),
@@ -578,7 +578,7 @@ def test_depth_study(tmp_path, capsys):
         (["--depths", "4", "4"], r"`depths` holds a value twice: \[4, 4\]"),
         (["--depths", "four"], "argument --depths: invalid int value: 'four'"),
         (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
-        (["--steps", "19"], "`n_evaluations` must be at most the number of steps 19, got 40"),
+        (["--steps", "19"], "`n_evaluations` must be at most the number of steps 19, got 20"),
         (["--jobs", "0"], "`jobs` must be at least 1, got 0"),
         (["--hyperparams", "learning_rate:1e-3"], "`hyperparams` holds `learning_rate=0.001`, which .* use `learning_rate`"),
         (["--hyperparams", "width:8"], "`hyperparams` holds `width=8`, which this study sets itself: use `width`"),

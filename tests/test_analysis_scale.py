@@ -94,8 +94,8 @@ def test_settings_are_shared():
     )
     shared = DepthStudy(depths=[4, 16]).settings()
     settings = study.settings()
-    assert settings["depth 4, width 16, batch 256"] == shared["depth 4"]
-    assert settings["depth 16, width 16, batch 256"] == shared["depth 16"]
+    assert settings["depth 4, width 32, batch 256"] == shared["depth 4"]
+    assert settings["depth 16, width 32, batch 256"] == shared["depth 16"]
 
 
 def test_report_of_known_scores(tmp_path):
