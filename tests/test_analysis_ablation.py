@@ -91,6 +91,7 @@ def test_unknown_activation(name):
         (dict(depths=[3]), "multiple of 4"),
         (dict(variants=["complete", "no-swish"]), "Unknown variant 'no-swish'. Choose from: complete, no-residual"),
         (dict(hyperparams={"policy_kwargs": {"norm": "none"}}), "`hyperparams` holds `norm='none'`.*use `variants`"),
+        (dict(variants=["complete"], hyperparams={"policy_kwargs": {"norm": "none"}}), "`norm='none'`.*use `variants`"),
         (dict(hyperparams={"actor_depth": 8}), "`hyperparams` holds `actor_depth=8`.*use `depths`"),
     ],
 )

@@ -104,6 +104,7 @@ def test_command(tmp_path):
     [
         (dict(depths=[3]), "multiple of 4"),
         (dict(baselines=["SAC+HER", "DDPG"]), r"Unknown baseline 'DDPG'. Choose from: SAC\+HER, TQC\+HER"),
+        (dict(baselines=[]), "`baselines` must hold at least one value"),
         (
             dict(baseline_hyperparams={"depth": 4}),
             "must be arguments of SAC, but 'depth' is none that can be set",

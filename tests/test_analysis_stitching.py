@@ -113,7 +113,7 @@ def test_any_maze_can_be_stitched():
     assert (study.eval_env, study._trained, study._distances) == ("PointU4MazeEval-v0", 2, list(range(1, 11)))
 
 
-def test_toy_study(tmp_path, monkeypatch):
+def test_toy_study(tmp_path, monkeypatch, capsys):
     argv = ["stitching", *TOY, "--runs", str(tmp_path)]
     evaluated: list[int] = []
 
@@ -153,6 +153,10 @@ def test_toy_study(tmp_path, monkeypatch):
     assert evaluated[4:] == []
     main([*argv, "--steps", "128", "--n-evaluations", "2"])
     assert evaluated[4:] == [1, 2, 3, 4, 5, 6] * 4
+    # What was evaluated then are not the models of the shorter study
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert "more than `steps`, which is 64" in capsys.readouterr().err
 
 
 def test_figure_shows_what_was_trained():

@@ -181,6 +181,8 @@ def test_wrong_input():
         ValueMapStudy(env="AntGoal-v0")
     with pytest.raises(ValueError, match="has no maze to draw"):
         value_correlations(make_model(), GoalReachEnv())
+    with pytest.raises(ValueError, match=r"cannot be made with `env_kwargs` {'walls': 3}"):
+        ValueMapStudy(env_kwargs={"walls": 3})
     with pytest.raises(ValueError, match="`depth` must be a positive multiple of 4"):
         ValueMapStudy(depths=[4, 6])
     with pytest.raises(ValueError, match="`depth=8`, which this study sets itself: use `depths`"):

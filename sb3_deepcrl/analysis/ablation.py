@@ -53,7 +53,8 @@ class AblationStudy(ComparisonOfDepths):
         for variant in self.variants:
             if variant not in VARIANTS:
                 raise ValueError(f"Unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}")
-        self.check_free({name: "variants" for variant in self.variants for name in VARIANTS[variant]})
+        # Those of "plain" too, or the network called complete would lack something
+        self.check_free({name: "variants" for variant in ("plain", *self.variants) for name in VARIANTS[variant]})
 
     @staticmethod
     def label(variant: str, depth: int) -> str:

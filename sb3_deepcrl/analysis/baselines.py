@@ -104,7 +104,8 @@ class BaselinesStudy(ComparisonOfDepths):
         estimates = {label: final_estimate(seeds) for label, seeds in results.items()}
         notes = [
             self.protocol(),
-            "Envs, env steps, transitions for each update and evaluations are the same for all. Arguments of the baselines: "
+            "Envs, env steps, transitions for each update and evaluations are the same for all; width and precision are "
+            "DeepCRL's, the baselines have the networks of Stable-Baselines3, two layers of 256 units. Their arguments: "
             f"{', '.join(f'{name}={value!r}' for name, value in self.all_baseline_hyperparams.items())}. HER samples finished "
             "episodes only, so that they cannot learn before the first ones have ended.",
             *self._comparisons(estimates),

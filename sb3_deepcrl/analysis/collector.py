@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sb3_deepcrl.analysis.runs import COLLECTOR, Run
-from sb3_deepcrl.analysis.statistics import Estimate, curves_of, final_scores, interquartile_mean
+from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_scores, interquartile_mean
 from sb3_deepcrl.analysis.study import Report, Results, Study, depth_colors, draw_curve, new_figure, option, rows_of
 from sb3_deepcrl.common.torch_layers import check_depth
 
@@ -97,7 +97,7 @@ class CollectorStudy(Study):
         notes = [
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Only the "
             "collector acts in training; the learners train from its replay buffer, each on minibatches of its own. "
-            f"{self.averaging()}, of the mean over the last five evaluations. "
+            f"{self.averaging()}, of the mean over the last {min(N_LAST, self.n_evaluations)} evaluations. "
             "A difference is clear where the intervals of time at goal do not meet.",
             *conclusions(scores, self.deep, self.shallow),
         ]

@@ -29,7 +29,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium.error import UnregisteredEnv
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
@@ -129,10 +128,14 @@ def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) ->
     :param env_id: Id of the env
     :param env_kwargs: Arguments of the env
     :return: The env, not vectorised
+    :raises ValueError: if it does not know an argument
     """
     if env_id not in ENV_TABLE:
         register_robotics()
-    return gym.make(env_id, **(env_kwargs or {}))
+    try:
+        return gym.make(env_id, **(env_kwargs or {}))
+    except TypeError as error:
+        raise ValueError(f"{env_id} cannot be made with `env_kwargs` {env_kwargs}: {error}") from error
 
 
 def register_robotics() -> None:
@@ -152,7 +155,7 @@ def check_env_id(env_id: str) -> str:
         register_robotics()
         try:
             gym.spec(env_id)
-        except (UnregisteredEnv, gym.error.Error) as error:
+        except gym.error.Error as error:
             raise ValueError(f"There is no env {env_id!r} ({error}): use an id such as PointU4Maze-v0") from None
     return env_id
 
@@ -260,10 +263,11 @@ def load_model(run: Run, runs: Path, env: VecEnv | None = None) -> Any:
     # Without an env there is no need for a place to store its transitions
     custom_objects = {} if env is not None else {"buffer_size": 1}
     model = algorithm_class(run.algorithm).load(run.folder(runs) / "model.zip", env, custom_objects=custom_objects)
-    if env is None and model.num_timesteps >= run.steps + run.eval_freq:
+    if env is None and model.num_timesteps > int(results_of(run, runs)[-1]["timesteps"]):
         raise ValueError(
             f"The model in {run.folder(runs)} has been trained for {model.num_timesteps:,} env steps, more than `steps`, "
-            f"which is {run.steps:,}: ask for as many steps, or give the runs another folder"
+            f"which is {run.steps:,}: ask for as many steps, with `n_evaluations` in the same proportion, or give the runs "
+            "another folder"
         )
     return model
 
@@ -271,7 +275,7 @@ def load_model(run: Run, runs: Path, env: VecEnv | None = None) -> Any:
 def derived_seed(*numbers: int) -> int:
     """
     :param numbers: Whole numbers from 0 on
-    :return: A seed that has nothing to do with that of any other numbers
+    :return: A seed that has nothing to do with that of any other numbers, but for zeros at their end, which change nothing
     """
     # Envs are seeded with this and the next numbers
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
@@ -326,7 +330,8 @@ class Learners(BaseCallback):
             learner.set_logger(Logger(None, []))
             learner._setup_acceleration(self.run.steps // self.run.transitions_per_update)
             with random_numbers(self.random_states[name]):
-                seed = derived_seed(self.run.seed, self.model.num_timesteps, index)
+                # From 1 on: a zero at the end would make the seed that of the collector, which goes on from here too
+                seed = derived_seed(self.run.seed, self.model.num_timesteps, index + 1)
                 set_random_seed(seed, using_cuda=learner.device.type == "cuda")
 
     def _on_step(self) -> bool:
@@ -449,14 +454,15 @@ class Evaluations(BaseCallback):
     def _save(self) -> None:
         assert isinstance(self.model, OffPolicyAlgorithm)
         buffer = buffer_path(self.path, self.num_timesteps)
-        with atomic_path(buffer, ".pkl") as path:
-            self.model.save_replay_buffer(path)
+        # Files, not paths, which DeepCRL would write by a temporary file of its own that nobody removes after a kill
+        with atomic_path(buffer, ".pkl") as path, path.open("wb") as file:
+            self.model.save_replay_buffer(file)
         learners = {learner_path(self.path, name, self.num_timesteps): model for name, model in self.learners.items()}
         for path, learner in learners.items():
             learner.save(path)
         # Which of the others count is for the model to say: killed in between, the run goes on from the previous ones
-        with atomic_path(self.path / "model.zip", ".zip") as path:
-            self.model.save(path)
+        with atomic_path(self.path / "model.zip", ".zip") as path, path.open("wb") as file:
+            self.model.save(file)
         write_rows(self.path / "results.csv", self.rows)
         for path in {*self.path.glob("buffer-*.pkl"), *self.path.glob("learner-*.zip")} - {buffer, *learners}:
             path.unlink()

@@ -299,13 +299,13 @@ class ScaleStudy(Study):
         lines = {
             "deeper": (lambda size: (size.width, size.batch_size) == (self.width, self.batch_size), "tab:blue"),
             "wider": (lambda size: (size.depth, size.batch_size) == (self.depth, self.batch_size), "tab:orange"),
-            "larger batch": (lambda size: (size.depth, size.width) == (self.depth, self.width), "tab:green"),
+            "other batch": (lambda size: (size.depth, size.width) == (self.depth, self.width), "tab:green"),
         }
         counts = {"million parameters": (self.parameters, 1e6), "10^9 operations an update": (self.operations, 1e9)}
         for ax, (name, (count, unit)) in zip(axes[0], counts.items(), strict=False):
             for label, (belongs, color) in lines.items():
-                # A larger batch has no more parameters
-                if label != "larger batch" or count == self.operations:
+                # Another batch has as many parameters
+                if label != "other batch" or count == self.operations:
                     points = {count(size) / unit: estimates[size] for size in estimates if belongs(size)}
                     self._draw(ax, points, label, color)
             ax.set(xlabel=name)

@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PolicyPredictor
 
-from sb3_deepcrl.analysis.runs import EVAL_SEED, Run, load_model, make_env, make_single_env, read_rows, write_rows
+from sb3_deepcrl.analysis.runs import EVAL_SEED, Run, load_model, make_env, make_single_env, read_rows, results_of, write_rows
 from sb3_deepcrl.analysis.statistics import interquartile_mean
 from sb3_deepcrl.analysis.study import (
     ComparisonOfDepths,
@@ -140,7 +140,7 @@ class StitchingStudy(ComparisonOfDepths):
         folder = run.folder(runs)
         if not (folder / "stitching.csv").exists():
             return []
-        last = read_rows([folder / "results.csv"])[-1]["timesteps"]
+        last = results_of(run, runs)[-1]["timesteps"]
         return [row for row in read_rows([folder / "stitching.csv"]) if row["timesteps"] == last]
 
     def train_run(self, run: Run, runs: Path, n_threads: int | None = None) -> None:

@@ -28,7 +28,7 @@ from sb3_deepcrl.analysis.runs import (
     train_all,
     write_rows,
 )
-from sb3_deepcrl.analysis.statistics import Estimate, curves_of, final_scores, interquartile_mean
+from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_scores, interquartile_mean
 from sb3_deepcrl.common.acceleration import has_native_bfloat16
 from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.torch_layers import check_depth
@@ -140,8 +140,12 @@ class Study(ABC):
             numbers = value if isinstance(value, list) else [value]
             if any(isinstance(number, int) and number < 1 for number in numbers):
                 raise ValueError(f"`{item.name}` must be at least 1, got {value}")
+            if value == []:
+                raise ValueError(f"`{item.name}` must hold at least one value, got none")
             if isinstance(value, list) and len(set(map(str, value))) < len(value):
                 raise ValueError(f"`{item.name}` holds a value twice: {value}")
+        if not 0.0 < self.gamma <= 1.0:
+            raise ValueError(f"`gamma` must be between 0 and 1, got {self.gamma}")
         if not self.learning_rate > 0:
             raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}")
         if self.steps < self.n_evaluations:
@@ -149,7 +153,7 @@ class Study(ABC):
 
     def make_run(self, **hyperparams: Any) -> Run:
         """
-        :param hyperparams: Arguments of DeepCRL, besides those of the study, which have priority
+        :param hyperparams: Arguments of DeepCRL, before those that all runs of the study have, and after ``hyperparams``
         :return: A run of this study
         """
         return Run(
@@ -184,14 +188,23 @@ class Study(ABC):
 
     def protocol(self) -> str:
         """
-        :return: How the runs were made and what was measured, in words
+        :return: What was measured, in words
         """
         return (
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
             "is the number of steps of an episode at the goal, success reaching it at any step. "
-            f"{self.averaging()}, of the mean over the last five evaluations. {self.steps:,} env steps of {self.n_envs} envs, "
-            f"an update for {self.transitions_per_update} transitions, width {self.width}, batch size {self.batch_size}, "
-            f"learning rate {self.learning_rate:g}, gamma {self.gamma:g}, precision {self.precision}."
+            f"{self.averaging()}, of the mean over the last {min(N_LAST, self.n_evaluations)} evaluations. Seconds are CPU "
+            "seconds of training, without evaluations, with other runs beside it: compare them within this report only."
+        )
+
+    def training(self) -> str:
+        """
+        :return: How the runs were made, in words
+        """
+        return (
+            f"Each run: {self.steps:,} env steps of {self.n_envs} envs, an update for {self.transitions_per_update} "
+            f"transitions, width {self.width}, batch size {self.batch_size}, learning rate {self.learning_rate:g}, gamma "
+            f"{self.gamma:g}, precision {self.precision}."
         )
 
     def averaging(self) -> str:
@@ -271,6 +284,7 @@ class Study(ABC):
         train_all(runs_by_label, runs, jobs, self.train_run, console, self.is_complete)
         results = {label: [results_of(run, runs) for run in seeds] for label, seeds in runs_by_label.items()}
         report = self.report(results, runs)
+        report.notes.append(self.training())
         path = Path(output) if output else runs / f"{self.name}-{self.env}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path.with_suffix(".csv"), report.rows)
@@ -361,8 +375,7 @@ def machine() -> str:
     precision = "bfloat16" if has_native_bfloat16(get_device("auto")) else "float32"
     return (
         f"Machine: {platform.machine()}, {n_usable_cores()} cores{gpu}, torch {th.__version__}, where precision auto is "
-        f"{precision}. Seconds are CPU seconds of training, without evaluations, with other runs beside it: compare them "
-        "within this report only."
+        f"{precision}."
     )
 
 

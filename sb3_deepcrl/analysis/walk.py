@@ -370,8 +370,8 @@ class WalkStudy(ComparisonOfDepths):
             f"Trained on {self.env} for {' to '.join(f'{n:,}' for n in dict.fromkeys((steps[0], steps[-1])))} env steps. Each "
             f"seed plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, with "
             f"deterministic actions. Shares of the episodes: {self.averaging().lower()}. "
-            "The other rows are medians over the episodes, that of the fall over those with one; what comes after "
-            "a fall does not count. A fall is a torso out of the healthy heights.",
+            "Reached the goal is a share too. The other rows are medians over the episodes, that of the fall over those with "
+            "one; what comes after a fall does not count. A fall is a torso out of the healthy heights.",
             f"Goes over the wall: the torso was above a wall, at least {OVER_WALL:g} of a cell inside. Walks: stayed at the "
             f"goal for {STAY_SECONDS:g} s, or never fell and got further than {STANDING_RADIUS:g} m or to the goal. Stands: "
             f"never fell otherwise. Falls at the goal: at most {AT_GOAL:g} m from it, and at least {APPROACH:g} m nearer than "
