@@ -67,8 +67,8 @@ class GoalTask:
         0.2 to 1.0 for the ant, 1.0 to 2.0 for the humanoid; point and arm have none
     :param reset_noise_scale: Start noise: uniform in +-scale on every position, scale times a standard normal on every
         velocity. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the arm
-    :param frame_skip: Physics steps of one env step. None takes the robot's: 0.05 s for ant, point and arm, 0.015 s for
-        the humanoid in mazes and 0.03 s on the field
+    :param frame_skip: Physics steps of one env step. None takes the robot's: 0.05 s for ant and arm, 0.1 s for the
+        point, 0.015 s for the humanoid in mazes and 0.03 s on the field
     :param cell_size: Side of a maze cell in metres. None takes 4 for the ant, 2 for humanoid and point
     :param wall_height: Height of the walls in metres. None takes half a cell
     """
