@@ -503,6 +503,21 @@ def test_one_seed_has_no_interval():
             interquartile_mean(curves)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (Estimate(5, 4, 6), Estimate(2, 1, 3), "higher"),
+        (Estimate(2, 1, 3), Estimate(5, 4, 6), "lower"),
+        (Estimate(5, 3, 7), Estimate(4, 2, 6), "intervals overlap"),
+        (Estimate(5, 4, 6), Estimate(7, 6, 8), "intervals overlap"),
+        (Estimate(5, np.nan, np.nan), Estimate(2, 1, 3), "one seed tells nothing"),
+        (Estimate(5, 4, 6), Estimate(2, np.nan, np.nan), "one seed tells nothing"),
+    ],
+)
+def test_comparison(first, second, words):
+    assert first.compare(second) == words
+
+
 def test_critical_depth():
     def estimates(**intervals) -> dict[int, Estimate]:
         return {int(depth[1:]): Estimate(sum(interval) / 2, *interval) for depth, interval in intervals.items()}

@@ -17,8 +17,8 @@ from sb3_deepcrl.analysis.study import (
 )
 from sb3_deepcrl.common.losses import check_choice
 
-# What becomes deeper: hyperparameters of DeepCRL
-PARTS = {"both": ("depth",), "actor": ("actor_depth",), "critic": ("critic_depth",)}
+# What becomes deeper, and its argument of DeepCRL
+PARTS = {"both": "depth", "actor": "actor_depth", "critic": "critic_depth"}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class DepthStudy(ComparisonOfDepths):
         return {
             # The smallest depth of one part is that of both, and the same run
             self.label(part, depth): self.make_run(
-                **{"depth": min(self.depths), **({name: depth for name in PARTS[part]} if depth > min(self.depths) else {})}
+                **{"depth": min(self.depths), **({PARTS[part]: depth} if depth > min(self.depths) else {})}
             )
             for part in self.parts
             for depth in self.depths

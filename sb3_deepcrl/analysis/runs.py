@@ -103,6 +103,21 @@ class Run:
         return runs / f"{self.env}-{self.algorithm}-{digest}" / f"seed-{self.seed}"
 
 
+@contextlib.contextmanager
+def telling_env_kwargs(env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """
+    Tell what could not be made if an env does not know an argument.
+
+    :param env_id: Id of the env
+    :param env_kwargs: Arguments of the env
+    :raises ValueError: if it does not know one
+    """
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"{env_id} cannot be made with `env_kwargs` {env_kwargs}: {error}") from error
+
+
 def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: Mapping[str, Any] | None = None) -> VecEnv:
     """
     :param env_id: Id of the env
@@ -112,15 +127,14 @@ def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: Mapping[str, Any] 
     :return: The vectorised env, which reports ``is_success``; natively stepped if it is one of this package
     :raises ValueError: if it does not know an argument
     """
-    try:
+    kwargs = dict(env_kwargs or {})
+    with telling_env_kwargs(env_id, kwargs):
         if env_id in ENV_TABLE:
-            env = BatchVecEnv(env_id, n_envs, n_threads=th.get_num_threads(), **(env_kwargs or {}))
+            env = BatchVecEnv(env_id, n_envs, n_threads=th.get_num_threads(), **kwargs)
             env.seed(seed)
             return env
         register_robotics()
-        return make_vec_env(env_id, n_envs, seed=seed, wrapper_class=SuccessInfoWrapper, env_kwargs=dict(env_kwargs or {}))
-    except TypeError as error:
-        raise ValueError(f"{env_id} cannot be made with `env_kwargs` {env_kwargs}: {error}") from error
+        return make_vec_env(env_id, n_envs, seed=seed, wrapper_class=SuccessInfoWrapper, env_kwargs=kwargs)
 
 
 def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
@@ -132,10 +146,9 @@ def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) ->
     """
     if env_id not in ENV_TABLE:
         register_robotics()
-    try:
-        return gym.make(env_id, **(env_kwargs or {}))
-    except TypeError as error:
-        raise ValueError(f"{env_id} cannot be made with `env_kwargs` {env_kwargs}: {error}") from error
+    kwargs = dict(env_kwargs or {})
+    with telling_env_kwargs(env_id, kwargs):
+        return gym.make(env_id, **kwargs)
 
 
 def register_robotics() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.type_aliases import PolicyPredictor
 
 from sb3_deepcrl.analysis.runs import EVAL_SEED, Run, load_model, make_env, make_single_env, read_rows, results_of, write_rows
@@ -144,10 +143,7 @@ class StitchingStudy(ComparisonOfDepths):
         return [row for row in read_rows([folder / "stitching.csv"]) if row["timesteps"] == last]
 
     def train_run(self, run: Run, runs: Path, n_threads: int | None = None) -> None:
-        if not super().is_complete(run, runs):
-            super().train_run(run, runs, n_threads)
-        if n_threads is not None:
-            th.set_num_threads(n_threads)
+        super().train_run(run, runs, n_threads)
         rows: list[dict[str, Any]] = list(self.distance_rows(run, runs))
         model = load_model(run, runs)
         for distance in self._distances[len(rows) :]:

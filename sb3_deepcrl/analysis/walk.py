@@ -364,14 +364,11 @@ class WalkStudy(ComparisonOfDepths):
                     values = {name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(episode).items()}
                     head = {"setting": label, "seed": seed, "timesteps": timesteps, "episode": number}
                     rows.append({**head, **values, "fall_step": "" if episode.fall_step is None else episode.fall_step})
-        # A study with more steps may have trained the models further
-        steps = sorted({timesteps for gait in gaits.values() for timesteps in gait.timesteps})
         notes = [
-            f"Trained on {self.env} for {' to '.join(f'{n:,}' for n in dict.fromkeys((steps[0], steps[-1])))} env steps. Each "
-            f"seed plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, with "
-            f"deterministic actions. Shares of the episodes: {self.averaging().lower()}. "
-            "Reached the goal is a share too. The other rows are medians over the episodes, that of the fall over those with "
-            "one; what comes after a fall does not count. A fall is a torso out of the healthy heights.",
+            f"Trained on {self.env}. Each seed plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, "
+            f"with deterministic actions. Shares of the episodes: {self.averaging().lower()}. "
+            "Reached the goal is a share too. The other rows are medians over the episodes, that of the fall over those "
+            "with one; what comes after a fall does not count. A fall is a torso out of the healthy heights.",
             f"Goes over the wall: the torso was above a wall, at least {OVER_WALL:g} of a cell inside. Walks: stayed at the "
             f"goal for {STAY_SECONDS:g} s, or never fell and got further than {STANDING_RADIUS:g} m or to the goal. Stands: "
             f"never fell otherwise. Falls at the goal: at most {AT_GOAL:g} m from it, and at least {APPROACH:g} m nearer than "
