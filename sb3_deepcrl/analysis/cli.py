@@ -84,7 +84,7 @@ def add_option(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
     elif isinstance(default, list):
         kwargs.update(type=type(default[0]), nargs="+")
     else:
-        kwargs.update(type=type(default))
+        kwargs.setdefault("type", type(default))
     parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, **kwargs)
 
 

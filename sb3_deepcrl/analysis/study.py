@@ -111,27 +111,33 @@ class Study(ABC):
     summary: ClassVar[str]
 
     env: str = option("PointU4Maze-v0", "Env that is trained on")
-    eval_env: str = option("", "Env that is evaluated on, by default the one with the evaluation goals of the same maze")
+    eval_env: str = option(
+        None, "Env that is evaluated on, by default the one with the evaluation goals of the same maze", type=str
+    )
     seeds: int = option(3, "Number of seeds")
     steps: int = option(1_000_000, "Number of env steps of each run")
     n_evaluations: int = option(20, "Number of evaluations of each run")
     n_eval_episodes: int = option(64, "Number of episodes of each evaluation")
     n_envs: int = option(64, "Number of parallel envs")
     transitions_per_update: int = option(40, "Number of transitions that are collected for each update")
-    width: int = option(0, "Width of the networks, by default 32 for the point and 256, the paper's, for all others")
+    width: int = option(
+        None, "Width of the networks, by default 32 for the point and 256, the paper's, for all others", type=int
+    )
     batch_size: int = option(256, "Size of the minibatches")
     learning_rate: float = option(6e-4, "Learning rate: twice the paper's, whose runs are a hundred times as long")
-    gamma: float = option(0.0, "Discount factor, by default 0.95 for the point and 0.99, the paper's, for all others")
+    gamma: float = option(
+        None, "Discount factor, by default 0.95 for the point and 0.99, the paper's, for all others", type=float
+    )
     precision: str = option("auto", "Precision of the matrix products", choices=("float32", "bfloat16", "auto"))
     hyperparams: dict[str, Any] = option({}, "Other arguments of DeepCRL, e.g. energy:dot")
     env_kwargs: dict[str, Any] = option({}, "Arguments of both envs, e.g. cell_size:4.0")
 
     def __post_init__(self) -> None:
-        for name in ("env", "eval_env"):
-            if getattr(self, name):
-                check_env_id(getattr(self, name))
+        check_env_id(self.env)
         for name, default in defaults_of(self.env).items():
-            setattr(self, name, getattr(self, name) or default)
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        check_env_id(self.eval_env)
         check_hyperparams(self.hyperparams)
         # Reports say what these are
         self.check_free({name: name for name in SHARED})
