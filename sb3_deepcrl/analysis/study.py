@@ -294,6 +294,8 @@ class Study(ABC):
         path = Path(output) if output else runs / f"{self.name}-{self.env}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path.with_suffix(".csv"), report.rows)
+        # The layout moves the ticks, whose labels it needs to know
+        report.figure.draw_without_rendering()
         with atomic_path(path.with_suffix(".png"), ".png") as temporary:
             report.figure.savefig(temporary, format="png", dpi=150)
         text = report.markdown(command or self.command(), path.with_suffix(".png").name, machine())
