@@ -489,7 +489,17 @@ def test_interquartile_mean_by_hand():
     assert interquartile_mean(scores[:3])[0].mean == pytest.approx(4 / 3)
     (same,) = interquartile_mean(np.full((5, 1), 7.0))
     assert same == (7.0, 7.0, 7.0)
-    assert interquartile_mean(scores) == interquartile_mean(scores)
+
+
+def test_interquartile_mean_is_reproducible():
+    scores = np.random.default_rng(0).normal(size=(6, 1))
+    np.random.seed(1)
+    first = interquartile_mean(scores, n_resamples=100)
+    number = np.random.random()
+    np.random.seed(1)
+    assert np.random.random() == number, "the global generator must be left as it was"
+    assert interquartile_mean(scores, n_resamples=100) == first
+    assert interquartile_mean(scores, n_resamples=100, seed=1) != first
 
 
 def test_one_seed_has_no_interval():

@@ -71,12 +71,13 @@ def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples
     scores = {"": curves[:, None, :]}
     if len(curves) == 1:
         return [Estimate(float(value), np.nan, np.nan) for value in aggregate(scores[""])]
-    with warnings.catch_warnings():
-        # rliable has no other way to set a seed
-        warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)
-        means, intervals = get_interval_estimates(
-            scores, aggregate, reps=n_resamples, confidence_interval_size=confidence, random_state=np.random.RandomState(seed)
-        )
+    # rliable draws from NumPy's global generator, whatever its `random_state`
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        means, intervals = get_interval_estimates(scores, aggregate, reps=n_resamples, confidence_interval_size=confidence)
+    finally:
+        np.random.set_state(state)
     return [Estimate(*map(float, values)) for values in zip(means[""], *intervals[""], strict=True)]
 
 
