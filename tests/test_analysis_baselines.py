@@ -70,7 +70,7 @@ def test_report_of_known_scores(tmp_path):
         "Time at goal of DeepCRL at depth 4 against TQC+HER, the best of the others: intervals overlap.",
         "Time at goal of DeepCRL at depth 8 against TQC+HER, the best of the others: higher.",
     ]
-    assert "learning_starts=400" in report.notes[1] and "batch_size=256" in report.notes[1]
+    assert "learning_starts=400" in report.notes[1] and "batch_size=1024" in report.notes[1]
     steps, seconds = report.figure.axes[:2]
     assert [line.get_label() for line in steps.lines] == list(scores)
     assert [line.get_ydata()[-1] for line in seconds.lines] == [11, 41, 6, 12]

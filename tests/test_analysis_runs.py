@@ -553,19 +553,19 @@ def test_scores_of_runs():
 @pytest.mark.parametrize(
     ("env_id", "expected"),
     [
-        ("PointU4Maze-v0", ("PointU4MazeEval-v0", 0.95, 32)),
-        ("AntU4Maze-v0", ("AntU4MazeEval-v0", 0.99, 256)),
+        ("PointU4Maze-v0", ("PointU4MazeEval-v0", 0.95, 32, 1024)),
+        ("AntU4Maze-v0", ("AntU4MazeEval-v0", 0.99, 256, 256)),
         # Not of this package
-        ("PointMaze_UMaze-v3", ("PointMaze_UMaze-v3", 0.99, 256)),
+        ("PointMaze_UMaze-v3", ("PointMaze_UMaze-v3", 0.99, 256, 256)),
     ],
 )
 def test_defaults_follow_the_env(env_id, expected):
     study = DepthStudy(env=env_id)
     run = study.settings()["depth 4"]
-    assert (run.eval_env, run.hyperparams["gamma"], run.hyperparams["width"]) == expected
+    assert (run.eval_env, *(run.hyperparams[name] for name in ("gamma", "width", "batch_size"))) == expected
     assert study.command() == f"python -m sb3_deepcrl.analysis depth --env {env_id}"
-    eval_env, gamma, width = expected
-    other = DepthStudy(env=env_id, width=2 * width, gamma=gamma, eval_env=eval_env)
+    eval_env, gamma, width, batch_size = expected
+    other = DepthStudy(env=env_id, width=2 * width, batch_size=batch_size, gamma=gamma, eval_env=eval_env)
     assert other.settings()["depth 4"].hyperparams["width"] == 2 * width
     assert other.command().endswith(f"{env_id} --width {2 * width}")
 

@@ -84,15 +84,14 @@ def test_wider_by_the_square_root_of_the_depth():
 
 
 def test_settings_are_shared():
-    study = ScaleStudy(depths=[16], match=["batch"], batch_sizes=[256, 512])
+    options = dict(depths=[16], match=["batch"], batch_size=256)
+    study = ScaleStudy(**options, batch_sizes=[256, 512])
     names = list(study.sizes.values())
     assert names == [["shallow"], ["deeper"], ["larger batch, operations of depth 16"], ["other batch"], ["other batch"]]
-    batch_size = study.matches[16, "batch"].batch_size
-    assert ["other batch"] not in ScaleStudy(depths=[16], match=["batch"], batch_sizes=[256]).sizes.values()
-    assert (
-        ScaleStudy(depths=[16], match=["batch"], batch_sizes=[batch_size, 256]).sizes[study.matches[16, "batch"]] == names[2]
-    )
-    shared = DepthStudy(depths=[4, 16]).settings()
+    size = study.matches[16, "batch"]
+    assert ["other batch"] not in ScaleStudy(**options, batch_sizes=[256]).sizes.values()
+    assert ScaleStudy(**options, batch_sizes=[size.batch_size, 256]).sizes[size] == names[2]
+    shared = DepthStudy(depths=[4, 16], batch_size=256).settings()
     settings = study.settings()
     assert settings["depth 4, width 32, batch 256"] == shared["depth 4"]
     assert settings["depth 16, width 32, batch 256"] == shared["depth 16"]
@@ -167,7 +166,7 @@ def test_command(tmp_path):
         (dict(depths=[6]), "got 6: use 4 or 8"),
         (dict(depths=[4, 8]), r"`depths` must be larger than `depth`, got \[4, 8\] and 4"),
         (dict(match=["flops"]), "`match` must be one of 'parameters', 'operations', 'batch', got 'flops'"),
-        (dict(batch_sizes=[1, 8]), r"must be at least 2, got 256 and \[1, 8\]"),
+        (dict(batch_sizes=[1, 8]), r"must be at least 2, got 1024 and \[1, 8\]"),
         (dict(hyperparams={"width": 64}), "`hyperparams` holds `width=64`.*use `width`"),
         (dict(hyperparams={"policy_kwargs": {"critic_depth": 8}}), "`critic_depth=8`.*use `depths`"),
         (dict(hyperparams={"batch_size": 64}), "`batch_size=64`.*use `batch_size`"),
