@@ -228,7 +228,8 @@ class Study(ABC):
         """
         :return: Title of a picture
         """
-        return f"{self.eval_env.removesuffix('-v0')}, width {self.width}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return f"{self.eval_env.removesuffix('-v0')}, width {self.width}, batch size {self.batch_size}, {seeds}"
 
     @abstractmethod
     def settings(self) -> dict[str, Run]:
@@ -328,7 +329,8 @@ def defaults_of(env_id: str) -> dict[str, Any]:
     - The chance to be at a goal that is n steps away is ``gamma^n`` (without detours), so that gamma sets what the critic can
       tell apart. The point needs a tenth of the paper's steps.
     - Four layers of 256 units are enough for the maze U4 in the plane, which leaves nothing for depth to gain.
-    - In U4 depth 16 gains from minibatches of 1024, depth 4 does not, as in figure 7 of the paper.
+    - In U4 depth 16 gains from minibatches of 1024, depth 4 does not, as in figure 7 of the paper
+      (``docs/results/depth_PointU4Maze.md`` against ``depth_PointU4Maze_batch256.md``).
 
     :param env_id: Id of an env
     :return: Their values for it
