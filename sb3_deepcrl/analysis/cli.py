@@ -118,14 +118,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if jobs is not None and jobs < 1:
             raise ValueError(f"`jobs` must be at least 1, got {jobs}")
         command = shlex.join(["python", "-m", "sb3_deepcrl.analysis", *argv])
-        report = study.run(runs, output, jobs, command, console)
+        path = output or study.report_path(runs, command)
+        report = study.run(runs, path, jobs, command, console)
     except (ValueError, ChildProcessError) as error:
         # What comes from the process of a run has its traceback as its cause
         cause = f"{error.__cause__}\n" if isinstance(error.__cause__, RuntimeError) else ""
         parser.exit(2, f"{cause}{parser.prog} {study_class.name}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
-    path = output or runs / f"{study.name}-{study.env}.md"
     console.print(Markdown(report.markdown(command, path.with_suffix(".png").name, "")))
     console.print(f"Written to {path}")
 

@@ -2,6 +2,7 @@
 What all studies are: settings, each trained with several seeds, and a report of what came out.
 """
 
+import itertools
 import platform
 import shlex
 from abc import ABC, abstractmethod
@@ -280,29 +281,40 @@ class Study(ABC):
         Train what has not been trained, and write the report: a Markdown file, a CSV file and a picture.
 
         :param runs: Folder of all runs
-        :param output: Path of the Markdown file; the others lie beside it. By default in the folder of the runs.
+        :param output: Path of the Markdown file; the others lie beside it. By default see :meth:`report_path`.
         :param jobs: Number of runs side by side, by default the number of cores
         :param command: The command to name in the report
         :param console: Where to show the progress
         :return: The report
         """
         runs = Path(runs)
+        command = command or self.command()
         runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
         train_all(runs_by_label, runs, jobs, self.train_run, console, self.is_complete)
         results = {label: [results_of(run, runs) for run in seeds] for label, seeds in runs_by_label.items()}
         report = self.report(results, runs)
         report.notes.append(self.training())
-        path = Path(output) if output else runs / f"{self.name}-{self.env}.md"
+        path = Path(output) if output else self.report_path(runs, command)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path.with_suffix(".csv"), report.rows)
         # The layout moves the ticks, whose labels it needs to know
         report.figure.draw_without_rendering()
         with atomic_path(path.with_suffix(".png"), ".png") as temporary:
             report.figure.savefig(temporary, format="png", dpi=150)
-        text = report.markdown(command or self.command(), path.with_suffix(".png").name, machine())
+        text = report.markdown(command, path.with_suffix(".png").name, machine())
         with atomic_path(path, ".md") as temporary:
             temporary.write_text(text)
         return report
+
+    def report_path(self, runs: Path, command: str) -> Path:
+        """
+        :param runs: Folder of all runs
+        :param command: The command that is named in the report
+        :return: Markdown file in that folder, with a number if the name is that of the report of another command
+        """
+        suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        paths = (runs / f"{self.name}-{self.env}{suffix}.md" for suffix in suffixes)
+        return next(path for path in paths if not path.exists() or f"Command: `{command}`." in path.read_text())
 
     def command(self) -> str:
         """
