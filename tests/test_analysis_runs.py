@@ -384,15 +384,19 @@ def test_only_what_is_missing_is_trained(tmp_path):
 
     study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
     study.train_run = record
-    study.run(tmp_path, jobs=1, console=Console(file=io.StringIO()))
+    assert study.run(tmp_path, jobs=1, console=Console(file=io.StringIO())).path == tmp_path / "depth-PointUMaze-v0.md"
     assert trained == [(4, 0, None)]
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("depth-*")}
+    assert len(first) == 3
     more = DepthStudy(env="PointUMaze-v0", depths=[4, 8], **{**TOY_STUDY, "seeds": 2})
     more.train_run = record
     more.run(tmp_path, jobs=1, console=Console(file=io.StringIO()))
     assert trained[1:] == [(4, 1, None), (8, 0, None), (8, 1, None)]
-    # The report of the first stays
-    assert len(read_rows([tmp_path / "depth-PointUMaze-v0.csv"])) == 4
     assert len(read_rows([tmp_path / "depth-PointUMaze-v0-2.csv"])) == 2 * 2 * 4
+    # The report of the first stays, and each goes to its own file the next time too
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+    for again, name in ((more, "depth-PointUMaze-v0-2.md"), (study, "depth-PointUMaze-v0.md")):
+        assert again.run(tmp_path, jobs=2, console=Console(file=io.StringIO())).path == tmp_path / name
 
 
 TOY_STUDY = dict(
@@ -575,7 +579,7 @@ def test_defaults_follow_the_env(env_id, expected):
 def test_depth_study(tmp_path, capsys):
     options = [*TOY_OPTIONS, "--depths", "4", "8", "--parts", "both", "actor", "critic", "--seeds", "2"]
     main(["depth", *options, "--runs", str(tmp_path), "--output", str(tmp_path / "report" / "depth.md"), "--jobs", "1"])
-    assert "Written to" in capsys.readouterr().out
+    assert f"Written to {tmp_path / 'report' / 'depth.md'}" in capsys.readouterr().out.replace("\n", "")
     labels = [f"{part}depth {depth}" for part in ("", "actor ", "critic ") for depth in (4, 8)]
     rows = read_rows([tmp_path / "report" / "depth.csv"])
     assert [(row["setting"], row["seed"], int(row["timesteps"]), int(row["updates"])) for row in rows] == [
@@ -596,8 +600,8 @@ def test_depth_study(tmp_path, capsys):
     assert list(depths.values()) == [(4, 4), (8, 8), (4, 4), (8, 4), (4, 4), (4, 8)]
     # The command of the report makes the same report, now without training
     command = re.search(r"Command: `python -m sb3_deepcrl.analysis (.*?)`", text).group(1)  # type: ignore[union-attr]
-    main(command.split())
-    assert (tmp_path / "report" / "depth.md").read_text() == text
+    main([*command.split(), "--runs", str(tmp_path), "--jobs", "1"])
+    assert (tmp_path / "depth-PointUMaze-v0.md").read_text() == text.replace("(depth.png)", "(depth-PointUMaze-v0.png)")
 
 
 @pytest.mark.parametrize(

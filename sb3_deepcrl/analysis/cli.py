@@ -4,8 +4,6 @@ The command ``python -m sb3_deepcrl.analysis``.
 
 import argparse
 import ast
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -92,9 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     Run a study.
 
-    :param argv: Arguments of the command line
+    :param argv: Arguments, by default those of the command line
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(
         prog="python -m sb3_deepcrl.analysis",
         description="Studies of depth. Each trains what has not been trained yet and writes a report: Markdown, CSV, picture.",
@@ -105,7 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for item in fields(study_class):
             add_option(subparser, item)
         subparser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of all runs (default: %(default)s)")
-        subparser.add_argument("--output", type=Path, help="Markdown file to write (default: in the folder of the runs)")
+        subparser.add_argument(
+            "--output",
+            type=Path,
+            help="Markdown file to write (default: in the folder of the runs, named after study and env)",
+        )
         subparser.add_argument("--jobs", type=int, help="Number of runs side by side (default: the number of cores)")
     args = vars(parser.parse_args(argv))
     study_class = STUDIES[args.pop("study")]
@@ -117,17 +118,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = study_class(**settings)
         if jobs is not None and jobs < 1:
             raise ValueError(f"`jobs` must be at least 1, got {jobs}")
-        command = shlex.join(["python", "-m", "sb3_deepcrl.analysis", *argv])
-        path = output or study.report_path(runs, command)
-        report = study.run(runs, path, jobs, command, console)
+        report = study.run(runs, output, jobs, console)
     except (ValueError, ChildProcessError) as error:
         # What comes from the process of a run has its traceback as its cause
         cause = f"{error.__cause__}\n" if isinstance(error.__cause__, RuntimeError) else ""
         parser.exit(2, f"{cause}{parser.prog} {study_class.name}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
-    console.print(Markdown(report.markdown(command, path.with_suffix(".png").name, "")))
-    console.print(f"Written to {path}")
+    assert report.path is not None
+    console.print(Markdown(report.markdown(study.command(), report.path.with_suffix(".png").name, "")))
+    console.print(f"Written to {report.path}")
 
 
 def _is_pairs(value: Any) -> bool:

@@ -2,7 +2,6 @@
 What all studies are: settings, each trained with several seeds, and a report of what came out.
 """
 
-import itertools
 import platform
 import shlex
 from abc import ABC, abstractmethod
@@ -61,6 +60,14 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def named(command: str) -> str:
+    """
+    :param command: A command
+    :return: How a report names it
+    """
+    return f"Command: `{command}`."
+
+
 @dataclass
 class Report:
     """
@@ -71,6 +78,7 @@ class Report:
     :param table: Rows of the table, all with the same columns
     :param notes: Sentences below it
     :param figure: The picture
+    :param path: The Markdown file, once it is written
     """
 
     title: str
@@ -78,6 +86,7 @@ class Report:
     table: list[dict[str, Any]]
     notes: list[str]
     figure: "Figure"
+    path: Path | None = None
 
     def markdown(self, command: str, figure_name: str, machine: str) -> str:
         """
@@ -86,7 +95,7 @@ class Report:
         :param machine: What it was made on
         :return: The report as text
         """
-        lines = [f"# {self.title}", "", f"Command: `{command}`. {machine}", ""]
+        lines = [f"# {self.title}", "", f"{named(command)} {machine}", ""]
         columns = list(self.table[0])
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in self.table]
@@ -274,7 +283,6 @@ class Study(ABC):
         runs: str | Path = "runs",
         output: str | Path | None = None,
         jobs: int | None = None,
-        command: str | None = None,
         console: Console | None = None,
     ) -> Report:
         """
@@ -283,38 +291,38 @@ class Study(ABC):
         :param runs: Folder of all runs
         :param output: Path of the Markdown file; the others lie beside it. By default see :meth:`report_path`.
         :param jobs: Number of runs side by side, by default the number of cores
-        :param command: The command to name in the report
         :param console: Where to show the progress
         :return: The report
         """
         runs = Path(runs)
-        command = command or self.command()
         runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
         train_all(runs_by_label, runs, jobs, self.train_run, console, self.is_complete)
         results = {label: [results_of(run, runs) for run in seeds] for label, seeds in runs_by_label.items()}
         report = self.report(results, runs)
         report.notes.append(self.training())
-        path = Path(output) if output else self.report_path(runs, command)
+        report.path = path = Path(output) if output else self.report_path(runs)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path.with_suffix(".csv"), report.rows)
         # The layout moves the ticks, whose labels it needs to know
         report.figure.draw_without_rendering()
         with atomic_path(path.with_suffix(".png"), ".png") as temporary:
             report.figure.savefig(temporary, format="png", dpi=150)
-        text = report.markdown(command, path.with_suffix(".png").name, machine())
+        text = report.markdown(self.command(), path.with_suffix(".png").name, machine())
         with atomic_path(path, ".md") as temporary:
             temporary.write_text(text)
         return report
 
-    def report_path(self, runs: Path, command: str) -> Path:
+    def report_path(self, runs: Path) -> Path:
         """
         :param runs: Folder of all runs
-        :param command: The command that is named in the report
-        :return: Markdown file in that folder, with a number if the name is that of the report of another command
+        :return: Markdown file in that folder, with a number if there are reports of the same study with other options
         """
-        suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-        paths = (runs / f"{self.name}-{self.env}{suffix}.md" for suffix in suffixes)
-        return next(path for path in paths if not path.exists() or f"Command: `{command}`." in path.read_text())
+        number = 1
+        while True:
+            path = runs / f"{self.name}-{self.env}{f'-{number}' if number > 1 else ''}.md"
+            if not path.exists() or named(self.command()) in path.read_text():
+                return path
+            number += 1
 
     def command(self) -> str:
         """

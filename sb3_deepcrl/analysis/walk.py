@@ -24,7 +24,7 @@ OVER_WALL = 0.25
 STAY_SECONDS = 1.5
 # A fall is one at the goal up to that horizontal distance from it (the released code's easy threshold), in metres, ...
 AT_GOAL = 2.0
-# ... if it came nearer than the start by that many metres: otherwise the humanoid just fell where it was
+# ... if it covered that share of the distance at the start: otherwise the humanoid just fell where it was
 APPROACH = 0.5
 # Who never was that far from the start, in metres, has not walked
 STANDING_RADIUS = 0.5
@@ -123,7 +123,7 @@ def classify(trajectory: Trajectory, maze: MazeMap | None = None) -> str:
     - walks: stayed at the goal for ``STAY_SECONDS`` without a break and upright; or never fell and moved further from the
       start than ``STANDING_RADIUS``, or was at the goal
     - stands: never fell otherwise
-    - falls at the goal: fell at most ``AT_GOAL`` metres from it, and ``APPROACH`` metres nearer than it started
+    - falls at the goal: fell at most ``AT_GOAL`` metres from it, and covered ``APPROACH`` of its distance at the start
     - falls on the way: fell otherwise
 
     :param trajectory: What was recorded
@@ -140,7 +140,7 @@ def classify(trajectory: Trajectory, maze: MazeMap | None = None) -> str:
         moved = np.linalg.norm(positions - positions[0], axis=1).max()
         return "walks" if moved > STANDING_RADIUS or at_goal.any() else "stands"
     distances = np.linalg.norm(positions - goals, axis=1)
-    thrown = distances[-1] <= AT_GOAL and distances[0] - distances[-1] >= APPROACH
+    thrown = distances[-1] <= AT_GOAL and distances[0] - distances[-1] >= APPROACH * distances[0]
     return "falls at the goal" if thrown else "falls on the way"
 
 
@@ -371,8 +371,8 @@ class WalkStudy(ComparisonOfDepths):
             "with one; what comes after a fall does not count. A fall is a torso out of the healthy heights.",
             f"Goes over the wall: the torso was above a wall, at least {OVER_WALL:g} of a cell inside. Walks: stayed at the "
             f"goal for {STAY_SECONDS:g} s, or never fell and got further than {STANDING_RADIUS:g} m or to the goal. Stands: "
-            f"never fell otherwise. Falls at the goal: at most {AT_GOAL:g} m from it, and at least {APPROACH:g} m nearer than "
-            "at the start. Falls on the way: all other falls.",
+            f"never fell otherwise. Falls at the goal: at most {AT_GOAL:g} m from it, after at least {APPROACH:g} of the "
+            "distance at the start. Falls on the way: all other falls.",
         ]
         columns = {label: self._table_column(gait) for label, gait in gaits.items()}
         measures = next(iter(columns.values()))
