@@ -1,6 +1,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -640,6 +641,14 @@ def test_ctrl_c(tmp_path, capsys, monkeypatch):
         main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
     assert error.value.code == 130
     assert capsys.readouterr().err == "Stopped. The same command goes on from the last evaluations.\n"
+
+
+def test_command_of_dicts():
+    hyperparams = {"energy": "dot", "buffer_size": 4000, "ent_coef": "0.1", "policy_kwargs": {"norm": "none"}}
+    command = DepthStudy(hyperparams=hyperparams).command()
+    words = shlex.split(command)
+    assert " --hyperparams energy:dot buffer_size:4000 " in command
+    assert dict(map(cli.key_value, words[words.index("--hyperparams") + 1 :])) == hyperparams
 
 
 def test_keys_and_values():

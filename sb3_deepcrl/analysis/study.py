@@ -2,6 +2,7 @@
 What all studies are: settings, each trained with several seeds, and a report of what came out.
 """
 
+import ast
 import platform
 import shlex
 from abc import ABC, abstractmethod
@@ -336,10 +337,23 @@ class Study(ABC):
             if item.name == "env" or value not in (default, found.get(item.name, default)):
                 words.append(f"--{item.name.replace('_', '-')}")
                 if isinstance(value, dict):
-                    words += [f"{key}:{entry!r}" for key, entry in value.items()]
+                    words += [f"{key}:{literal(entry)}" for key, entry in value.items()]
                 else:
                     words += map(str, value if isinstance(value, (list, tuple)) else [value])
         return shlex.join(words)
+
+
+def literal(value: Any) -> str:
+    """
+    :param value: A value of a dict that is an option
+    :return: How to write it on the command line: without quotes if it is a string that can be nothing else
+    """
+    if isinstance(value, str):
+        try:
+            ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            return value
+    return repr(value)
 
 
 def defaults_of(env_id: str) -> dict[str, Any]:
