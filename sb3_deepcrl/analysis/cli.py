@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
     assert report.path is not None
-    console.print(Markdown(report.markdown(study.command(), report.path.with_suffix(".png").name, "")))
+    console.print(Markdown(report.path.read_text()))
     console.print(f"Written to {report.path}")
 
 

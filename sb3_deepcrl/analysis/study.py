@@ -61,7 +61,7 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def named(command: str) -> str:
+def command_sentence(command: str) -> str:
     """
     :param command: A command
     :return: How a report names it
@@ -96,7 +96,7 @@ class Report:
         :param machine: What it was made on
         :return: The report as text
         """
-        lines = [f"# {self.title}", "", f"{named(command)} {machine}", ""]
+        lines = [f"# {self.title}", "", f"{command_sentence(command)} {machine}", ""]
         columns = list(self.table[0])
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in self.table]
@@ -321,7 +321,7 @@ class Study(ABC):
         number = 1
         while True:
             path = runs / f"{self.name}-{self.env}{f'-{number}' if number > 1 else ''}.md"
-            if not path.exists() or named(self.command()) in path.read_text():
+            if not path.exists() or command_sentence(self.command()) in path.read_text():
                 return path
             number += 1
 
