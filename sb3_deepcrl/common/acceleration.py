@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import torch as th
 from torch import nn
 
-from sb3_deepcrl.common.block_kernel import KernelBlock, describe_error, load_kernel
 from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
+from sb3_deepcrl.common.tower_kernel import TowerKernel, describe_error, load_kernel, tower_kernels
 from sb3_deepcrl.common.tracing import CompiledBlock, is_traced
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 
 # With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up of ten seconds.
 # At the default sizes it is earned after a fifth of them.
-MIN_COMPILED_LAYERS = 20_000
+MIN_COMPILED_LAYERS = 4_000
 
 # Blocks of all models of a process share their code, so each width, batch size and precision counts as a recompilation
 RECOMPILE_LIMIT = 128
@@ -72,15 +72,14 @@ def can_compile(device_type: str) -> bool:
 
 def compile_pays(device: th.device, n_layers: int) -> bool:
     """
-    Whether ``compile="auto"`` compiles. On a CPU most of the gain is that of the block kernel, which needs AVX-512; without
-    it none was measured (``docs/results/update.md``).
+    Whether ``compile="auto"`` compiles. On a CPU it does for the kernel of the towers.
 
     :param device: Where the blocks run
     :param n_layers: Number of layers to be updated: updates times depth
     :return: Whether the start-up is earned
     """
-    if device.type == "cpu" and (th.backends.cpu.get_cpu_capability() != "AVX512" or n_layers < MIN_COMPILED_LAYERS):
-        return False
+    if device.type == "cpu":
+        return n_layers >= MIN_COMPILED_LAYERS and load_kernel() is not None
     return can_compile(device.type)
 
 
@@ -90,6 +89,14 @@ def residual_blocks(module: nn.Module) -> list[ResidualBlock]:
     :return: Its residual blocks
     """
     return [block for block in module.modules() if isinstance(block, ResidualBlock)]
+
+
+def residual_towers(module: nn.Module) -> list[ResidualTower]:
+    """
+    :param module: Any network
+    :return: Its residual towers
+    """
+    return [tower for tower in module.modules() if isinstance(tower, ResidualTower)]
 
 
 def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -113,13 +120,13 @@ def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
 
 def compile_blocks(module: nn.Module) -> bool:
     """
-    Compile every residual block of a network, in place. All of them share one artifact, so that the start-up does not
+    Compile the residual blocks of a network, in place. All of them share one artifact, so that the start-up does not
     depend on the depth. Parameters, ``state_dict`` and pickles stay what they were. While a network is traced, exported or
     transformed (``th.jit.trace``, ``th.export``, ``torch.fx``, ``th.func``, ...), its blocks are the plain ones.
 
-    On CPUs with AVX-512, blocks of Dense, LayerNorm and Swish run as the function in ``residual_block.cpp``. For all others
-    the code is generated at the first forward pass, and again for another batch size: once as it is, from then on for any
-    size.
+    On CPUs with AVX2 or AVX-512, towers of Dense, LayerNorm and Swish run as one call of ``tower.cpp``. For the blocks of all
+    others the code is generated at the first forward pass, and again for another batch size: once as it is, from then on for
+    any size.
 
     :param module: Any network
     :return: Whether it was done. Without a compiler there is a warning, once, and the network stays as it is.
@@ -128,18 +135,22 @@ def compile_blocks(module: nn.Module) -> bool:
     if not blocks:
         return False
     device_type = next(blocks[0].parameters()).device.type
+    library = load_kernel() if device_type == "cpu" else None
+    for tower in residual_towers(module) if library is not None else ():
+        kernel = TowerKernel(library, tower)
+        if kernel.layout(bfloat16=False) is not None:
+            tower._compiled_call_impl = kernel
+    in_kernels = {block for kernel in tower_kernels(module) for block in kernel.tower.blocks}
+    blocks = [block for block in blocks if block not in in_kernels]
+    if not blocks:
+        return True
     if not can_compile(device_type):
-        return False
+        return bool(in_kernels)
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
-    kernel = load_kernel() if device_type == "cpu" else None
     for block in blocks:
         # What nn.Module.compile() would put there
-        compile_block = functools.partial(th.compile, block._call_impl, backend=lean_inductor)
-        with_kernel = kernel is not None and type(block) is ResidualBlock
-        block._compiled_call_impl = CompiledBlock(
-            block, KernelBlock(kernel, block, compile_block) if with_kernel else compile_block()
-        )
+        block._compiled_call_impl = CompiledBlock(block, th.compile(block._call_impl, backend=lean_inductor))
     return True
 
 
@@ -149,8 +160,8 @@ def uncompile_blocks(module: nn.Module) -> None:
 
     :param module: Any network
     """
-    for block in residual_blocks(module):
-        block._compiled_call_impl = None
+    for compiled in (*residual_blocks(module), *residual_towers(module)):
+        compiled._compiled_call_impl = None
 
 
 def has_native_bfloat16(device: th.device) -> bool:

@@ -6,11 +6,14 @@ They hold no state, draw no random number and never synchronise with the host.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from sb3_deepcrl.common.tower_kernel import fused_info_nce
+from sb3_deepcrl.common.tracing import is_traced
 
 
 def _safe_sqrt(squared: th.Tensor) -> th.Tensor:
@@ -19,46 +22,15 @@ def _safe_sqrt(squared: th.Tensor) -> th.Tensor:
     return th.where(positive, th.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
-def _pairwise_squared_distance(x: th.Tensor, y: th.Tensor, first: int | None) -> th.Tensor:
-    # |x|^2 + |y|^2 - 2 x.y loses digits when both points are far from the origin: distances do not depend
-    # on the origin, so put it in the middle of the points first.
-    center = y.mean(dim=0, keepdim=True).detach()
-    x, y = x - center, y - center
-    squared = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0).clamp(min=0.0)
-    if first is None:
-        return squared
-    # The positives may come so near to each other that what is left after cancellation is rounding
-    return th.diagonal_scatter(squared, _rowwise_squared_distance(x, y.narrow(0, first, len(x))), offset=first)
-
-
-def _rowwise_squared_distance(x: th.Tensor, y: th.Tensor) -> th.Tensor:
-    return (x - y).square().sum(dim=1)
-
-
 def _unit(x: th.Tensor) -> th.Tensor:
     return F.normalize(x, dim=1)
 
 
-# Each energy: of all pairs of rows, and row by row
-_ENERGIES: dict[
-    str, tuple[Callable[[th.Tensor, th.Tensor, int | None], th.Tensor], Callable[[th.Tensor, th.Tensor], th.Tensor]]
-] = {
-    "norm": (
-        lambda x, y, first: -_safe_sqrt(_pairwise_squared_distance(x, y, first)),
-        lambda x, y: -_safe_sqrt(_rowwise_squared_distance(x, y)),
-    ),
-    "squared": (
-        lambda x, y, first: -_pairwise_squared_distance(x, y, first),
-        lambda x, y: -_rowwise_squared_distance(x, y),
-    ),
-    "dot": (
-        lambda x, y, first: x @ y.T,
-        lambda x, y: (x * y).sum(dim=1),
-    ),
-    "cosine": (
-        lambda x, y, first: _unit(x) @ _unit(y).T,
-        lambda x, y: (_unit(x) * _unit(y)).sum(dim=1),
-    ),
+_ENERGIES: dict[str, Callable[[th.Tensor, th.Tensor], th.Tensor]] = {
+    "norm": lambda x, y: -_safe_sqrt((x - y).square().sum(dim=1)),
+    "squared": lambda x, y: -(x - y).square().sum(dim=1),
+    "dot": lambda x, y: (x * y).sum(dim=1),
+    "cosine": lambda x, y: (_unit(x) * _unit(y)).sum(dim=1),
 }
 ENERGIES = tuple(_ENERGIES)
 CONTRASTIVE_LOSSES = ("forward", "backward", "symmetric")
@@ -77,29 +49,13 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
     return value
 
 
-def pairwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm", first: int | None = None) -> th.Tensor:
+def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tensor:
     """
-    Similarity of every row of ``x`` with every row of ``y``: the logits of the contrastive loss.
+    Similarity of each row of ``x`` with the same row of ``y``.
 
     ``"norm"`` is the negative Euclidean distance (what table 7 of the paper calls L2), with gradient zero where two
     rows are equal; ``"squared"`` its negative square; ``"dot"`` the inner product; ``"cosine"`` the inner
     product of the rows scaled to length 1.
-
-    :param x: Representations of shape ``(n, repr_dim)``
-    :param y: Representations of shape ``(m, repr_dim)``
-    :param energy: One of ``ENERGIES``
-    :param first: Row of ``y`` that belongs to the first row of ``x``, as its positive; 0 if both have as many rows
-    :return: Energies of shape ``(n, m)``
-    :raises ValueError: if there is no such energy
-    """
-    if first is None and len(x) == len(y):
-        first = 0
-    return _ENERGIES[check_choice(energy, ENERGIES, "energy")][0](x, y, first)
-
-
-def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tensor:
-    """
-    Similarity of each row of ``x`` with the same row of ``y``: the diagonal of :func:`pairwise_energy`.
 
     :param x: Representations of shape ``(n, repr_dim)``
     :param y: Representations of shape ``(n, repr_dim)``
@@ -107,117 +63,7 @@ def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tenso
     :return: Energies of shape ``(n,)``
     :raises ValueError: if there is no such energy
     """
-    return _ENERGIES[check_choice(energy, ENERGIES, "energy")][1](x, y)
-
-
-class LogitsSummary(NamedTuple):
-    """
-    What the contrastive losses and metrics need of the logits, whose rows are state-action pairs and whose columns are
-    goals, with the positives on the diagonal.
-
-    :param positives: Logits of the positives, shape ``(batch_size,)``
-    :param row_logsumexp: Log-sum-exp over the goals, shape ``(batch_size,)``
-    :param column_logsumexp: Log-sum-exp over the state-action pairs, shape ``(batch_size,)``
-    :param correct: Whether the positive is the largest logit of its row, shape ``(batch_size,)``; without gradient
-    :param total: Sum of all logits; without gradient
-    """
-
-    positives: th.Tensor
-    row_logsumexp: th.Tensor
-    column_logsumexp: th.Tensor
-    correct: th.Tensor
-    total: th.Tensor
-
-
-def summarize_logits(logits: th.Tensor, first: int = 0) -> LogitsSummary:
-    """
-    :param logits: Energies of shape ``(n, batch_size)``: all rows, or some neighbouring ones
-    :param first: Index of the first of these rows
-    :return: Their summary
-    """
-    n = logits.shape[0]
-    best = logits.detach().argmax(dim=1)
-    return LogitsSummary(
-        positives=logits.diagonal(offset=first),
-        row_logsumexp=logits.logsumexp(dim=1),
-        column_logsumexp=logits.logsumexp(dim=0),
-        correct=best == th.arange(first, first + n, device=logits.device),
-        total=logits.detach().sum(),
-    )
-
-
-def contrast(x: th.Tensor, y: th.Tensor, energy: str = "norm", chunk_size: int | None = None) -> LogitsSummary:
-    """
-    Compare every row of ``x`` with every row of ``y``.
-
-    :param x: Representations of state-action pairs, shape ``(batch_size, repr_dim)``
-    :param y: Representations of goals, shape ``(batch_size, repr_dim)``
-    :param energy: One of ``ENERGIES``
-    :param chunk_size: Compare so many rows of ``x`` at a time and compute them again in the backward pass, so that memory
-        grows with the batch size and not with its square. None compares all at once.
-    :return: The summary of the logits
-    """
-    batch_size = len(x)
-    if chunk_size is None or chunk_size >= batch_size:
-        return summarize_logits(pairwise_energy(x, y, energy))
-
-    def compare(rows: th.Tensor, goals: th.Tensor, first: int) -> LogitsSummary:
-        return summarize_logits(pairwise_energy(rows, goals, energy, first), first)
-
-    chunks = [
-        checkpoint(compare, x[first : first + chunk_size], y, first, use_reentrant=False, preserve_rng_state=False)
-        for first in range(0, batch_size, chunk_size)
-    ]
-    return LogitsSummary(
-        positives=th.cat([chunk.positives for chunk in chunks]),
-        row_logsumexp=th.cat([chunk.row_logsumexp for chunk in chunks]),
-        column_logsumexp=th.stack([chunk.column_logsumexp for chunk in chunks]).logsumexp(dim=0),
-        correct=th.cat([chunk.correct for chunk in chunks]),
-        total=th.stack([chunk.total for chunk in chunks]).sum(),
-    )
-
-
-def _summary(logits: LogitsSummary | th.Tensor) -> LogitsSummary:
-    return logits if isinstance(logits, LogitsSummary) else summarize_logits(logits)
-
-
-def info_nce(logits: LogitsSummary | th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
-    """
-    InfoNCE: cross-entropy of picking the positive among all candidates (equation 2 of the paper).
-
-    ``"forward"`` (the paper) picks the goal of each state-action pair among the columns, ``"backward"`` the
-    state-action pair of each goal among the rows, ``"symmetric"`` is the mean of both.
-
-    :param logits: Energies of shape ``(batch_size, batch_size)`` with the positives on the diagonal, or the outcome
-        of :func:`contrast`
-    :param contrastive_loss: One of ``CONTRASTIVE_LOSSES``
-    :return: The loss, a scalar
-    :raises ValueError: if there is no such loss
-    """
-    check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
-    logits = _summary(logits)
-    if contrastive_loss == "symmetric":
-        return (0.5 * (logits.row_logsumexp + logits.column_logsumexp) - logits.positives).mean()
-    logsumexp = logits.row_logsumexp if contrastive_loss == "forward" else logits.column_logsumexp
-    return (logsumexp - logits.positives).mean()
-
-
-def logsumexp_penalty(logits: LogitsSummary | th.Tensor, contrastive_loss: str = "forward") -> th.Tensor:
-    """
-    Mean square of the log-sum-exp over the candidates. InfoNCE does not change when a constant is added to
-    a row of logits; this term fixes the constant. The paper adds it with a coefficient of 0.1 (table 7).
-
-    :param logits: Energies of shape ``(batch_size, batch_size)`` with the positives on the diagonal, or the outcome
-        of :func:`contrast`
-    :param contrastive_loss: Same meaning as for :func:`info_nce`
-    :return: The penalty, a scalar
-    :raises ValueError: if there is no such loss
-    """
-    check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
-    logits = _summary(logits)
-    if contrastive_loss == "symmetric":
-        return 0.5 * (logits.row_logsumexp.square().mean() + logits.column_logsumexp.square().mean())
-    return (logits.row_logsumexp if contrastive_loss == "forward" else logits.column_logsumexp).square().mean()
+    return _ENERGIES[check_choice(energy, ENERGIES, "energy")](x, y)
 
 
 class ContrastiveMetrics(NamedTuple):
@@ -229,22 +75,176 @@ class ContrastiveMetrics(NamedTuple):
     logsumexp: th.Tensor
 
 
-def contrastive_metrics(logits: LogitsSummary | th.Tensor) -> ContrastiveMetrics:
+def _pairwise(x: th.Tensor, y: th.Tensor, energy: str, first: int) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
     """
-    :param logits: Energies of shape ``(batch_size, batch_size)`` with the positives on the diagonal, or the outcome
-        of :func:`contrast`
-    :return: Fraction of rows whose largest logit is the positive, mean logit of the positives,
-        mean logit of the negatives and mean log-sum-exp over a row. No gradient flows through them.
+    :param x: Some rows, shape ``(n, repr_dim)``
+    :param y: All columns, shape ``(m, repr_dim)``
+    :param energy: One of ``ENERGIES``
+    :param first: Column that belongs to the first row, as its positive
+    :return: Energies of shape ``(n, m)``, and what makes the gradients of ``x`` and ``y`` of theirs (which is lost)
     """
-    logits = _summary(logits)
-    positives = logits.positives.detach()
-    batch_size = len(positives)
-    return ContrastiveMetrics(
-        categorical_accuracy=logits.correct.to(positives.dtype).mean(),
-        logits_pos=positives.mean(),
-        logits_neg=(logits.total - positives.sum()) / (batch_size * (batch_size - 1)),
-        logsumexp=logits.row_logsumexp.detach().mean(),
-    )
+    if energy in ("dot", "cosine"):
+        rows, columns = (x, y) if energy == "dot" else (_unit(x), _unit(y))
+
+        def gradients_of_products(gradient: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+            of_rows, of_columns = gradient @ columns, gradient.T @ rows
+            if energy == "dot":
+                return of_rows, of_columns
+            # Only what is at a right angle to the row changes its direction
+            return tuple(  # type: ignore[return-value]
+                (of - (of * unit).sum(dim=1, keepdim=True) * unit) / scaled.norm(dim=1, keepdim=True).clamp(min=1e-12)
+                for of, unit, scaled in ((of_rows, rows, x), (of_columns, columns, y))
+            )
+
+        return rows @ columns.T, gradients_of_products
+
+    # |x|^2 + |y|^2 - 2 x.y loses digits when both points are far from the origin: distances do not depend
+    # on the origin, so put it in the middle of the points first.
+    center = y.mean(dim=0, keepdim=True)
+    x, y = x - center, y - center
+    distances = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0).clamp_(min=0.0)
+    # The positives may come so near to each other that what is left after cancellation is rounding
+    difference = x - y.narrow(0, first, len(x))
+    distances.diagonal(offset=first).copy_(difference.square().sum(dim=1))
+    if energy == "norm":
+        distances.sqrt_()
+
+    def gradients_of_distances(gradient: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        # With w the gradients of the energies over the distances (zero where two rows are equal), times two without the root
+        # in front: x_i has -sum_j w_ij (x_i - y_j), and y_j the opposite of it
+        w = gradient.mul_(2.0) if energy == "squared" else gradient.div_(distances).masked_fill_(distances == 0.0, 0.0)
+        of_positives = w.diagonal(offset=first).clone().unsqueeze(1) * difference
+        w.diagonal(offset=first).zero_()
+        of_x = w @ y - w.sum(dim=1, keepdim=True) * x - of_positives
+        of_y = w.T @ x - w.sum(dim=0).unsqueeze(1) * y
+        of_y.narrow(0, first, len(x)).add_(of_positives)
+        return of_x, of_y
+
+    return -distances, gradients_of_distances
+
+
+class _ContrastiveLoss(th.autograd.Function):
+    """Loss and metrics as one tensor. The gradient is worked out by hand, with the loss: it needs no more than its logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: th.Tensor,
+        y: th.Tensor,
+        energy: str,
+        contrastive_loss: str,
+        logsumexp_coef: float,
+        chunk_size: int | None,
+        fused: bool,
+    ) -> Any:
+        needed = any(ctx.needs_input_grad[:2])
+        if fused and energy == "norm" and contrastive_loss == "forward" and not is_traced(x, y):
+            outcome, *gradients = fused_info_nce(x, y, logsumexp_coef, needed)
+        else:
+            outcome, *gradients = _contrast(x, y, energy, contrastive_loss, logsumexp_coef, chunk_size, needed)
+        ctx.save_for_backward(*gradients)
+        loss, metrics = outcome[0], outcome[1:]
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: th.Tensor, _: th.Tensor) -> Any:
+        return *(gradient * saved for saved in ctx.saved_tensors), None, None, None, None, None
+
+
+def _contrast(
+    x: th.Tensor,
+    y: th.Tensor,
+    energy: str,
+    contrastive_loss: str,
+    logsumexp_coef: float,
+    chunk_size: int | None,
+    needed: bool,
+) -> tuple[th.Tensor, ...]:
+    """
+    :return: Loss and metrics, shape ``(5,)``, and the gradients of ``x`` and ``y`` if they are needed
+    """
+    n = len(x)
+    starts = range(0, n, chunk_size or n)
+    # Weights of the two directions
+    rows, columns = {"forward": (1.0, 0.0), "backward": (0.0, 1.0), "symmetric": (0.5, 0.5)}[contrastive_loss]
+
+    def logits_of(start: int) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
+        return _pairwise(x[start : start + (chunk_size or n)], y, energy, start)
+
+    chunks = {}
+    summaries = []
+    for start in starts:
+        logits, gradients_of = logits_of(start)
+        best = logits.argmax(dim=1)
+        correct = best == th.arange(start, start + len(logits), device=x.device)
+        positives = logits.diagonal(offset=start)
+        summaries.append((positives.clone(), logits.logsumexp(dim=1), logits.logsumexp(dim=0), correct, logits.sum()))
+        if len(starts) == 1:
+            chunks[start] = logits, gradients_of
+    positives, of_rows, of_columns, correct, total = (list(values) for values in zip(*summaries, strict=True))
+    positive, row_logsumexp = th.cat(positives), th.cat(of_rows)
+    column_logsumexp = th.stack(of_columns).logsumexp(dim=0)
+    loss = -positive.mean()
+    for weight, logsumexp in ((rows, row_logsumexp), (columns, column_logsumexp)):
+        loss = loss + weight * (logsumexp + logsumexp_coef * logsumexp.square()).mean()
+    metrics = [
+        th.cat(correct).to(x.dtype).mean(),
+        positive.mean(),
+        (th.stack(total).sum() - positive.sum()) / (n * (n - 1)),
+        row_logsumexp.mean(),
+    ]
+    outcome = th.stack([loss, *metrics])
+    if not needed:
+        return (outcome,)
+    dx, dy = th.empty_like(x), th.zeros_like(y)
+    for start in starts:
+        logits, gradients_of = chunks.pop(start, None) or logits_of(start)
+        gradient = th.zeros(())
+        for weight, logsumexp in ((rows, row_logsumexp[start : start + len(logits)].unsqueeze(1)), (columns, column_logsumexp)):
+            if weight > 0.0:
+                softmax = (logits - logsumexp).exp_().mul_((1.0 + 2.0 * logsumexp_coef * logsumexp) * (weight / n))
+                gradient = softmax if gradient.ndim == 0 else gradient.add_(softmax)
+        gradient.diagonal(offset=start).sub_(1.0 / n)
+        dx[start : start + len(logits)], of_y = gradients_of(gradient)
+        dy += of_y
+    return outcome, dx, dy
+
+
+def info_nce(
+    x: th.Tensor,
+    y: th.Tensor,
+    energy: str = "norm",
+    contrastive_loss: str = "forward",
+    logsumexp_coef: float = 0.0,
+    chunk_size: int | None = None,
+    fused: bool = False,
+) -> tuple[th.Tensor, ContrastiveMetrics]:
+    """
+    InfoNCE with the log-sum-exp penalty: cross-entropy of picking the positive among all candidates (equation 2 of the
+    paper), and ``logsumexp_coef`` times the mean square of their log-sum-exp. InfoNCE does not change when a constant is
+    added to a row of logits; the penalty fixes the constant (table 7 of the paper, with a coefficient of 0.1).
+
+    ``"forward"`` (the paper) picks the goal of each state-action pair among the goals, ``"backward"`` the
+    state-action pair of each goal among the pairs, ``"symmetric"`` is the mean of both.
+
+    :param x: Representations of state-action pairs, shape ``(batch_size, repr_dim)``
+    :param y: Representations of their goals, shape ``(batch_size, repr_dim)``
+    :param energy: One of ``ENERGIES``
+    :param contrastive_loss: One of ``CONTRASTIVE_LOSSES``
+    :param logsumexp_coef: Coefficient of the penalty
+    :param chunk_size: Compare so many rows of ``x`` at a time, so that memory grows with the batch size and not with its
+        square. None compares all at once.
+    :param fused: Whether the common case (``"norm"``, ``"forward"``) runs as one function in C++, on a CPU that has it
+    :return: The loss, a scalar that can be differentiated once, and metrics without gradient: fraction of rows whose largest
+        logit is the positive, mean logit of the positives and of the negatives, mean log-sum-exp over a row
+    :raises ValueError: if there is no such energy or loss
+    """
+    check_choice(energy, ENERGIES, "energy")
+    check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
+    loss, metrics = _ContrastiveLoss.apply(x, y, energy, contrastive_loss, logsumexp_coef, chunk_size, fused)
+    return loss, ContrastiveMetrics(*metrics)
 
 
 def squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

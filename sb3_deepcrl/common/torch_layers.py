@@ -209,6 +209,13 @@ class ResidualTower(nn.Module):
         :param x: Inputs of shape ``(batch_size, input_dim)``
         :return: Outputs of shape ``(batch_size, output_dim)``
         """
+        return self.head(self.features(x))
+
+    def features(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: Inputs of shape ``(batch_size, input_dim)``
+        :return: What the head gets, of shape ``(batch_size, width)``
+        """
         checkpointed = self.checkpoint_activations and th.is_grad_enabled()
         with nullcontext() if self.autocast_dtype is None else th.autocast(x.device.type, self.autocast_dtype):
             features = self.stem(x).to(x.dtype)
@@ -219,7 +226,7 @@ class ResidualTower(nn.Module):
                     if checkpointed
                     else block(features)
                 )
-        return self.head(features)
+        return features
 
 
 @contextmanager

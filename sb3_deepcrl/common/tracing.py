@@ -45,10 +45,10 @@ def _is_view_of_numbers(tensor: th.Tensor) -> bool:
     return type(tensor) not in PLAIN_TENSORS or tensor.is_neg() or th._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def is_watched(block: ResidualBlock) -> bool:
+def is_watched(*modules: nn.Module) -> bool:
     """
-    :param block: A residual block
-    :return: Whether somebody wants to be called when one of its layers runs, or its parameters are more than numbers
+    :param modules: Modules, without those in them
+    :return: Whether somebody wants to be called when one of them runs, or their parameters are more than numbers
     """
     if (
         nn_module._global_forward_hooks
@@ -57,7 +57,7 @@ def is_watched(block: ResidualBlock) -> bool:
         or nn_module._global_backward_pre_hooks
     ):
         return True
-    for module in (block, *block.branch):
+    for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
         for parameter in module._parameters.values():
@@ -80,6 +80,6 @@ class CompiledBlock:
         self.compiled = compiled
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
-        if is_traced(x) or is_watched(self.block):
+        if is_traced(x) or is_watched(self.block, *self.block.branch):
             return self.block._call_impl(x)
         return self.compiled(x)

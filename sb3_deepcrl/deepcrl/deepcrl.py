@@ -47,16 +47,14 @@ from sb3_deepcrl.common.acceleration import (
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite
 from sb3_deepcrl.common.losses import (
     CONTRASTIVE_LOSSES,
-    LogitsSummary,
+    ContrastiveMetrics,
     check_choice,
-    contrast,
-    contrastive_metrics,
     info_nce,
-    logsumexp_penalty,
     rowwise_energy,
 )
 from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.torch_layers import ResidualTower, check_positive_int, frozen
+from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, threads_of_kernel
 from sb3_deepcrl.deepcrl.policies import (
     GOAL_KEY,
     Actor,
@@ -346,6 +344,8 @@ class DeepCRL(OffPolicyAlgorithm):
 
         # Whether the residual blocks are compiled, None if nobody has tried
         self._compiled: bool | None = None
+        # Networks that the kernel for CPUs updates, by their optimizer
+        self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
         self._graphed_update: GraphedFunction | None = None
 
         if self.env is not None:
@@ -706,6 +706,7 @@ class DeepCRL(OffPolicyAlgorithm):
         transition_bytes = sum(values[0, 0].nbytes for values in self.replay_buffer.observations.values())
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (transition_bytes * batch_size))
         metrics: list[th.Tensor] = []
+        update = self._update_with_kernel if has_kernel(self.actor.tower, self.critic.sa_encoder) else self._update
         graph_key = None if self._graphed_update is None else self._graph_key()
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
@@ -715,7 +716,7 @@ class DeepCRL(OffPolicyAlgorithm):
                 rows = slice(start, start + batch_size)
                 minibatch = {key: values[rows] for key, values in observations.items()}
                 if self._graphed_update is None:
-                    metrics.append(self._update(minibatch, actions[rows]))
+                    metrics.append(update(minibatch, actions[rows]))
                 else:
                     metrics.append(self._graphed_update({**minibatch, ACTION_KEY: actions[rows]}, graph_key))
         self._n_updates += gradient_steps
@@ -748,6 +749,32 @@ class DeepCRL(OffPolicyAlgorithm):
         observations = dict(minibatch)
         return self._update(observations, observations.pop(ACTION_KEY))
 
+    def _update_with_kernel(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
+        """The same as ``_update``, on a CPU whose kernel for residual towers is used."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(threads_of_kernel())
+            for network in (self.actor, self.critic):
+                flat = self._flat.pop(network.optimizer, None)
+                if flat is None or not flat.holds():
+                    flat = FlatParameters.make(network, network.optimizer)
+                if flat is not None:
+                    self._flat[network.optimizer] = flat
+                    stack.enter_context(flat.in_place())
+            return self._update(observations, actions)
+
+    def _step(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
+        """
+        :param optimizer: An optimizer
+        :param loss: The loss whose gradient it follows
+        """
+        flat = self._flat.get(optimizer)
+        if flat is not None and flat.is_active:
+            flat.step(loss)
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
     def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
         Update actor and entropy coefficient, then the critic, on the same minibatch (order of the paper's code).
@@ -767,9 +794,7 @@ class DeepCRL(OffPolicyAlgorithm):
         # pay, as the latter need the gradients of the parameters too.
         with frozen(self.critic.sa_encoder):
             actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
-            self.actor.optimizer.zero_grad()
-            actor_loss.backward()
-        self.actor.optimizer.step()
+            self._step(self.actor.optimizer, actor_loss)
 
         # Optimize entropy coefficient, also called
         # entropy temperature or alpha in the paper
@@ -778,32 +803,34 @@ class DeepCRL(OffPolicyAlgorithm):
             assert isinstance(self.target_entropy, float)
             entropy_gap = (log_prob + self.target_entropy).mean()
             ent_coef_loss = -(self.log_ent_coef.exp() * entropy_gap).sum()
-            self.ent_coef_optimizer.zero_grad()
-            ent_coef_loss.backward()
-            self.ent_coef_optimizer.step()
+            self._step(self.ent_coef_optimizer, ent_coef_loss)
             ent_coef_losses.append(ent_coef_loss.detach())
 
-        critic_loss, logits = self._critic_loss(state_features, actions, goal_repr)
-        self.critic.optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic.optimizer.step()
+        critic_loss, contrastive_metrics = self._critic_loss(state_features, actions, goal_repr)
+        self._step(self.critic.optimizer, critic_loss)
 
         losses = [actor_loss.detach(), critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
-        return th.stack([*losses, *contrastive_metrics(logits), *ent_coef_losses])
+        return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])
 
     def _critic_loss(
         self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor
-    ) -> tuple[th.Tensor, LogitsSummary]:
+    ) -> tuple[th.Tensor, ContrastiveMetrics]:
         """
         :param state_features: Features of the states for the critic
         :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
         :param goal_repr: Representations of the goals, shape ``(batch_size, repr_dim)``
-        :return: Loss of the critic (equation 2 of the paper with the penalty of its table 7) and what is logged of the logits
+        :return: Loss of the critic (equation 2 of the paper with the penalty of its table 7) and what is logged of it
         """
         state_action_repr = self.critic.encode_state_action(state_features, actions)
-        logits = contrast(state_action_repr, goal_repr, self.critic.energy, self.contrastive_chunk_size)
-        penalty = logsumexp_penalty(logits, self.contrastive_loss)
-        return info_nce(logits, self.contrastive_loss) + self.logsumexp_coef * penalty, logits
+        return info_nce(
+            state_action_repr,
+            goal_repr,
+            self.critic.energy,
+            self.contrastive_loss,
+            self.logsumexp_coef,
+            self.contrastive_chunk_size,
+            fused=has_kernel(self.critic.g_encoder),
+        )
 
     def _actor_loss(
         self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor
@@ -1033,7 +1060,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + ["actor", "critic", "_compiled", "_graphed_update"]  # noqa: RUF005
+        return super()._excluded_save_params() + ["actor", "critic", "_compiled", "_flat", "_graphed_update"]  # noqa: RUF005
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
