@@ -285,7 +285,7 @@ def raise_error(error):
     ("load", "reason"),
     [
         (lambda path: raise_error(OSError(f"{path} cannot be opened")), "OSError: .* cannot be opened"),
-        (lambda path: raise_error(RuntimeError("C++ compile error\n\nx.cpp:1:2: error: no good\n")), "RuntimeError: .*no good"),
+        (lambda path: raise_error(RuntimeError("C++ compile error\n\nx.cpp:1: error: no good\n")), "RuntimeError: .*no good"),
         (lambda path: ctypes.CDLL(None), "undefined symbol"),
         (lambda path: short_vectors(ctypes.CDLL(path)), "8 numbers instead of 16"),
     ],

@@ -136,10 +136,12 @@ def compile_blocks(module: nn.Module) -> bool:
     for block in blocks:
         # What nn.Module.compile() would put there
         compile_block = functools.partial(th.compile, block._call_impl, backend=lean_inductor)
-        with_kernel = kernel is not None and type(block) is ResidualBlock
-        block._compiled_call_impl = CompiledBlock(
-            block, KernelBlock(kernel, block, compile_block) if with_kernel else compile_block()
-        )
+        compiled: Callable[[th.Tensor], th.Tensor]
+        if kernel is not None and type(block) is ResidualBlock:
+            compiled = KernelBlock(kernel, block, compile_block)
+        else:
+            compiled = compile_block()
+        block._compiled_call_impl = CompiledBlock(block, compiled)
     return True
 
 

@@ -6,7 +6,7 @@ products included, is done for a few rows at a time, which stay in the cache mea
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def _forward(
 
 
 def _plain(
-    x: th.Tensor, scale: th.Tensor | None, eps: float, bfloat16: bool, parameters: tuple[th.Tensor, ...]
+    x: th.Tensor, scale: th.Tensor | None, eps: float, bfloat16: bool, parameters: Sequence[th.Tensor]
 ) -> th.Tensor:
     """What the kernel computes, with PyTorch's own operations."""
     branch = x
@@ -160,7 +160,7 @@ class _Block(th.autograd.Function):
         x, scale, products, statistics, *parameters = ctx.saved_tensors
         # With create_graph=True there are gradients to be had of what is computed here
         if th.is_grad_enabled() or is_traced(gradient):
-            return _Block._plain_backward(ctx, gradient, x, scale, *parameters)
+            return _Block._plain_backward(ctx, gradient, x, scale, parameters)
         n_rows, width = x.shape
         gradient = gradient.contiguous()
         dx = th.empty_like(x)
@@ -188,21 +188,17 @@ class _Block(th.autograd.Function):
 
     @staticmethod
     def _plain_backward(
-        ctx: Any, gradient: th.Tensor, x: th.Tensor, scale: th.Tensor | None, *parameters: th.Tensor
+        ctx: Any, gradient: th.Tensor, x: th.Tensor, scale: th.Tensor | None, parameters: Sequence[th.Tensor]
     ) -> tuple[th.Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:3] + ctx.needs_input_grad[5:]
         with th.enable_grad():
             # Aliases, since layers may share a parameter: each input has a gradient of its own
-            inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, scale, *parameters)]
-            output = _plain(inputs[0], inputs[1], ctx.eps, ctx.bfloat16, inputs[2:])
-        gradients = iter(
-            th.autograd.grad(
-                output,
-                [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed],
-                gradient,
-                create_graph=th.is_grad_enabled(),
-            )
-        )
+            x, *parameters = (tensor.view_as(tensor) for tensor in (x, *parameters))
+            scale = None if scale is None else scale.view_as(scale)
+            output = _plain(x, scale, ctx.eps, ctx.bfloat16, parameters)
+        pairs = zip((x, scale, *parameters), needed, strict=True)
+        inputs = [tensor for tensor, is_needed in pairs if tensor is not None and is_needed]
+        gradients = iter(th.autograd.grad(output, inputs, gradient, create_graph=th.is_grad_enabled()))
         dx, dscale, *others = (next(gradients) if is_needed else None for is_needed in needed)
         return None, dx, dscale, None, None, *others
 
