@@ -138,7 +138,7 @@ def compile_blocks(module: nn.Module) -> bool:
     library = load_kernel() if device_type == "cpu" else None
     for tower in residual_towers(module) if library is not None else ():
         kernel = TowerKernel(library, tower)
-        if kernel.layout(bfloat16=False) is not None:
+        if kernel.layout() is not None:
             tower._compiled_call_impl = kernel
     in_kernels = {block for kernel in tower_kernels(module) for block in kernel.tower.blocks}
     blocks = [block for block in blocks if block not in in_kernels]

@@ -100,11 +100,10 @@ class Layout:
     Where the parameters of a residual tower are, in the order of the kernel, as long as nobody changes the tower.
 
     :param tower: The residual tower
-    :param multiple: What the width must be a multiple of
     :raises ValueError: if there is anything in it that the kernel does not know
     """
 
-    def __init__(self, tower: ResidualTower, multiple: int):
+    def __init__(self, tower: ResidualTower):
         self.n_handles = RemovableHandle.next_id
         blocks = list(tower.blocks)
         branches = [block.branch for block in blocks]
@@ -137,8 +136,8 @@ class Layout:
             shapes.append(() if block.residual else None)
         if [None if tensor is None else tuple(tensor.shape) for tensor in tensors] != shapes:
             raise ValueError("parameters of other shapes")
-        if self.width % multiple or any(norm.eps != self.eps for norm in norms):
-            raise ValueError("a width that is no multiple of the vectors, or several epsilons")
+        if any(norm.eps != self.eps for norm in norms):
+            raise ValueError("several epsilons")
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -192,6 +191,7 @@ class _Call(NamedTuple):
     layout: Layout
     bfloat16: bool
     keep_products: bool
+    gradients: Gradients | None
 
     def sizes(self, x: th.Tensor) -> tuple[int, int, int, int]:
         """
@@ -227,16 +227,16 @@ class _Tower(th.autograd.Function):
     """
     The kernel as a function that can be differentiated. Derivatives of the derivative are PyTorch's.
 
-    Its inputs are the parameters, or one token in place of them all: their gradients are then written where
-    ``TowerKernel.gradients`` says, and not added. For autograd each further input costs as much as a small layer.
+    Its inputs are the parameters, or one token in place of them all: their gradients are then written in place, and not
+    added. For autograd each further input costs as much as a small layer.
     """
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x: th.Tensor, *parameters: th.Tensor) -> Any:
         kernel = call.kernel
         ctx.memory = _Memory(kernel.library.tower_kept_size(*call.sizes(x), call.bfloat16, call.keep_products), kernel.spare)
-        ctx.call, ctx.in_place = call, kernel.gradients is not None
-        ctx.save_for_backward(x, *(() if ctx.in_place else parameters))
+        ctx.call = call
+        ctx.save_for_backward(x, *(parameters if call.gradients is None else ()))
         return call.forward(x, ctx.memory.values)
 
     @staticmethod
@@ -252,8 +252,8 @@ class _Tower(th.autograd.Function):
         gradients: list[th.Tensor] = []
         addresses = None
         if any(ctx.needs_input_grad[2:]):
-            if ctx.in_place:
-                addresses = kernel.gradients
+            if call.gradients is not None:
+                addresses = call.gradients.addresses
             else:
                 gradients = [th.empty_like(parameter) for parameter in parameters]
                 of = iter(gradients)
@@ -281,7 +281,7 @@ class _Tower(th.autograd.Function):
         with th.enable_grad():
             # An alias, since it may be a parameter too: each input has a gradient of its own
             inputs = [x.view_as(x), *parameters]
-            output = ctx.call.kernel.plain(inputs[0])
+            output = ctx.call.kernel.tower.features(inputs[0])
         gradients = iter(
             th.autograd.grad(
                 output,
@@ -291,6 +291,14 @@ class _Tower(th.autograd.Function):
             )
         )
         return None, *(next(gradients) if is_needed else None for is_needed in needed)
+
+
+class Gradients(NamedTuple):
+    """Where the gradients of the parameters of a tower are written, in place of giving them to autograd."""
+
+    layout: Layout
+    views: list[th.Tensor]
+    addresses: ctypes.Array[ctypes.c_void_p]
 
 
 class TowerKernel:
@@ -306,57 +314,45 @@ class TowerKernel:
     def __init__(self, library: ctypes.CDLL, tower: ResidualTower):
         self.library = library
         self.tower = tower
-        self.layouts: dict[bool, Layout] = {}
-        #: Where to write the gradients of the parameters, None to give them to autograd
-        self.gradients: ctypes.Array[ctypes.c_void_p] | None = None
+        self.multiples = {bfloat16: library.width_multiple(bfloat16) for bfloat16 in (False, True)}
+        self._layout: Layout | None = None
+        self.gradients: Gradients | None = None
         self.token = th.zeros((), requires_grad=True)
         self.spare: list[th.Tensor] = []
 
-    def layout(self, bfloat16: bool) -> Layout | None:
+    def layout(self, bfloat16: bool = False) -> Layout | None:
         """
         :param bfloat16: Whether products are in bfloat16
         :return: The layout of the tower, None if the kernel does not know it
         """
-        layout = self.layouts.get(bfloat16)
-        if layout is None or not layout.holds():
-            self.layouts.pop(bfloat16, None)
-            multiple = self.library.width_multiple(bfloat16)
+        if self._layout is None or not self._layout.holds():
             try:
-                self.layouts[bfloat16] = layout = Layout(self.tower, multiple) if multiple else None
+                self._layout = Layout(self.tower)
             except ValueError:
-                return None
-        return layout
-
-    def plain(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: Inputs of shape ``(n_rows, n_inputs)``
-        :return: Features of shape ``(n_rows, width)``, by the plain modules
-        """
-        return self.tower.features(x)
+                self._layout = None
+        multiple = self.multiples[bfloat16]
+        return None if self._layout is None or not multiple or self._layout.width % multiple else self._layout
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
         tower = self.tower
         autocast = tower.autocast_dtype or (th.get_autocast_dtype("cpu") if th.is_autocast_enabled("cpu") else None)
-        if (
-            is_traced(x)
-            or x.dtype is not th.float32
-            or not x.is_cpu
-            or x.ndim != 2
-            or len(x) == 0
-            or autocast not in (None, th.bfloat16)
-        ):
-            return tower._call_impl(x)
-        layout = self.layout(autocast is th.bfloat16)
+        layout = None
+        if x.is_cpu and x.dtype is th.float32 and x.ndim == 2 and len(x) > 0 and autocast in (None, th.bfloat16):
+            layout = None if is_traced(x) else self.layout(autocast is th.bfloat16)
+        gradients = self.gradients
+        if gradients is not None and gradients.layout is not layout:
+            # Autograd adds to them
+            th._foreach_zero_(gradients.views)
+            gradients = None
         if layout is None or x.shape[1] != layout.n_inputs:
             return tower._call_impl(x)
-        call = _Call(self, layout, autocast is th.bfloat16, not tower.checkpoint_activations)
+        call = _Call(self, layout, autocast is th.bfloat16, not tower.checkpoint_activations, gradients)
         x = x.contiguous()
         if th.is_grad_enabled():
             trained = any([parameter.requires_grad for parameter in layout.parameters])
             if trained or x.requires_grad:
-                if self.gradients is None:
-                    return tower.head(_Tower.apply(call, x, *layout.parameters))
-                return tower.head(_Tower.apply(call, x, *([self.token] if trained else [])))
+                parameters = layout.parameters if gradients is None else [self.token] if trained else []
+                return tower.head(_Tower.apply(call, x, *parameters))
         return tower.head(call.forward(x, None))
 
 
@@ -411,29 +407,28 @@ class FlatParameters:
         self.is_active = False
         self._adopt_state()
         of = {id(parameter): gradient for parameter, gradient in zip(self.parameters, self.views[1], strict=True)}
-        self.kernels: list[tuple[TowerKernel, ctypes.Array[ctypes.c_void_p]]] = []
-        in_kernels: set[int] = set()
+        self.kernels: list[tuple[TowerKernel, Gradients]] = []
         for kernel in tower_kernels(module):
-            for bfloat16 in (False, True):
-                layout = kernel.layout(bfloat16)
-                if layout is not None:
-                    break
-            else:
-                continue
-            assert layout is not None
-            self.kernels.append((kernel, _addresses([of.get(id(tensor)) for tensor in layout.tensors])))
-            in_kernels.update(map(id, layout.parameters))
+            layout = kernel.layout()
+            if layout is not None:
+                views = [of[id(parameter)] for parameter in layout.parameters]
+                addresses = _addresses([of.get(id(tensor)) for tensor in layout.tensors])
+                self.kernels.append((kernel, Gradients(layout, views, addresses)))
         # Those to which autograd adds
-        self.added = [of[id(parameter)] for parameter in self.parameters if id(parameter) not in in_kernels]
+        written = {id(view) for _, gradients in self.kernels for view in gradients.views}
+        self.added = [gradient for gradient in self.views[1] if id(gradient) not in written]
 
     @classmethod
     def make(cls, module: nn.Module, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
         """
         :param module: The network
         :param optimizer: Its optimizer
-        :return: Its parameters as flat tensors, None if another optimizer than Adam or only a part of them is trained
+        :return: Its parameters as flat tensors, None if another optimizer than Adam or only a part of them is trained, or if
+            layers share them
         """
         parameters = list(module.parameters())
+        layouts = [layout for layout in [kernel.layout() for kernel in tower_kernels(module)] if layout is not None]
+        in_kernels = [id(parameter) for layout in layouts for parameter in layout.parameters]
         groups = optimizer.param_groups
         if (
             type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
@@ -442,6 +437,7 @@ class FlatParameters:
             or optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
             or not all(p.requires_grad and p.is_cpu and p.dtype is th.float32 and p.is_contiguous() for p in parameters)
+            or len(in_kernels) != len(set(in_kernels))
             or len({float(optimizer.state.get(p, {}).get("step", 0.0)) for p in parameters}) > 1
         ):
             return None
@@ -478,8 +474,8 @@ class FlatParameters:
         """
         :return: Context in which the towers write the gradients of their parameters and add nothing
         """
-        for kernel, addresses in self.kernels:
-            kernel.gradients = addresses
+        for kernel, gradients in self.kernels:
+            kernel.gradients = gradients
         self.is_active = True
         try:
             yield

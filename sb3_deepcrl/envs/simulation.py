@@ -162,13 +162,13 @@ class Simulation:
             healthy |= diverged
         self._observation[:] = observation
         achieved = observation[:, : task.robot.goal_dim].copy()
-        goals = self.goals.copy()
-        distance = task.goal_distance(achieved, goals)
+        distance = task.goal_distance(achieved, self.goals)
         info = self._measures(distance, healthy)
         if task.goal_mode == "continuing":
+            # What the step led to belongs to the goal that was pursued in it; the next action is for the new one
             self._renew_goals(np.flatnonzero(info["is_success"]))
         return Transition(
-            {"observation": observation, "achieved_goal": achieved, "desired_goal": goals},
+            {"observation": observation, "achieved_goal": achieved, "desired_goal": self.goals.copy()},
             task.reward_from_distance(distance),
             ~healthy if task.terminate_when_unhealthy else np.zeros(self.n_envs, dtype=bool),
             diverged,
