@@ -166,6 +166,14 @@ class Layout:
         )
 
 
+class Gradients(NamedTuple):
+    """Where the gradients of the parameters of a tower are written, in place of giving them to autograd."""
+
+    layout: Layout
+    views: list[th.Tensor]
+    addresses: ctypes.Array[ctypes.c_void_p]
+
+
 class _Memory:
     """
     What one forward pass keeps for its backward pass. Its memory serves again: new one would have to be mapped page by page.
@@ -293,14 +301,6 @@ class _Tower(th.autograd.Function):
         return None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
-class Gradients(NamedTuple):
-    """Where the gradients of the parameters of a tower are written, in place of giving them to autograd."""
-
-    layout: Layout
-    views: list[th.Tensor]
-    addresses: ctypes.Array[ctypes.c_void_p]
-
-
 class TowerKernel:
     """
     What a residual tower does when it is called: stem and blocks run as the kernel wherever that does the same, i.e. for
@@ -327,9 +327,14 @@ class TowerKernel:
         """
         if self._layout is None or not self._layout.holds():
             try:
-                self._layout = Layout(self.tower)
+                layout = Layout(self.tower)
             except ValueError:
                 self._layout = None
+                return None
+            if self._layout is None or layout.pointers != self._layout.pointers:
+                self._layout = layout
+            else:  # somebody registered a hook somewhere
+                vars(self._layout).update(vars(layout))
         multiple = self.multiples[bfloat16]
         return None if self._layout is None or not multiple or self._layout.width % multiple else self._layout
 
