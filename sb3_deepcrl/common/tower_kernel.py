@@ -106,10 +106,10 @@ class Layout:
     def __init__(self, tower: ResidualTower):
         self.n_handles = RemovableHandle.next_id
         blocks = list(tower.blocks)
+        if [*map(type, (tower, *blocks))] != [ResidualTower] + [ResidualBlock] * len(blocks):
+            raise ValueError("others than residual blocks, or subclasses, which may do something else")
         branches = [block.branch for block in blocks]
         layers = [list(layers) for layers in (tower.stem, *branches)]
-        if [*map(type, (tower, *blocks))] != [ResidualTower] + [ResidualBlock] * len(blocks):
-            raise ValueError("subclasses may do something else")
         if [[*map(type, modules)] for modules in layers] != [_LAYER, *[_LAYER * LAYERS_PER_BLOCK] * len(blocks)]:
             raise ValueError("other layers than Dense, LayerNorm and Swish")
         if any(map(is_watched, (tower, tower.stem, tower.blocks, *blocks, *branches, *sum(layers, [])))):
@@ -147,6 +147,8 @@ class Layout:
                 raise ValueError("parameters that are not contiguous")
         self.tensors = tensors
         self.parameters: list[nn.Parameter] = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+        if len({*map(id, self.parameters)}) < len(self.parameters):
+            raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self.addresses = _addresses(tensors)
 
@@ -162,6 +164,7 @@ class Layout:
             RemovableHandle.next_id == self.n_handles
             and all(map(is_, tensors, self.tensors))
             and [0 if tensor is None else tensor.data_ptr() for tensor in tensors] == self.pointers
+            and all([tensor is None or tensor.is_contiguous() for tensor in tensors])
             and all([tuple(modules.values()) == found for modules, found in self.modules])
         )
 
@@ -429,7 +432,7 @@ class FlatParameters:
         :param module: The network
         :param optimizer: Its optimizer
         :return: Its parameters as flat tensors, None if another optimizer than Adam or only a part of them is trained, or if
-            layers share them
+            towers share them
         """
         parameters = list(module.parameters())
         layouts = [layout for layout in [kernel.layout() for kernel in tower_kernels(module)] if layout is not None]
