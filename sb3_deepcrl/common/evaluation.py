@@ -10,6 +10,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
+from sb3_deepcrl.common.policies import check_actions
+
 
 @dataclass
 class GoalEpisode:
@@ -46,6 +48,16 @@ def mean_of_episodes(episodes: list[GoalEpisode]) -> dict[str, float]:
     return {name: float(np.mean([getattr(episode, name) for episode in episodes])) for name in names}
 
 
+def innermost_envs(env: VecEnv) -> set[int]:
+    """
+    :param env: Environment
+    :return: Identities of what is inside all wrappers: of the vectorised env, and of its envs where they are in this process
+    """
+    base = env.unwrapped
+    envs = [single.unwrapped for single in base.envs] if isinstance(base, DummyVecEnv) else []
+    return {id(each) for each in (base, *envs)}
+
+
 class GoalEpisodeRecorder:
     """
     Callback for :func:`~stable_baselines3.common.evaluation.evaluate_policy` that records one :class:`GoalEpisode` for
@@ -71,9 +83,10 @@ class GoalEpisodeRecorder:
         """
         :param locals_: Local variables of ``evaluate_policy``
         :param globals_: Its global variables
-        :raises ValueError: if the info dict tells nothing about success
+        :raises ValueError: if the info dict tells nothing about success, or if the action is NaN or infinite
         """
         index, info, done = locals_["i"], locals_["info"], bool(locals_["done"])
+        check_actions(locals_["actions"][index], locals_["observations"], locals_["model"])
         success = info.get("is_success", info.get("success"))
         if success is None:
             raise ValueError(
@@ -124,7 +137,8 @@ def evaluate_goals(
     :param n_eval_episodes: Number of episodes
     :param deterministic: Whether to use deterministic or stochastic actions
     :return: One row for each episode
-    :raises ValueError: if the number of episodes is not positive or the env does not report success
+    :raises ValueError: if the number of episodes is not positive, if the env does not report success,
+        or if an action is NaN or infinite
     """
     if n_eval_episodes < 1:
         raise ValueError(f"`n_eval_episodes` must be at least 1, got {n_eval_episodes}")
@@ -207,6 +221,14 @@ class GoalEvalCallback(EvalCallback):
             csv.writer(file).writerows([header, *rows])
         self._has_rows = True
 
+    def _init_callback(self) -> None:
+        if innermost_envs(self.training_env) & innermost_envs(self.eval_env):
+            raise ValueError(
+                "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
+                "Make another one"
+            )
+        super()._init_callback()
+
     def _on_step(self) -> bool:
         if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
             # An evaluation that was interrupted leaves nothing behind
@@ -214,8 +236,10 @@ class GoalEvalCallback(EvalCallback):
         return super()._on_step()
 
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
-        super()._log_success_callback(locals_, globals_)
         self._recorder(locals_, globals_)
+        if locals_["done"]:
+            # The parent reads `is_success` only
+            self._is_success_buffer.append(self._recorder.episodes[-1].success_last)
         # The parent dumps the logger before it gives the control back
         if len(self._recorder.episodes) == self.n_eval_episodes:
             self._log_episodes(self._recorder.episodes)

@@ -3,12 +3,12 @@ import inspect
 import io
 import json
 import math
+import os
 import pathlib
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from stable_baselines3.common.type_aliases import (
     TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_deepcrl.common.acceleration import (
@@ -55,8 +56,9 @@ from sb3_deepcrl.common.losses import (
     logsumexp_penalty,
     rowwise_energy,
 )
+from sb3_deepcrl.common.policies import check_class, check_dict
 from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.torch_layers import ResidualTower, check_positive_int, frozen
+from sb3_deepcrl.common.torch_layers import ResidualTower, check_bool, check_number, check_positive_int, frozen, is_integer
 from sb3_deepcrl.deepcrl.policies import (
     GOAL_KEY,
     Actor,
@@ -78,6 +80,12 @@ ARCHITECTURE = dict(depth=16, actor_depth=None, critic_depth=None, width=256, re
 # Keyword arguments that only HerReplayBuffer knows
 HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
 
+# Keyword arguments of the replay buffer that DeepCRL passes itself
+REPLAY_BUFFER_ARGUMENTS = ("buffer_size", "device", "gamma", "optimize_memory_usage")
+
+# Follow from the learning rates: not saved, and not read from older files, which hold them
+SCHEDULES = ("lr_schedule", "critic_lr_schedule", "ent_coef_lr_schedule")
+
 # A train() call holds no more sampled transitions than that at a time, in bytes
 MAX_SAMPLE_BYTES = 2**28
 
@@ -97,13 +105,95 @@ UPDATE_METRICS = (
 )
 
 
+def hold_the_same(achieved: spaces.Space, desired: spaces.Space) -> bool:
+    """
+    :param achieved: Space of the achieved goals
+    :param desired: Space of the desired goals
+    :return: Whether the networks can take the one for the other; bounds and type of the numbers do not matter
+    """
+    as_they_are = (spaces.Box, spaces.MultiBinary)
+    if isinstance(achieved, as_they_are) and isinstance(desired, as_they_are):
+        return achieved.shape == desired.shape
+    if isinstance(achieved, spaces.MultiDiscrete) and isinstance(desired, spaces.MultiDiscrete):
+        return np.array_equal(achieved.nvec, desired.nvec) and np.array_equal(achieved.start, desired.start)
+    return achieved == desired
+
+
+def as_float(value: Any) -> float:
+    """
+    :param value: A number, or a text that holds one
+    :return: The number, NaN if it is none
+    """
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def parse_ent_coef(ent_coef: str | float) -> tuple[float, bool]:
+    """
+    :param ent_coef: See :class:`DeepCRL`
+    :return: The (initial) entropy coefficient and whether it is learned
+    :raises ValueError: if it is neither a number nor "auto"
+    """
+    if ent_coef == "auto":
+        return 1.0, True
+    learned = isinstance(ent_coef, str) and ent_coef.startswith("auto_")
+    value = as_float(str(ent_coef).removeprefix("auto_") if learned else ent_coef)
+    if not 0.0 <= value < math.inf or (learned and value == 0.0):
+        raise ValueError(
+            '`ent_coef` must be a number that is not negative, "auto" to learn it, or "auto_0.1" to start with 0.1, '
+            f"got {ent_coef!r}"
+        )
+    return value, learned
+
+
+def check_learning_rate(learning_rate: float | Schedule, name: str) -> None:
+    """
+    :param learning_rate: What the user gave
+    :param name: What it is called in the error message
+    :raises ValueError: if it is neither a number that can be a learning rate nor a schedule that starts with one
+    """
+    rate = learning_rate(1.0) if callable(learning_rate) else learning_rate
+    if isinstance(rate, str) or not 0.0 <= as_float(rate) < math.inf:
+        returned = f", which returns {rate!r} at 1" if callable(learning_rate) else ""
+        raise ValueError(
+            f"`{name}` must be a number that is not negative, or a function of the remaining progress (from 1 to 0) that "
+            f"returns one, got {learning_rate!r}{returned}"
+        )
+
+
+def make_schedule(learning_rate: float | Schedule) -> FloatSchedule:
+    """
+    :param learning_rate: A number, be it one of NumPy, or a schedule
+    :return: The schedule
+    """
+    return FloatSchedule(learning_rate if callable(learning_rate) else float(learning_rate))
+
+
+def own_schedule(name: str) -> property:
+    """
+    :param name: Attribute with the learning rate of one optimizer, None if it has none of its own
+    :return: Property with its schedule. It follows from other attributes when it is read, as the user may replace them.
+    """
+
+    def get_schedule(model: "DeepCRL") -> Schedule:
+        learning_rate = getattr(model, name)
+        return model.lr_schedule if learning_rate is None else make_schedule(learning_rate)
+
+    def set_schedule(model: "DeepCRL", schedule: Schedule) -> None:
+        setattr(model, name, schedule)
+
+    return property(get_schedule, set_schedule, doc=f"Schedule of ``{name}``, or ``lr_schedule`` where it is None.")
+
+
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
     Check that an env is one that DeepCRL can learn.
 
     :param observation_space: Observation space of the env
     :param action_space: Action space of the env
-    :raises ValueError: if it is not goal-conditioned, if the spaces of the two goals differ, or if the actions are
+    :raises ValueError: if it is not goal-conditioned, if the two goals are not of the same form, or if the actions are
         not continuous
     """
     found = list(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else []
@@ -116,13 +206,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         )
     assert isinstance(observation_space, spaces.Dict)
     achieved, desired = observation_space["achieved_goal"], observation_space["desired_goal"]
-    same_box = (
-        isinstance(achieved, spaces.Box)
-        and isinstance(desired, spaces.Box)
-        and achieved.shape == desired.shape
-        and achieved.dtype.kind == desired.dtype.kind
-    )
-    if achieved != desired and not same_box:
+    if not hold_the_same(achieved, desired):
         raise ValueError(
             "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabelled with what was "
             f"achieved, got {achieved} and {desired}. Let the env give both in the same form"
@@ -228,6 +312,8 @@ class DeepCRL(OffPolicyAlgorithm):
     actor: Actor
     critic: ContrastiveCritic
     replay_buffer: ContrastiveReplayBuffer | None
+    critic_lr_schedule = own_schedule("critic_learning_rate")
+    ent_coef_lr_schedule = own_schedule("ent_coef_learning_rate")
 
     def __init__(
         self,
@@ -276,6 +362,7 @@ class DeepCRL(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        check_dict(policy_kwargs, "policy_kwargs")
         architecture: dict[str, Any] = dict(
             depth=depth,
             actor_depth=actor_depth,
@@ -300,7 +387,7 @@ class DeepCRL(OffPolicyAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
-            policy_kwargs=self._merge_policy_kwargs(architecture, policy_kwargs or {}),
+            policy_kwargs=dict(policy_kwargs or {}),
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -320,12 +407,13 @@ class DeepCRL(OffPolicyAlgorithm):
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.ent_coef_optimizer: th.optim.Adam | None = None
-        self.depth = self.policy_kwargs["depth"]
-        self.actor_depth = self.policy_kwargs["actor_depth"]
-        self.critic_depth = self.policy_kwargs["critic_depth"]
-        self.width = self.policy_kwargs["width"]
-        self.repr_dim = self.policy_kwargs["repr_dim"]
-        self.energy = self.policy_kwargs["energy"]
+        merged = self._merge_policy_kwargs(architecture, self.policy_kwargs)
+        self.depth = merged["depth"]
+        self.actor_depth = merged["actor_depth"]
+        self.critic_depth = merged["critic_depth"]
+        self.width = merged["width"]
+        self.repr_dim = merged["repr_dim"]
+        self.energy = merged["energy"]
         self.contrastive_loss = contrastive_loss
         self.logsumexp_coef = logsumexp_coef
         self.random_goals = random_goals
@@ -342,16 +430,29 @@ class DeepCRL(OffPolicyAlgorithm):
         ]
         # Whether the last rollout stopped before its transition was stored
         self._rollout_interrupted = False
+        # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
+        self._missing_steps = 0
         self._warned_of_clipped_goals = False
 
         # Whether the residual blocks are compiled, None if nobody has tried
         self._compiled: bool | None = None
         self._graphed_update: GraphedFunction | None = None
 
+        check_class(self.policy_class, DeepCRLPolicy, "policy", 'leave it at "MultiInputPolicy"')
         if self.env is not None:
             check_spaces(self.observation_space, self.action_space)
+        elif _init_setup_model:
+            raise ValueError(
+                f"`env={env}`, but the networks are made for the spaces of an env: give one. To predict with a model that was "
+                "saved, `DeepCRL.load(path)` needs none"
+            )
 
         if _init_setup_model:
+            self._check_settings()
+            if self.n_envs > 1 and getattr(self.train_freq, "unit", None) == TrainFrequencyUnit.EPISODE:
+                raise ValueError(
+                    f"`train_freq={train_freq}` counts episodes, which needs a single env, got {self.n_envs}: count steps"
+                )
             self._check_buffer_size()
             self._setup_model()
 
@@ -371,6 +472,11 @@ class DeepCRL(OffPolicyAlgorithm):
                 )
         return {**architecture, **policy_kwargs}
 
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(f'Policy {policy_name} unknown: use "MultiInputPolicy"')
+        return super()._get_policy_from_name(policy_name)
+
     def _check_settings(self) -> None:
         """
         Check what the user can set in the constructor, in ``load()`` or as an attribute.
@@ -378,27 +484,81 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if a value is out of its range
         """
         check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
-        if not isinstance(self.gradient_steps, Integral) and self.gradient_steps != "auto":
-            raise ValueError(f'`gradient_steps` must be an integer or "auto", got {self.gradient_steps!r}')
+        for name in ("gamma", "random_goals"):
+            check_number(getattr(self, name), name, maximum=1.0)
+        check_number(self.logsumexp_coef, "logsumexp_coef")
+        parse_ent_coef(self.ent_coef)
+        if self.target_entropy != "auto" and not math.isfinite(as_float(self.target_entropy)):
+            raise ValueError(
+                '`target_entropy` must be a finite number, or "auto" for minus half the dimension of the actions, '
+                f"got {self.target_entropy!r}"
+            )
+        for name in ("learning_rate", "critic_learning_rate", "ent_coef_learning_rate"):
+            if name == "learning_rate" or getattr(self, name) is not None:
+                check_learning_rate(getattr(self, name), name)
+        self._check_rollout_settings()
+        self._check_acceleration_settings()
+        self._check_unsupported_settings()
+
+    def _check_rollout_settings(self) -> None:
+        """
+        Check what says how transitions are collected, stored, sampled and logged.
+
+        :raises ValueError: if a value is out of its range
+        """
+        for name, value in (
+            ("buffer_size", self.buffer_size),
+            ("batch_size", self.batch_size),
+            ("stats_window_size", self._stats_window_size),
+        ):
+            check_positive_int(value, name)
         if self.batch_size < 2:
             raise ValueError(
                 f"`batch_size` must be at least 2, got {self.batch_size}: the negatives of the contrastive loss are the "
                 "other rows of the minibatch"
             )
-        for name, value in (("gamma", self.gamma), ("random_goals", self.random_goals)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must be between 0 and 1, got {value}")
+        check_number(self.learning_starts, "learning_starts")
+        if self.gradient_steps != "auto" and (not is_integer(self.gradient_steps) or self.gradient_steps < -1):
+            raise ValueError(
+                f'`gradient_steps` must be an integer or "auto", got {self.gradient_steps!r}: -1 means as many as there were '
+                "steps, 0 none"
+            )
+        if self.train_freq != "auto":
+            self._convert_train_freq()
+        if self.action_noise is not None and not isinstance(self.action_noise, ActionNoise):
+            raise ValueError(
+                f"`action_noise` must be an ActionNoise, such as `NormalActionNoise(mean, sigma)`, got {self.action_noise!r}"
+            )
+        check_dict(self.replay_buffer_kwargs, "replay_buffer_kwargs")
+        # Python's random generator takes none of NumPy's integers
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**32):
+            raise ValueError(f"`seed` must be None or a Python integer from 0 to 2**32 - 1, got {self.seed!r}")
+        if self.tensorboard_log is not None and not isinstance(self.tensorboard_log, (str, os.PathLike)):
+            raise ValueError(f"`tensorboard_log` must be the path of a folder or None, got {self.tensorboard_log!r}")
+
+    def _check_acceleration_settings(self) -> None:
+        """
+        Check what says how the networks run.
+
+        :raises ValueError: if a value is out of its range
+        """
         check_switch(self.compile, "compile")
         check_switch(self.cuda_graph, "cuda_graph")
         check_choice(self.precision, PRECISIONS, "precision")
+        check_bool(self.checkpoint_activations, "checkpoint_activations")
         if self.contrastive_chunk_size is not None:
             check_positive_int(self.contrastive_chunk_size, "contrastive_chunk_size")
         if self.cuda_graph is True and self.device.type != "cuda":
             raise ValueError(
                 f'`cuda_graph=True` needs a GPU, but the device is {self.device}: leave it at "auto", which is off there'
             )
-        if self.logsumexp_coef < 0.0:
-            raise ValueError(f"`logsumexp_coef` must not be negative, got {self.logsumexp_coef}")
+
+    def _check_unsupported_settings(self) -> None:
+        """
+        Check what SAC knows and DeepCRL does not.
+
+        :raises ValueError: if it is asked for
+        """
         if self.n_steps != 1:
             raise ValueError(
                 f"`n_steps` must be 1, got {self.n_steps}: contrastive RL bootstraps from no return, so that there are no "
@@ -433,11 +593,7 @@ class DeepCRL(OffPolicyAlgorithm):
             )
 
     def _setup_lr_schedule(self) -> None:
-        super()._setup_lr_schedule()
-        self.critic_lr_schedule, self.ent_coef_lr_schedule = (
-            self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
-            for learning_rate in (self.critic_learning_rate, self.ent_coef_learning_rate)
-        )
+        self.lr_schedule = make_schedule(self.learning_rate)
 
     def _setup_replay_buffer_class(self) -> None:
         """
@@ -445,6 +601,11 @@ class DeepCRL(OffPolicyAlgorithm):
 
         :raises ValueError: if the user asks for a class whose samples hold no future goals
         """
+        if self.replay_buffer_class is not None and not isinstance(self.replay_buffer_class, type):
+            raise ValueError(
+                "`replay_buffer_class` must be ContrastiveReplayBuffer or a subclass of it, got "
+                f"{self.replay_buffer_class!r}, which is no class: leave it out"
+            )
         is_her = self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, HerReplayBuffer)
         ignored = [name for name in HER_KWARGS if name in self.replay_buffer_kwargs]
         if is_her or ignored:
@@ -457,11 +618,12 @@ class DeepCRL(OffPolicyAlgorithm):
             self.replay_buffer_kwargs = {
                 name: value for name, value in self.replay_buffer_kwargs.items() if name not in HER_KWARGS
             }
-        if "gamma" in self.replay_buffer_kwargs:
-            raise ValueError(
-                f"`replay_buffer_kwargs` has `gamma={self.replay_buffer_kwargs['gamma']}`, but the replay buffer takes the "
-                "`gamma` of DeepCRL: set that one"
-            )
+        for name in REPLAY_BUFFER_ARGUMENTS:
+            if name in self.replay_buffer_kwargs:
+                raise ValueError(
+                    f"`replay_buffer_kwargs` has `{name}={self.replay_buffer_kwargs[name]}`, but the replay buffer takes the "
+                    f"`{name}` of DeepCRL: set that one"
+                )
         if self.replay_buffer_class is None or is_her:
             self.replay_buffer_class = ContrastiveReplayBuffer
         elif not issubclass(self.replay_buffer_class, ContrastiveReplayBuffer):
@@ -469,6 +631,18 @@ class DeepCRL(OffPolicyAlgorithm):
                 f"`replay_buffer_class` must be ContrastiveReplayBuffer or a subclass of it, got "
                 f"{self.replay_buffer_class.__name__}, whose samples hold no goals that were reached later: leave it out"
             )
+
+    def _convert_train_freq(self) -> None:
+        train_freq = self.train_freq if isinstance(self.train_freq, (tuple, list)) else (self.train_freq, "step")
+        frequency = train_freq[0] if len(train_freq) == 2 else None
+        if not is_integer(frequency) or frequency < 1:
+            raise ValueError(
+                '`train_freq` must be a positive integer, one with a unit, like (5, "step") or (2, "episode"), or "auto", '
+                f"got {self.train_freq!r}"
+            )
+        if not isinstance(self.train_freq, TrainFreq):
+            self.train_freq = (int(frequency), train_freq[1])  # type: ignore[assignment]
+        super()._convert_train_freq()
 
     def _setup_train_freq(self) -> None:
         """
@@ -486,11 +660,16 @@ class DeepCRL(OffPolicyAlgorithm):
             # The length of an episode is not known here
             n_steps = self.train_freq.frequency if self.train_freq.unit == TrainFrequencyUnit.STEP else 1
             self.gradient_steps = max(1, round(n_steps * self.n_envs / TRANSITIONS_PER_GRADIENT_STEP))
+        self._convert_train_freq()
 
     def _setup_model(self) -> None:
         self._check_settings()
         self._setup_replay_buffer_class()
         self._setup_train_freq()
+        # In a loaded model the one or the other may have been replaced or left out
+        self.policy_kwargs = {**{name: getattr(self, name) for name in ARCHITECTURE}, **self.policy_kwargs}
+        for name in ARCHITECTURE:
+            setattr(self, name, self.policy_kwargs[name])
         super()._setup_model()
         assert self.replay_buffer is not None
         self.replay_buffer.gamma = self.gamma
@@ -499,23 +678,14 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.target_entropy == "auto":
             self.target_entropy = -0.5 * float(np.prod(self.action_space.shape))  # type: ignore[arg-type]
         else:
-            # Force conversion
-            # this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
 
-        if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
-            # Initial value of ent_coef when learned
-            init_value = 1.0
-            if "_" in self.ent_coef:
-                init_value = float(self.ent_coef.split("_")[1])
-                assert init_value > 0.0, "The initial value of ent_coef must be greater than 0"
-            self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
+        ent_coef, learned = parse_ent_coef(self.ent_coef)
+        if learned:
+            self.log_ent_coef = th.log(th.ones(1, device=self.device) * ent_coef).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1))
         else:
-            # Force conversion to float
-            # this will throw an error if a malformed string (different from 'auto')
-            # is passed
-            self.ent_coef_tensor = th.tensor(float(self.ent_coef), device=self.device)
+            self.ent_coef_tensor = th.tensor(ent_coef, device=self.device)
         self._setup_acceleration()
 
     def _setup_acceleration(self, n_updates: int = 0) -> None:
@@ -606,6 +776,7 @@ class DeepCRL(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._check_settings()
+        self._setup_train_freq()
         assert self.env is not None, "You must set the environment before calling learn()"
         self._check_buffer_size()
         assert self.replay_buffer is not None
@@ -650,19 +821,48 @@ class DeepCRL(OffPolicyAlgorithm):
                 vec_normalize.obs_rms, vec_normalize.ret_rms = statistics
             raise
 
-    def collect_rollouts(self, *args, **kwargs) -> RolloutReturn:
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # Some envs, or an episode, may go beyond the end
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, train_freq: TrainFreq, *args: Any, **kwargs: Any
+    ) -> RolloutReturn:
         """
         Collect experiences and store them into the replay buffer,
         see :meth:`~stable_baselines3.common.off_policy_algorithm.OffPolicyAlgorithm.collect_rollouts`.
 
+        The last rollout of ``learn()`` ends with it. What it is shorter than ``train_freq``, the first one of the next
+        ``learn()`` is longer, so that the ratio of updates to steps does not depend on how a training is divided.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each step
+        :param train_freq: How much experience to collect
+        :param args: Other positional arguments of that method
+        :param kwargs: Other keyword arguments of that method
         :return: How much was collected and whether to go on
-        :raises ValueError: if a value from the env is NaN or infinite
+        :raises ValueError: if a value from the env, or an action, is NaN or infinite
         """
+        missing_steps, self._missing_steps = self._missing_steps, 0
+        n_short = 0
+        n_left = (self._total_timesteps - self.num_timesteps) / env.num_envs
+        if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
+            n_wanted = train_freq.frequency + missing_steps
+            n_steps = n_wanted if n_left >= n_wanted else math.ceil(n_left)
+            n_short = n_wanted - n_steps
+            train_freq = TrainFreq(n_steps, train_freq.unit)
         # Stays true when a callback, an exception or Ctrl-C stops the rollout
         self._rollout_interrupted = True
         with self._normalization_kept_on_error():
-            rollout = super().collect_rollouts(*args, **kwargs)
+            rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
         self._rollout_interrupted = not rollout.continue_training
+        if n_short > 0 and rollout.continue_training and self.gradient_steps >= 0:
+            self._missing_steps = n_short
+            if train_freq.frequency <= missing_steps:
+                # Their updates were done at the end of the last learn()
+                self._missing_steps = missing_steps - train_freq.frequency
+                return rollout._replace(continue_training=False)
         return rollout
 
     def _store_transition(
@@ -907,9 +1107,10 @@ class DeepCRL(OffPolicyAlgorithm):
             or if ``kwargs`` ask for other networks than the stored ones
         """
         stored, auto_settings = cls._stored_settings(path, custom_objects)
+        custom_objects = {**dict.fromkeys(SCHEDULES), **(custom_objects or {})}
         asked = dict(kwargs.pop("policy_kwargs", None) or {})
         for name in ARCHITECTURE:
-            for source in (custom_objects or {}, kwargs):
+            for source in (custom_objects.get("policy_kwargs") or {}, custom_objects, kwargs):
                 if name in source:
                     asked[name] = source[name]
             kwargs.pop(name, None)
@@ -922,10 +1123,13 @@ class DeepCRL(OffPolicyAlgorithm):
                     f"The model in {path} was saved with `{name}={found!r}`, so that it cannot be loaded with "
                     f"`{name}={value!r}`: leave `{name}` out, or train a new model"
                 )
+        auto_settings = [name for name in auto_settings if name not in custom_objects]
         for name in auto_settings:
             kwargs.setdefault(name, "auto")
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         model._auto_settings = [name for name in auto_settings if kwargs[name] == "auto"]
+        for name in SCHEDULES[1:]:
+            model.__dict__.pop(name, None)
         return model
 
     @staticmethod
@@ -951,19 +1155,25 @@ class DeepCRL(OffPolicyAlgorithm):
                 file.seek(0)
             else:
                 file.close()
-        if "logsumexp_coef" not in data:
+        # What only DeepCRL has; the user may have excluded one of them
+        if not {"contrastive_loss", "logsumexp_coef", "random_goals"} & data.keys():
             saved_by = data.get("policy_class", {}).get("__module__", "unknown")
             raise ValueError(
                 f"{path} was not saved by DeepCRL, but by an algorithm whose policy is in `{saved_by}`: "
                 "load it with that algorithm"
             )
-        stored = json_to_data(json.dumps({"policy_kwargs": data["policy_kwargs"]}), custom_objects).get("policy_kwargs", {})
+        # The architecture stands in attributes of its own, whatever is done with `policy_kwargs`
+        policy_kwargs, architecture = (
+            {name: data[name] for name in names if name in data} for names in (("policy_kwargs",), ARCHITECTURE)
+        )
+        stored = json_to_data(json.dumps(policy_kwargs), custom_objects).get("policy_kwargs") or {}
+        stored = {**stored, **json_to_data(json.dumps(architecture))}
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(DeepCRLPolicy).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        return {**defaults, **stored}, data["_auto_settings"]
+        return {**defaults, **stored}, data.get("_auto_settings", [])
 
     def save(
         self,
@@ -1033,7 +1243,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + ["actor", "critic", "_compiled", "_graphed_update"]  # noqa: RUF005
+        return super()._excluded_save_params() + ["actor", "critic", "lr_schedule", "_compiled", "_graphed_update"]  # noqa: RUF005
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
