@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
 from sb3_deepcrl import GoalEvalCallback, evaluate_goals
 from sb3_deepcrl.common.callbacks import TrainingDisplay
@@ -73,14 +74,62 @@ def test_evaluate_goals_errors():
         evaluate_goals(Still(), ScriptedEnv(key="reached"), 1)
 
 
-def test_goal_eval_callback(tmp_path):
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_nan_in_an_evaluation(n_envs):
+    model = make_model()
+    model.actor.mu.weight.data[:] = np.nan
+    for tested in (model, model.policy):
+        with pytest.raises(ValueError, match=r"the weights `mu.weight` are not finite"):
+            evaluate_goals(tested, make_vec_env(ScriptedEnv, n_envs), 2)
+
+    class NaNActions(Still):
+        def predict(self, *args, **kwargs):
+            actions, state = super().predict(*args, **kwargs)
+            return np.full_like(actions, np.nan), state
+
+    with pytest.raises(ValueError, match="The policy gives actions that are NaN or infinite"):
+        evaluate_goals(NaNActions(), make_vec_env(ScriptedEnv, n_envs), 2)
+
+
+class Wrapper(VecEnvWrapper):
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        return self.venv.step_wait()
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda env: env,
+        lambda env: VecNormalize(env),
+        lambda env: Wrapper(VecMonitor(env)),
+        lambda env: env.envs[1],
+        lambda env: DummyVecEnv([ScriptedEnv, lambda: Monitor(env.envs[1].unwrapped)]),
+    ],
+)
+def test_goal_eval_callback_in_the_training_env(same):
+    env = make_vec_env(ScriptedEnv, 2)
+    model = make_model(Wrapper(env))
+    with pytest.raises(ValueError, match=r"`eval_env` is the env that the model is trained in.*Make another one"):
+        model.learn(20, callback=GoalEvalCallback(same(env), eval_freq=10))
+    assert model.num_timesteps == 0
+
+
+@pytest.mark.parametrize("key", ["is_success", "success"])
+def test_goal_eval_callback(tmp_path, key):
     model = make_model(make_vec_env(ScriptedEnv, 2))
     logged: list[tuple] = []
     logger = configure(None, [])
     logger.record = lambda key, value, *args, **kwargs: logged.append((key, value))  # type: ignore[method-assign]
     model.set_logger(logger)
     callback = GoalEvalCallback(
-        make_vec_env(ScriptedEnv, 2), n_eval_episodes=5, eval_freq=20, log_path=str(tmp_path), verbose=0
+        make_vec_env(ScriptedEnv, 2, env_kwargs=dict(key=key)),
+        n_eval_episodes=5,
+        eval_freq=20,
+        log_path=str(tmp_path),
+        verbose=0,
     )
     model.learn(128, callback=callback)
     values = dict(logged)
@@ -96,7 +145,8 @@ def test_goal_eval_callback(tmp_path):
     rows = list(csv.DictReader((tmp_path / "episodes.csv").open()))
     assert [int(row["timesteps"]) for row in rows] == [40] * 5 + [80] * 5 + [120] * 5
     assert {row["time_at_goal"] for row in rows} == {"3"}
-    assert (tmp_path / "evaluations.npz").exists()
+    with np.load(tmp_path / "evaluations.npz") as file:
+        assert file["successes"].tolist() == [[False] * 5] * 3
 
 
 def test_training_display():

@@ -1128,8 +1128,6 @@ class DeepCRL(OffPolicyAlgorithm):
             kwargs.setdefault(name, "auto")
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         model._auto_settings = [name for name in auto_settings if kwargs[name] == "auto"]
-        for name in SCHEDULES[1:]:
-            model.__dict__.pop(name, None)
         return model
 
     @staticmethod
@@ -1243,7 +1241,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + ["actor", "critic", "lr_schedule", "_compiled", "_graphed_update"]  # noqa: RUF005
+        return [*super()._excluded_save_params(), "actor", "critic", *SCHEDULES, "_compiled", "_graphed_update"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
