@@ -1041,7 +1041,8 @@ class DeepCRL(OffPolicyAlgorithm):
         """
         Return a trained model.
 
-        :param total_timesteps: The total number of samples (env steps) to train on
+        :param total_timesteps: The total number of samples (env steps) to train on, rounded up to a multiple of the number
+            of envs, or to whole episodes if ``train_freq`` counts them
         :param callback: callback(s) called at every step with state of the algorithm.
         :param log_interval: for off-policy algos, the number of episodes before logging.
         :param tb_log_name: the name of the run for TensorBoard logging
