@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ MAX_DRAWS = 20
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
-def check_finite(values: dict[str, ArrayLike], env_indices: np.ndarray | None = None) -> None:
+def check_finite(values: Mapping[str, ArrayLike], env_indices: np.ndarray | None = None) -> None:
     """
     Check that what came from the envs are numbers.
 
@@ -198,7 +199,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         return int(np.count_nonzero(self.remaining, axis=0).min()) if self.full else self.pos
 
     def _count(self) -> None:
-        """Set ``pos`` and ``full`` to what is stored. The oldest transition is in row 0, also when older ones are overwritten."""
+        """Set ``pos`` and ``full`` to what is stored. The oldest transition is always the first one."""
         self.full = self.n_used == self.n_slots
         self.pos = 0 if self.full else int(np.count_nonzero(self.remaining, axis=0).min())
 
@@ -303,7 +304,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.n_used = max(self.n_used, int(self.head.max()) + 1)
 
     def _end_episodes(self, envs: np.ndarray, truncated: bool = False) -> None:
-        """Let the newest state of some envs be the last one of its episode, which the env itself has not ended if truncated."""
+        """Let the newest state of some envs be the last one of its episode, which goes on in the env if it is truncated."""
         for env_idx in envs:
             n_steps = self.episode_steps[env_idx]
             steps_to_end = np.arange(1, n_steps + 1)

@@ -660,7 +660,8 @@ class DeepCRL(OffPolicyAlgorithm):
         vec_normalize = self._vec_normalize_env
         # There is no `obs_rms` where observations are not normalised
         attributes = {} if vec_normalize is None else vars(vec_normalize)
-        statistics = deepcopy({name: attributes[name] for name in ("obs_rms", "ret_rms") if name in attributes})
+        names = attributes.keys() & {"obs_rms", "ret_rms"}
+        statistics = deepcopy({name: attributes[name] for name in names})
         try:
             yield
         except ValueError:
@@ -772,8 +773,8 @@ class DeepCRL(OffPolicyAlgorithm):
         else:
             remedy = f"`learning_starts` of at least {self.num_timesteps + batch_size - n_transitions}"
         warnings.warn(
-            f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer, so that negatives of "
-            f"the contrastive loss are copies of its positives: use {remedy}, or a smaller `batch_size`"
+            f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer, so that negatives "
+            f"of the contrastive loss are copies of its positives: use {remedy}, or a smaller `batch_size`"
         )
 
     def _may_clip_goals(self) -> bool:
@@ -803,7 +804,6 @@ class DeepCRL(OffPolicyAlgorithm):
                 "VecNormalize clips most of the relabelled goals, because the env's own `desired_goal` varies too little: "
                 "exclude it, for instance with `VecNormalize(env, norm_obs_keys=['observation'])`"
             )
-
 
     def _update_minibatch(self, minibatch: dict[str, th.Tensor]) -> th.Tensor:
         """The same as ``_update``, with the actions among the observations."""
