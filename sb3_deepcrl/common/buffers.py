@@ -67,7 +67,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     ``observations``, ``next_observations``, ``actions``, ``rewards``, ``dones`` and ``timeouts`` are the newest ``size()``
     transitions of each env, oldest first, of shape ``(size(), n_envs, ...)``: read-only copies, which are made when they
-    are asked for and kept until the next ``add``. ``pos`` and ``full`` belong to them.
+    are asked for and kept until the next ``add``. ``pos`` is their number until old transitions are overwritten (``full``),
+    and 0 from then on, as the oldest one is always the first.
 
     :param buffer_size: Max number of states in the buffer, over all envs
     :param observation_space: Observation space, with the keys ``achieved_goal`` and ``desired_goal``
