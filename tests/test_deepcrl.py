@@ -1,4 +1,5 @@
 import copy
+import io
 import warnings
 
 import gymnasium as gym
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from rich.console import Console
 from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -17,9 +19,11 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
+from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.deepcrl.deepcrl import UPDATE_METRICS
 from tests.envs import EpisodeCounterEnv, GoalReachEnv
 
@@ -479,6 +483,126 @@ def test_vec_normalize_that_clips_the_goals():
         make_model(VecNormalize(make_vec_env(FixedGoalEnv, 2), norm_obs_keys=["observation"])).learn(100)
 
 
+def test_no_warning_of_goals_that_are_not_clipped():
+    far = dict(clip_obs=0.01, norm_obs_keys=["observation"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Most goals are beyond the limit of what is normalised, but they are not
+        make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), **far)).learn(100)
+        make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), norm_obs=False, clip_obs=0.01)).learn(100)
+        # The statistics of the first episode hold a single goal
+        make_model(VecNormalize(DummyVecEnv([lambda: GoalReachEnv(max_steps=100)]))).learn(90)
+
+
+def test_train_waits_for_the_device_once():
+    class CountReads(TorchDispatchMode):
+        n_reads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n_reads += func is th.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    n_reads = []
+    for env in (make_vec_env(GoalReachEnv, 3), VecNormalize(make_vec_env(GoalReachEnv, 3))):
+        model = make_model(env).learn(60)
+        with CountReads() as count:
+            model.train(gradient_steps=2, batch_size=16)
+        n_reads.append(count.n_reads)
+    assert n_reads[0] == n_reads[1]
+
+
+def test_minibatch_larger_than_the_data():
+    with pytest.warns(UserWarning, match=r"`batch_size=40` is more than the 32 .*`learning_starts` of at least 40") as record:
+        model = make_model(batch_size=40).learn(100)
+    assert len(record) == 1
+    assert model._n_updates > 0
+    # As after loading a model without its replay buffer
+    model = make_model().learn(100)
+    model.replay_buffer.reset()
+    model.batch_size = 40
+    with pytest.warns(UserWarning, match=f"than the 16 trans.*`learning_starts` of at least {model.num_timesteps + 40}"):
+        model.learn(32, reset_num_timesteps=False)
+    with pytest.warns(UserWarning, match="than the 20 trans.*`buffer_size` of at least 40"):
+        make_model(batch_size=40, buffer_size=20, learning_starts=60).learn(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model(batch_size=40, learning_starts=40).learn(100)
+
+
+class SimulatorVecEnv(VecEnvWrapper):
+    """
+    Returns rewards and dones in another form, and knows no attributes.
+
+    :param venv: Envs
+    :param convert: What makes the other form of an array
+    :param error: What to raise, or return, when asked for an attribute
+    """
+
+    def __init__(self, venv, convert=lambda values: values, error=None):
+        self.error = None
+        super().__init__(venv)
+        self.convert, self.error = convert, error
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, self.convert(rewards), self.convert(dones), infos
+
+    def has_attr(self, attr_name):
+        return VecEnv.has_attr(self, attr_name)
+
+    def get_attr(self, attr_name, indices=None):
+        if self.error is None:
+            return super().get_attr(attr_name, indices)
+        if isinstance(self.error, type):
+            raise self.error(attr_name)
+        return self.error
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, KeyError, AssertionError, 7, "", [np.inf], [None, None]])
+def test_vec_env_that_does_not_tell_its_attributes(error):
+    env = SimulatorVecEnv(make_vec_env(time_limited, 2), error=error)
+    assert make_model(env, buffer_size=12).learn(40).num_timesteps >= 40
+
+
+@pytest.mark.parametrize("lengths", [[np.int64(9), 10], th.tensor([9, 10]), (None, 10.0)])
+def test_vec_env_that_tells_its_time_limit_in_another_form(lengths):
+    with pytest.raises(ValueError, match="less than one episode of 10 steps"):
+        make_model(SimulatorVecEnv(make_vec_env(time_limited, 2), error=lengths), buffer_size=18)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda values: values.astype(np.float32),
+        lambda values: values.astype(np.int64),
+        lambda values: values.tolist(),
+        lambda values: th.as_tensor(values),
+        lambda values: th.as_tensor(values).float(),
+    ],
+)
+def test_vec_env_that_returns_rewards_and_dones_in_another_form(convert):
+    def make_env(convert):
+        lengths = (7, 4)
+        return SimulatorVecEnv(DummyVecEnv([lambda n=n: GoalReachEnv(max_steps=n) for n in lengths]), convert)
+
+    results = []
+    for form in (lambda values: values, convert):
+        display = TrainingDisplay(console=Console(file=io.StringIO()))
+        env = make_env(form)
+        env.seed(3)
+        buffer = make_model(env).learn(60, callback=display).replay_buffer
+        results.append((buffer.dones, buffer.rewards, buffer.remaining, list(display.successes), list(display.times_at_goal)))
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    # The check of the first observation of an episode looks at the envs that are done
+    envs = [lambda: GoalReachEnv(max_steps=4), lambda: NaNEnv(12)]
+    with pytest.raises(ValueError, match="NaN or infinity in `observation` of env 1"):
+        make_model(SimulatorVecEnv(DummyVecEnv(envs), convert)).learn(100)
+
+
 def test_subprocesses():
     env = make_vec_env(time_limited, 2, vec_env_cls=SubprocVecEnv)
     with pytest.raises(ValueError, match="less than one episode of 10 steps"):
@@ -601,6 +725,17 @@ def test_nan_from_the_env(bad_call, normalize):
 
 
 # What existing scripts pass
+
+
+def test_reward_is_not_needed():
+    class NaNRewardEnv(GoalReachEnv):
+        def step(self, action):
+            observation, _, *rest = super().step(action)
+            return observation, np.nan, *rest
+
+    for env in (make_vec_env(NaNRewardEnv, 2), VecNormalize(make_vec_env(NaNRewardEnv, 2))):
+        model = make_model(env).learn(100)
+        assert all(th.isfinite(values).all() for values in model.policy.parameters())
 
 
 def test_her_replay_buffer_is_replaced_with_one_warning():
@@ -796,9 +931,8 @@ def test_buffer_smaller_than_an_episode():
     with pytest.raises(ValueError, match=r"`buffer_size=19` leaves 9 transitions.*2 envs.*10 steps.*at least 20"):
         make_model(env, buffer_size=19)
     assert make_model(env, buffer_size=20).learn(128).num_timesteps == 128
-    # An env that does not tell: found out while learning
-    with pytest.raises(ValueError, match="longer than the 5 transitions"):
-        make_model(GoalReachEnv(), buffer_size=5).learn(20)
+    # An env without a time limit, or that does not tell: its episodes are truncated
+    assert make_model(GoalReachEnv(max_steps=10**6), buffer_size=20).learn(100)._n_updates > 0
 
 
 def test_batch_of_one_in_train():

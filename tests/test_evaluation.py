@@ -30,6 +30,17 @@ class ScriptedEnv(GoalReachEnv):
         return self._observation(), float(at_goal), False, self.steps == 10, {self.key: np.float32(at_goal)}
 
 
+class WithoutLastObservation(VecEnvWrapper):
+    """Does not tell how an episode ended, as some simulators."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, rewards.tolist(), dones.astype(np.float32), [{**info, "terminal_observation": None} for info in infos]
+
+
 class Still:
     """A policy that does nothing."""
 
@@ -58,6 +69,12 @@ def test_measures_by_hand(key, n_envs, normalize):
         # Steps 1, 2, 6, 7, 8, 9 and 10, a fifth of a metre each; with VecNormalize without the last one
         expected = 33 / 5 / 9 if normalize else 43 / 5 / 10
         assert episode.mean_distance == pytest.approx(expected, rel=1e-4)
+
+
+def test_env_that_does_not_tell_how_an_episode_ended():
+    for episode in evaluate_goals(Still(), WithoutLastObservation(make_vec_env(ScriptedEnv, 2)), 4):
+        assert episode.episode_length == 10
+        assert episode.mean_distance == pytest.approx(33 / 5 / 9, rel=1e-4)
 
 
 def test_single_env_without_monitor():

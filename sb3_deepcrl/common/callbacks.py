@@ -74,7 +74,8 @@ class TrainingDisplay(BaseCallback):
         infos = self.locals["infos"]
         self._steps_at_goal += [bool(info.get("is_success", info.get("success", False))) for info in infos]
         self._episode_steps += 1
-        dones = self.locals["dones"]
+        # VecEnvs of simulators return them as numbers, lists or tensors
+        dones = np.asarray(self.locals["dones"], dtype=bool).reshape(-1)
         for index in np.flatnonzero(dones):
             self.successes.append(bool(self._steps_at_goal[index] > 0))
             self.times_at_goal.append(self._steps_at_goal[index] / self._episode_steps[index])

@@ -26,7 +26,7 @@ class GoalEpisode:
     :param time_at_goal: Number of steps at the goal (the paper's measure, section 4.1)
     :param time_at_goal_fraction: The same divided by the episode length
     :param mean_distance: Euclidean distance between achieved and desired goal, averaged over the steps, in their units
-        (with ``VecNormalize`` over all steps but the last one)
+        (with ``VecNormalize``, or without ``terminal_observation`` in the info dict, over all steps but the last one)
     """
 
     env_index: int
@@ -100,6 +100,9 @@ class GoalEpisodeRecorder:
             # What VecNormalize gave may be clipped
             original = observations if self.vec_normalize is None else self.vec_normalize.get_original_obs()
             distances.append(self._distance(original, index))
+        elif info.get("terminal_observation") is None:
+            # A simulator that does not tell how the episode ended: do without it
+            distances = distances or [np.nan]
         elif self.vec_normalize is None:
             distances.append(self._distance(info["terminal_observation"]))
         elif not distances:

@@ -218,6 +218,22 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         )
 
 
+def longest_episode(env: VecEnv) -> int | None:
+    """
+    :param env: Any envs
+    :return: Number of steps of their longest episode, None if they do not tell
+    """
+    # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
+    name = "_max_episode_steps"
+    try:
+        # The processes of SubprocVecEnv die of `get_attr` with a name that they do not know
+        lengths = env.get_attr(name) if env.has_attr(name) else []
+        return max((int(length) for length in lengths if length is not None), default=None)
+    except Exception:
+        # VecEnvs of simulators raise all kinds of errors and may return anything
+        return None
+
+
 class DeepCRL(OffPolicyAlgorithm):
     """
     Deep contrastive reinforcement learning: goal-conditioned, self-supervised (the reward is not used), with residual
@@ -433,6 +449,7 @@ class DeepCRL(OffPolicyAlgorithm):
         # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
         self._missing_steps = 0
         self._warned_of_clipped_goals = False
+        self._warned_of_few_transitions = False
 
         # Whether the residual blocks are compiled, None if nobody has tried
         self._compiled: bool | None = None
@@ -582,14 +599,12 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if it does not
         """
         assert self.env is not None
-        # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
-        name = "_max_episode_steps"
-        lengths = [length for length in (self.env.get_attr(name) if self.env.has_attr(name) else []) if length is not None]
-        if lengths and self.buffer_size // self.n_envs < max(lengths):
+        longest = longest_episode(self.env)
+        if longest is not None and self.buffer_size // self.n_envs < longest:
             raise ValueError(
                 f"`buffer_size={self.buffer_size}` leaves {self.buffer_size // self.n_envs} transitions for each of the "
-                f"{self.n_envs} envs, less than one episode of {max(lengths)} steps, within which goals are drawn: "
-                f"use at least {self.n_envs * max(lengths)}"
+                f"{self.n_envs} envs, less than one episode of {longest} steps, within which goals are drawn: "
+                f"use at least {self.n_envs * longest}"
             )
 
     def _setup_lr_schedule(self) -> None:
@@ -813,12 +828,14 @@ class DeepCRL(OffPolicyAlgorithm):
         Put the running statistics of VecNormalize back if a value from the env is not a number: it is in them already.
         """
         vec_normalize = self._vec_normalize_env
-        statistics = None if vec_normalize is None else deepcopy((vec_normalize.obs_rms, vec_normalize.ret_rms))
+        # There is no `obs_rms` where observations are not normalised
+        attributes = {} if vec_normalize is None else vars(vec_normalize)
+        names = attributes.keys() & {"obs_rms", "ret_rms"}
+        statistics = deepcopy({name: attributes[name] for name in names})
         try:
             yield
         except ValueError:
-            if vec_normalize is not None and statistics is not None:
-                vec_normalize.obs_rms, vec_normalize.ret_rms = statistics
+            attributes.update(statistics)
             raise
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -874,10 +891,12 @@ class DeepCRL(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
+        # VecEnvs of simulators return them as numbers, lists or tensors
+        dones = np.asarray(dones, dtype=bool).reshape(-1)
         # The replay buffer checks the last observation of an episode, but does not see the first one of the next
         if dones.any():
             first_obs = self._original_obs(new_obs)
-            check_finite({key: value[dones] for key, value in first_obs.items()}, np.flatnonzero(dones))
+            check_finite({key: np.asarray(value)[dones] for key, value in first_obs.items()}, np.flatnonzero(dones))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -902,15 +921,19 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.ent_coef_optimizer is not None:
             set_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
 
+        self._warn_of_few_transitions(batch_size)
         self.replay_buffer.gamma = self.gamma
-        transition_bytes = sum(values[0, 0].nbytes for values in self.replay_buffer.observations.values())
-        steps_at_once = max(1, MAX_SAMPLE_BYTES // (transition_bytes * batch_size))
+        steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         metrics: list[th.Tensor] = []
+        clipped: list[th.Tensor] = []
+        watch_goals = self._may_clip_goals()
         graph_key = None if self._graphed_update is None else self._graph_key()
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
             observations, actions = self.replay_buffer.sample_contrastive(n_steps * batch_size, env=self._vec_normalize_env)
-            self._warn_of_clipped_goals(observations[GOAL_KEY])
+            if watch_goals:
+                limit = self._vec_normalize_env.clip_obs  # type: ignore[union-attr]
+                clipped.append((observations[GOAL_KEY].abs() >= limit).float().mean())
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {key: values[rows] for key, values in observations.items()}
@@ -922,21 +945,59 @@ class DeepCRL(OffPolicyAlgorithm):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
+        means = th.stack(metrics).mean(dim=0)
+        if watch_goals:
+            means = th.cat((means, th.stack(clipped).mean(dim=0, keepdim=True)))
         # The only time that the host waits for the device
-        for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
+        values = means.tolist()
+        if watch_goals:
+            self._warn_of_clipped_goals(values.pop())
+        for name, value in zip(names, values, strict=True):
             self.logger.record(f"train/{name}", value)
 
-    def _warn_of_clipped_goals(self, goals: th.Tensor) -> None:
+    def _warn_of_few_transitions(self, batch_size: int) -> None:
+        """
+        Warn once if rows of a minibatch must be the same transition: the negatives of a row are then its positive.
+
+        :param batch_size: Number of transitions in a minibatch
+        """
+        assert self.replay_buffer is not None
+        rows = self.replay_buffer.buffer_size if self.replay_buffer.full else self.replay_buffer.pos
+        n_transitions = rows * self.replay_buffer.n_envs
+        if n_transitions >= batch_size or self._warned_of_few_transitions:
+            return
+        self._warned_of_few_transitions = True
+        if self.replay_buffer.full:
+            remedy = f"`buffer_size` of at least {batch_size}"
+        else:
+            remedy = f"`learning_starts` of at least {self.num_timesteps + batch_size - n_transitions}"
+        warnings.warn(
+            f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer, so that negatives "
+            f"of the contrastive loss are copies of its positives: use {remedy}, or a smaller `batch_size`"
+        )
+
+    def _may_clip_goals(self) -> bool:
+        """
+        :return: Whether to find out if VecNormalize clips the goals: only what it normalises is clipped, and its statistics
+            need the goals of a few episodes
+        """
+        vec_normalize = self._vec_normalize_env
+        return (
+            not self._warned_of_clipped_goals
+            and vec_normalize is not None
+            and vec_normalize.norm_obs
+            and GOAL_KEY in (vec_normalize.norm_obs_keys or ())
+            and self.n_envs + self._episode_num > 2
+        )
+
+    def _warn_of_clipped_goals(self, fraction: float) -> None:
         """
         Warn once if VecNormalize makes the goals useless, as it does when the desired goal never changes: its variance
         is zero then, and all other goals end at the limits.
 
-        :param goals: Normalised goals
+        :param fraction: Fraction of the coordinates of the normalised goals that are at the limits
         """
-        vec_normalize = self._vec_normalize_env
-        if vec_normalize is None or self._warned_of_clipped_goals:
-            return
-        if (goals.abs() >= vec_normalize.clip_obs).float().mean() > 0.5:
+        if fraction > 0.5:
             self._warned_of_clipped_goals = True
             warnings.warn(
                 "VecNormalize clips most of the relabelled goals, because the env's own `desired_goal` varies too little: "
@@ -1050,7 +1111,7 @@ class DeepCRL(OffPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
         :raises ValueError: if a value from the env is NaN or infinite (naming the env and the key),
-            or if an episode is longer than the replay buffer
+            except in the rewards, which are not needed
         """
         return super().learn(
             total_timesteps=total_timesteps,
