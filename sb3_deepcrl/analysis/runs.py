@@ -621,11 +621,13 @@ def train_all(
                         lines.append(f"{description}, {steps:,} of {run.steps:,} env steps")
             progress.update(total, completed=done)
             if not is_live:
-                # Such as a log file
+                # Such as in a log file
                 elapsed = timedelta(seconds=int(progress.tasks[total].elapsed or 0))
                 for line in lines:
                     console.print(f"{elapsed} {line}; {progress.tasks[total].percentage:.0f} % of all", highlight=False)
 
+        if not is_live:
+            console.print(f"{len(all_runs)} runs, {len(open_runs)} to train", highlight=False)
         refresh()
         if jobs == 1:
             with called_every_second(refresh):
