@@ -656,6 +656,13 @@ def test_signals_stop_a_study(tmp_path, capsys, monkeypatch, number):
     assert capsys.readouterr().err == "Stopped. The same command goes on from the last evaluations.\n"
 
 
+def test_a_bug_keeps_its_traceback_and_tells_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "make_model", lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
+    assert error.value.__notes__ == ["The same command goes on from the last evaluations."]
+
+
 def test_command_of_dicts():
     hyperparams = {"energy": "dot", "buffer_size": 4000, "ent_coef": "0.1", "policy_kwargs": {"norm": "none"}}
     command = DepthStudy(hyperparams=hyperparams).command()

@@ -132,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 128 + (numbers[0] if numbers else signal.SIGINT)
         parser.exit(code, "Stopped. The same command goes on from the last evaluations.\n")
+    except Exception as error:
+        error.add_note("The same command goes on from the last evaluations.")
+        raise
     assert report.path is not None
     console.print(Markdown(report.path.read_text()))
     console.print(f"Written to {report.path}")
