@@ -46,7 +46,7 @@ from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv, SuccessInfoWrapper
-from sb3_deepcrl.envs.registration import ENV_TABLE
+from sb3_deepcrl.envs.registration import ENV_TABLE, import_gymnasium_robotics
 
 # Evaluation envs have their own seed, the same for all settings and training seeds
 EVAL_SEED = 10_000
@@ -156,8 +156,6 @@ def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) ->
 
 def register_robotics() -> None:
     """Make the ids of gymnasium-robotics known."""
-    from sb3_deepcrl.envs.compat import import_gymnasium_robotics
-
     import_gymnasium_robotics()
 
 
@@ -750,7 +748,7 @@ def _call_and_report(sender: Connection, function: Callable[..., None], argument
     :param function: What to call
     :param arguments: Its arguments
     """
-    # Ctrl-C in a terminal comes here too, and that it is closed, but it is the other process that stops this one
+    # Signals of a terminal, such as Ctrl-C, come here too, but it is the other process that stops this one
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)

@@ -8,29 +8,10 @@ AssertionError when they are made. The maze environments are not affected.
 To remove it, delete this file and its name in ``sb3_deepcrl.envs``.
 """
 
-import contextlib
-import importlib
 import types
 from typing import Any
-from unittest.mock import patch
 
 REPAIRED_ENUM = "mjtJoint"
-
-
-def import_gymnasium_robotics() -> None:
-    """
-    Import gymnasium-robotics, which registers its environments, without one of the notices that it prints: the one on the
-    rewards of Adroit, which no goal-conditioned environment has. All others are printed.
-    """
-    with contextlib.ExitStack() as stack:
-        # Whoever has not installed this package sees no notices at all
-        with contextlib.suppress(ImportError):
-            from farama_notifications import notifications
-
-            notices = notifications.get("gymnasium_robotics", {})
-            others = {version: text for version, text in notices.items() if not text.startswith("AdroitHand")}
-            stack.enter_context(patch.dict(notifications, gymnasium_robotics=others))
-        importlib.import_module("gymnasium_robotics")
 
 
 def patch_gymnasium_robotics() -> bool:

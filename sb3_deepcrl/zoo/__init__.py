@@ -17,7 +17,7 @@ from gymnasium.envs.registration import WrapperSpec, registry
 
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import patch_gymnasium_robotics, register_envs
-from sb3_deepcrl.envs.compat import import_gymnasium_robotics
+from sb3_deepcrl.envs.registration import import_gymnasium_robotics
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 
 MAZES = "gymnasium_robotics.envs.maze"

@@ -371,12 +371,13 @@ class GoalExperimentManager(ExperimentManager):
                 self._save_after(error, model)
             raise
         finally:
-            # A training that is interrupted leaves them open
-            for callback in self.callbacks:
-                if isinstance(callback, TrainingDisplay):
-                    callback.stop()
-                elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
-                    callback.pbar.close()
+            with uninterrupted():
+                # A training that is interrupted leaves them open
+                for callback in self.callbacks:
+                    if isinstance(callback, TrainingDisplay):
+                        callback.stop()
+                    elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+                        callback.pbar.close()
 
     def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
         """
