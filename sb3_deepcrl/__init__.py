@@ -1,5 +1,10 @@
 from pathlib import Path
 
+from sb3_deepcrl.common.startup import is_command, start_command
+
+if is_command():
+    start_command()
+
 from sb3_deepcrl.common.acceleration import compile_blocks
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.deep_policies import DeepResidualExtractor, register_policies, unregister_policies

@@ -427,14 +427,26 @@ def test_two_runs_side_by_side(tmp_path):
     # Up to the order of sums, as the number of threads may differ
     assert all(th.allclose(same[name], expected[name], atol=1e-4) for name in expected)
     assert not all(th.allclose(other[name], expected[name], atol=1e-4) for name in expected)
-    lines = output.getvalue().splitlines()
-    assert [re.sub(r"\s.*", "", line) for line in lines] == ["env", "one,", "one,"]
-    assert all("100%" in line for line in lines)
-    assert lines[1].startswith("one, seed 0, time at goal")
-    # Nothing left to do: the progress says so at once
+    # Not a terminal: a line for each run that starts or gets on
+    first, *lines = output.getvalue().splitlines()
+    assert first == "2 runs, 2 to train"
+    for seed in range(2):
+        told = [line for line in lines if f"one, seed {seed}, " in line]
+        assert re.fullmatch(rf"0:00:\d\d one, seed {seed}, time at goal \d+, 160 of 160 env steps; \d+ % of all", told[-1])
+    assert lines[-1].endswith("100 % of all")
     output = io.StringIO()
     train_all(settings, together, console=Console(file=output, width=120), train_function=None)  # type: ignore[arg-type]
+    assert output.getvalue() == "2 runs, 0 to train\n"
+
+
+def test_progress_on_a_terminal(tmp_path):
+    train(toy_run(), tmp_path)
+    output = io.StringIO()
+    console = Console(file=output, width=120, force_terminal=True, force_interactive=True)
+    train_all({"one": [toy_run()]}, tmp_path, console=console, train_function=None)  # type: ignore[arg-type]
+    assert "env steps" in output.getvalue()
     assert "100%" in output.getvalue()
+    assert "to train" not in output.getvalue()
 
 
 def test_errors_of_other_processes_are_raised(tmp_path):
@@ -453,7 +465,7 @@ def test_killed_processes_are_told(tmp_path):
         train_all(settings, tmp_path, jobs=2, train_function=kill_process, console=Console(file=io.StringIO()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_a_study_is_that_of_its_processes(tmp_path, number):
     options = [*TOY_OPTIONS, "--seeds", "2", "--depths", "4", "--steps", "1000000", "--n-evaluations", "25000"]
     command = [sys.executable, "-m", "sb3_deepcrl.analysis", "depth", *options, "--runs", str(tmp_path), "--jobs", "2"]
@@ -465,8 +477,8 @@ def test_the_end_of_a_study_is_that_of_its_processes(tmp_path, number):
         process.send_signal(number)
         # The pipe ends with the last process that may write to it
         _, errors = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
         assert "Stopped. The same command goes on from the last evaluations." in errors.splitlines()
         assert "Traceback" not in errors
     for folder in tmp_path.glob("*/seed-*"):
@@ -634,12 +646,20 @@ def test_errors_take_one_line(tmp_path, capsys, options, message):
     assert re.fullmatch(f"python -m sb3_deepcrl.analysis depth: error: {message}\n", capsys.readouterr().err)
 
 
-def test_ctrl_c(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "make_model", Stop(runs.make_model, 1).__get__(None, None))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_stop_a_study(tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr(runs, "make_model", lambda *args: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as error:
         main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
-    assert error.value.code == 130
+    assert error.value.code == 128 + number
     assert capsys.readouterr().err == "Stopped. The same command goes on from the last evaluations.\n"
+
+
+def test_a_bug_keeps_its_traceback_and_tells_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "make_model", lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
+    assert error.value.__notes__ == ["The same command goes on from the last evaluations."]
 
 
 def test_command_of_dicts():

@@ -1,4 +1,5 @@
 import copy
+import csv
 import io
 import warnings
 
@@ -319,6 +320,19 @@ def test_metrics_are_logged(tmp_path):
     assert 0 <= float(values["train/categorical_accuracy"]) <= 1
     assert float(values["train/logits_pos"]) > float(values["train/logits_neg"])
     assert {"rollout/success_rate", "rollout/ep_rew_mean", "time/fps", "time/total_timesteps"} <= set(header)
+
+
+def test_episodes_that_end_together_are_logged_once(tmp_path):
+    model = make_model(make_vec_env(GoalReachEnv, 8))
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    # All episodes have ten steps
+    model.learn(400, log_interval=4)
+    rows = list(csv.DictReader((tmp_path / "progress.csv").open()))
+    assert [int(row["time/total_timesteps"]) for row in rows] == [80, 160, 240, 320, 400]
+    # What is new is written at the same step too
+    model.logger.record("mine", 1)
+    model.dump_logs()
+    assert len((tmp_path / "progress.csv").read_text().splitlines()) == 7
 
 
 def test_tensorboard(tmp_path):

@@ -1,9 +1,12 @@
 import csv
 import io
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
+from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
@@ -166,10 +169,20 @@ def test_goal_eval_callback(tmp_path, key):
         assert file["successes"].tolist() == [[False] * 5] * 3
 
 
+def test_printed_evaluation_says_which_success(capsys):
+    model = make_model(make_vec_env(ScriptedEnv, 2), train_freq=5)
+    model.learn(20, callback=GoalEvalCallback(make_vec_env(ScriptedEnv, 2), n_eval_episodes=4, eval_freq=5))
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    measures = "success 100 % at any step, 0 % at the last step, time at goal 3.0 of 10 steps, episode reward 3.00"
+    assert first == f"Eval num_timesteps=10: {measures} (new best)"
+    assert second == f"Eval num_timesteps=20: {measures}"
+    assert rest == []
+
+
 def test_training_display():
-    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    console = Console(file=io.StringIO(), width=160, force_interactive=True, force_terminal=True)
     display = TrainingDisplay(console=console)
-    make_model(make_vec_env(ScriptedEnv, 2)).learn(96, callback=display)
+    model = make_model(make_vec_env(ScriptedEnv, 2)).learn(96, callback=display)
     assert list(display.successes) == [True] * len(display.successes) != []
     # Once more does no harm, and before the start neither
     display.stop()
@@ -177,5 +190,32 @@ def test_training_display():
     assert display.times_at_goal[0] == pytest.approx(0.3)
     assert 0.0 < display.accuracy <= 1.0
     text = console.file.getvalue()
-    for word in ("success", "100 %", "time at goal", "30 %", "contrastive accuracy", "steps/s", "left", "96/96"):
+    for word in ("success at any step", "100 %", "time at goal", "30 %", "categorical accuracy", "steps/s", "left", "96/96"):
         assert word in text, word
+    assert f"(chance {100 / model.batch_size:.2g} %)" in text
+
+
+def test_display_in_a_log_file(monkeypatch):
+    console = Console(file=io.StringIO(), width=40)
+    display = TrainingDisplay(console=console)
+    model = make_model(make_vec_env(ScriptedEnv, 2), train_freq=1, gradient_steps=1, compile=False)
+    model.learn(96, callback=display)
+    display.stop()
+    lines = console.file.getvalue().splitlines()
+    # At the start, for every tenth of the steps and at the end; none of them broken
+    assert [line.partition(" ")[0] for line in lines] == [f"{steps}/96" for steps in (*range(0, 96, 10), 96)]
+    assert "success at any step 100 %, time at goal 30 %, categorical accuracy " in lines[-1]
+    # In a long training, every minute: here each look at the clock takes ten seconds, and there are 100 rollouts
+    console.file = io.StringIO()
+    monkeypatch.setattr("sb3_deepcrl.common.callbacks.time", SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
+    model.learn(1_000_000, callback=[display, StopTrainingOnMaxEpisodes(10)])
+    display.stop()
+    assert 10 < len(console.file.getvalue().splitlines()) < 30
+
+
+def test_display_in_place_of_the_tables(tmp_path, capsys):
+    for replaces_tables in (False, True):
+        model = make_model(make_vec_env(ScriptedEnv, 2), verbose=1, tensorboard_log=str(tmp_path))
+        model.learn(96, callback=TrainingDisplay(replaces_tables=replaces_tables), log_interval=1)
+        assert ("| rollout/" in capsys.readouterr().out) != replaces_tables
+    assert len(list(tmp_path.glob("DeepCRL_*/events.out.tfevents.*"))) == 2

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
@@ -26,9 +28,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL, GoalEvalCallback
 from sb3_deepcrl.analysis import plot_value_map
+from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.zoo import cli
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
-from sb3_deepcrl.zoo.checkpoints import find_model, sibling
+from sb3_deepcrl.zoo.checkpoints import find_model, num_timesteps, sibling
 from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
@@ -223,6 +226,134 @@ class Interrupter(BaseCallback):
         return True
 
 
+class Signals(BaseCallback):
+    """Sends a signal to this process."""
+
+    numbers: ClassVar[list[int]] = []
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 50:
+            os.kill(os.getpid(), self.numbers[0])
+        return True
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGTERM], [signal.SIGINT] * 3])
+def test_signals_save_and_tell_how_to_go_on(numbers, tmp_path, monkeypatch, capsys):
+    def save_and_hear(model, path):
+        for number in numbers[1:]:
+            os.kill(os.getpid(), number)
+        save(model, path)
+
+    save = DeepCRL.save
+    monkeypatch.setattr(DeepCRL, "save", save_and_hear)
+    monkeypatch.setattr(Signals, "numbers", numbers)
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    args = ["--env", ENV, "--vec-env", "batch", "-n", "10000", "--eval-freq", "-1"]
+    with pytest.raises(SystemExit) as exit_info:
+        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+    assert exit_info.value.code == 128 + numbers[0]
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    folder = tmp_path / "deepcrl" / f"{ENV}_1"
+    assert DeepCRL.load(folder / f"{ENV}.zip").num_timesteps == 200
+    (command,) = re.findall(r"200 env steps\. To go on from there: sb3-deepcrl train (.*)", capsys.readouterr().out)
+    train(tmp_path, *shlex.split(command), "-n", "400", "-params", "callback:[]")
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps >= 400
+
+
+def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
+    # As `nohup` does
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(Signals, "numbers", [signal.SIGHUP])
+    try:
+        args = ["--env", ENV, "--vec-env", "batch", "-n", "320", "--eval-freq", "-1"]
+        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 320
+
+
+def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "subproc"]
+    command += "-n 1000000 --eval-freq -1 --num-threads 1".split()
+    with subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        # The first line of the training
+        assert any(line.startswith("0/1,000,000 env steps") for line in process.stdout)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGHUP)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert "To go on from there: sb3-deepcrl train -i" in output
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+
+
+class FailingEnv(gym.Wrapper):
+    """An env with a bug that shows late."""
+
+    n_steps = 0
+
+    def step(self, action):
+        self.n_steps += 1
+        if self.n_steps > 50:
+            raise ZeroDivisionError("a bug of the env")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("algo", ["deepcrl", "sac"])
+def test_an_error_of_the_env_saves_and_keeps_its_traceback(algo, tmp_path):
+    args = ["--algo", algo, "--env", ENV, "-n", "10000", "--eval-freq", "-1"]
+    small = TINY if algo == "deepcrl" else ["-params", "n_envs:4", "policy_kwargs:dict(net_arch=[16])", "learning_starts:1000"]
+    with pytest.raises(ZeroDivisionError, match="a bug of the env") as error_info:
+        train(tmp_path, *args, *small, "env_wrapper:'tests.test_zoo.FailingEnv'")
+    assert error_info.traceback[-1].name == "step"
+    (note,) = error_info.value.__notes__
+    (command,) = re.findall(r"saved after 200 env steps. To go on from there: sb3-deepcrl train (.*)", note)
+    train(tmp_path, *shlex.split(command), "-n", "400", *small, "env_wrapper:None")
+    assert num_timesteps(tmp_path / algo / f"{ENV}_2" / f"{ENV}.zip") >= 400
+
+
+def test_what_cannot_be_saved_is_told(tmp_path, monkeypatch):
+    def fail(model, path):
+        raise OSError("No space left on device")
+
+    args = ["--env", ENV, "--vec-env", "batch", "-n", "10000", "--eval-freq", "-1", *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepCRL, "save", fail)
+        patch.setattr(DeepCRL, "train", lambda *args, **kwargs: 1 // 0)
+        with pytest.raises(ZeroDivisionError) as error_info:
+            train(tmp_path, *args)
+    assert error_info.value.__notes__ == ["The model could not be saved: OSError: No space left on device"]
+
+    def diverge(model, *args, **kwargs):
+        next(model.policy.parameters()).data.fill_(np.nan)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(DeepCRL, "train", diverge)
+    with pytest.raises(ZeroDivisionError) as error_info:
+        train(tmp_path, *args)
+    assert error_info.value.__notes__ == ["The model is not saved: its parameters are no finite numbers"]
+    assert not list(tmp_path.glob("*/*/*.zip"))
+
+
+@pytest.mark.parametrize("args", ["", "--log-interval 4", "--verbose 0"])
+def test_output_of_a_training_in_a_log_file(args, tmp_path, capsys):
+    arguments = ["--env", ENV, "--vec-env", "batch", "-n", "640", "--eval-freq", "320", "--eval-episodes", "2"]
+    train(tmp_path, *arguments, *args.split(), *TINY)
+    output = capsys.readouterr().out
+    lines = re.findall(r"^([\d,]+)/640 env steps, success at any step .* left .*$", output, flags=re.MULTILINE)
+    if args:
+        assert lines == []
+        assert ("rollout/" in output) == ("interval" in args)
+    else:
+        # Every tenth part
+        assert [int(line) for line in lines] == [*range(0, 640, 64), 640]
+        assert "| rollout/" not in output
+        assert re.search(r"categorical accuracy \d+ % \(chance 6\.2 %\)", output)
+    evaluations = re.findall(r"Eval num_timesteps=(\d+): success \d+ % at any step, \d+ % at the last step, time at", output)
+    assert evaluations == ["320", "640"]
+    assert "Success rate" not in output
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_interrupted_run_saves_what_it_has(resume, run_folder, tmp_path):
     args = f"--env {ENV} --vec-env batch -n 10000 --progress --eval-freq -1".split()
@@ -294,7 +425,8 @@ def test_newest_complete_checkpoint(run_folder, tmp_path):
 def test_enjoy(which, logs, capsys):
     run("enjoy", ["--env", ENV, "-f", str(logs), "-n", "301", "--no-render", *which.split()])
     output = capsys.readouterr().out
-    assert re.search(r"Success rate: \d+\.\d+%", output)
+    assert re.search(r"Success at any step: \d+\.\d+%, at the last step: \d+\.\d+%", output)
+    assert "Success rate" not in output
     name = {"": ENV, "--load-best": "best_model", "--load-last-checkpoint": f"rl_model_{N_STEPS}_steps"}
     assert f"{name.get(which, f'rl_model_{EVERY}_steps')}.zip" in output
 
@@ -574,7 +706,7 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
         assert (folder / "0.monitor.csv").read_text().splitlines()[1] == "r,l,t,is_success"
         assert (folder / "rl_model_vecnormalize_320_steps.pkl").is_file()
     run("enjoy", ["--env", env_id, "-f", str(tmp_path), "-n", "301", "--no-render"])
-    assert "Success rate: " in capsys.readouterr().out
+    assert "Success at any step: " in capsys.readouterr().out
     # The statistics of VecNormalize go on too
     train(tmp_path, "-i", str(folder), "-n", "340")
     assert f"Loading VecNormalize stats: {folder / env_id / 'vecnormalize.pkl'}" in capsys.readouterr().out

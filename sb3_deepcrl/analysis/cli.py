@@ -4,6 +4,7 @@ The command ``python -m sb3_deepcrl.analysis``.
 
 import argparse
 import ast
+import signal
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -23,6 +24,8 @@ from sb3_deepcrl.analysis.stitching import StitchingStudy
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.analysis.value_study import ValueMapStudy
 from sb3_deepcrl.analysis.walk import WalkStudy
+from sb3_deepcrl.common.signals import stopped_by_signals
+from sb3_deepcrl.common.startup import end_start
 
 STUDIES: dict[str, type[Study]] = {
     study.name: study
@@ -92,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     :param argv: Arguments, by default those of the command line
     """
+    end_start()
     parser = Parser(
         prog="python -m sb3_deepcrl.analysis",
         description="Studies of depth. Each trains what has not been trained yet and writes a report: Markdown, CSV, picture.",
@@ -112,19 +116,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     study_class = STUDIES[args.pop("study")]
     runs, output, jobs = args.pop("runs"), args.pop("output"), args.pop("jobs")
     console = Console()
+    numbers: list[int] = []
     try:
         # Pairs from the command line become a dict
         settings: dict[str, Any] = {name: dict(value) if _is_pairs(value) else value for name, value in args.items()}
         study = study_class(**settings)
         if jobs is not None and jobs < 1:
             raise ValueError(f"`jobs` must be at least 1, got {jobs}")
-        report = study.run(runs, output, jobs, console)
+        with stopped_by_signals() as numbers:
+            report = study.run(runs, output, jobs, console)
     except (ValueError, ChildProcessError) as error:
         # What comes from the process of a run has its traceback as its cause
         cause = f"{error.__cause__}\n" if isinstance(error.__cause__, RuntimeError) else ""
         parser.exit(2, f"{cause}{parser.prog} {study_class.name}: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
+        code = 128 + (numbers[0] if numbers else signal.SIGINT)
+        parser.exit(code, "Stopped. The same command goes on from the last evaluations.\n")
+    except Exception as error:
+        error.add_note("The same command goes on from the last evaluations.")
+        raise
     assert report.path is not None
     console.print(Markdown(report.path.read_text()))
     console.print(f"Written to {report.path}")

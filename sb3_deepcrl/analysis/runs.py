@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from multiprocessing import connection, get_context, parent_process, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -29,6 +30,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
@@ -41,9 +43,10 @@ from torch import nn
 
 from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv, SuccessInfoWrapper
-from sb3_deepcrl.envs.registration import ENV_TABLE
+from sb3_deepcrl.envs.registration import ENV_TABLE, import_gymnasium_robotics
 
 # Evaluation envs have their own seed, the same for all settings and training seeds
 EVAL_SEED = 10_000
@@ -153,9 +156,7 @@ def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) ->
 
 def register_robotics() -> None:
     """Make the ids of gymnasium-robotics known."""
-    import gymnasium_robotics
-
-    gym.register_envs(gymnasium_robotics)
+    import_gymnasium_robotics()
 
 
 def check_env_id(env_id: str) -> str:
@@ -590,7 +591,10 @@ def train_all(
     n_cores = n_usable_cores()
     jobs = max(1, min(jobs or n_cores, len(open_runs)))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    console = console or get_console()
+    is_live = console.is_interactive or console.is_jupyter
+    told: dict[Path, int] = {}
+    with Progress(*columns, console=console, disable=not is_live) as progress:
         total = progress.add_task("env steps", total=sum(run.steps for _, run in all_runs))
         bars = {
             run.folder(runs): progress.add_task(f"{label}, seed {run.seed}", total=run.steps, visible=False, start=False)
@@ -599,6 +603,7 @@ def train_all(
 
         def refresh() -> None:
             done = 0
+            lines = []
             for label, run in all_runs:
                 rows = results_of(run, runs)
                 steps = min(int(rows[-1]["timesteps"]), run.steps) if rows else 0
@@ -607,9 +612,20 @@ def train_all(
                     bar = bars[run.folder(runs)]
                     progress.start_task(bar)
                     last = f", time at goal {float(rows[-1]['time_at_goal']):.0f}" if rows else ""
-                    progress.update(bar, completed=steps, visible=True, description=f"{label}, seed {run.seed}{last}")
+                    description = f"{label}, seed {run.seed}{last}"
+                    progress.update(bar, completed=steps, visible=True, description=description)
+                    if told.get(run.folder(runs)) != steps:
+                        told[run.folder(runs)] = steps
+                        lines.append(f"{description}, {steps:,} of {run.steps:,} env steps")
             progress.update(total, completed=done)
+            if not is_live:
+                # Such as in a log file
+                elapsed = timedelta(seconds=int(progress.tasks[total].elapsed or 0))
+                for line in lines:
+                    console.print(f"{elapsed} {line}; {progress.tasks[total].percentage:.0f} % of all", highlight=False)
 
+        if not is_live:
+            console.print(f"{len(all_runs)} runs, {len(open_runs)} to train", highlight=False)
         refresh()
         if jobs == 1:
             with called_every_second(refresh):
@@ -732,8 +748,9 @@ def _call_and_report(sender: Connection, function: Callable[..., None], argument
     :param function: What to call
     :param arguments: Its arguments
     """
-    # Ctrl-C in a terminal comes here too, but it is the other process that stops this one
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals of a terminal, such as Ctrl-C, come here too, but it is the other process that stops this one
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

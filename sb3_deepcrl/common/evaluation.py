@@ -155,7 +155,8 @@ class GoalEvalCallback(EvalCallback):
     """
     Callback for evaluating a goal-conditioned agent: what :class:`~stable_baselines3.common.callbacks.EvalCallback` does,
     and the measures of :class:`GoalEpisode`, logged as ``eval/success_any``, ``eval/success_last``,
-    ``eval/time_at_goal`` (steps), ``eval/time_at_goal_fraction`` and ``eval/mean_distance``.
+    ``eval/time_at_goal`` (steps), ``eval/time_at_goal_fraction`` and ``eval/mean_distance``. ``eval/success_rate``, and
+    ``successes`` in ``evaluations.npz``, are Stable-Baselines3's names of the success at the last step.
 
     If there is a ``log_path``, each episode becomes a row of ``episodes.csv`` in that folder.
 
@@ -233,10 +234,26 @@ class GoalEvalCallback(EvalCallback):
         super()._init_callback()
 
     def _on_step(self) -> bool:
-        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
+        is_due = self.eval_freq > 0 and self.n_calls % self.eval_freq == 0
+        if is_due:
             # An evaluation that was interrupted leaves nothing behind
             self._recorder = GoalEpisodeRecorder(self.eval_env)
-        return super()._on_step()
+        best_mean_reward, verbose = self.best_mean_reward, self.verbose
+        # The parent prints success at the last step as "Success rate"
+        self.verbose = 0
+        try:
+            continue_training = super()._on_step()
+        finally:
+            self.verbose = verbose
+        if is_due and verbose >= 1:
+            means = self.last_means
+            print(
+                f"Eval num_timesteps={self.num_timesteps}: success {100 * means['success_any']:.0f} % at any step, "
+                f"{100 * means['success_last']:.0f} % at the last step, time at goal {means['time_at_goal']:.1f} of "
+                f"{means['episode_length']:.0f} steps, episode reward {means['episode_reward']:.2f}"
+                + (" (new best)" if self.best_mean_reward > best_mean_reward else "")
+            )
+        return continue_training
 
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         self._recorder(locals_, globals_)

@@ -450,6 +450,8 @@ class DeepCRL(OffPolicyAlgorithm):
         self._missing_steps = 0
         self._warned_of_clipped_goals = False
         self._warned_of_few_transitions = False
+        # Number of timesteps at the last dump of the logger
+        self._logged_timesteps: int | None = None
 
         # Whether the residual blocks are compiled, None if nobody has tried
         self._compiled: bool | None = None
@@ -718,6 +720,8 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.compile is True or (self.compile == "auto" and compile_pays(self.device, n_updates * depth)):
             # Tried once, so that there is one warning where it fails
             if self._compiled is None:
+                if self.verbose >= 1:
+                    print("Compiling the networks: the first time takes a while")
                 self._compiled = compile_blocks(self.policy)
         elif self.compile is False:
             uncompile_blocks(self.policy)
@@ -807,6 +811,7 @@ class DeepCRL(OffPolicyAlgorithm):
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
+        self._logged_timesteps = None
         with self._normalization_kept_on_error():
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
             last_obs, self._last_obs = self._last_obs, None
@@ -898,6 +903,15 @@ class DeepCRL(OffPolicyAlgorithm):
             first_obs = self._original_obs(new_obs)
             check_finite({key: np.asarray(value)[dones] for key, value in first_obs.items()}, np.flatnonzero(dones))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def dump_logs(self) -> None:
+        """
+        Write log data, unless there is nothing new: where episodes of several envs end at the same step, once for all.
+        """
+        if self._logged_timesteps == self.num_timesteps and not self.logger.name_to_value:
+            return
+        self._logged_timesteps = self.num_timesteps
+        super().dump_logs()
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """

@@ -17,7 +17,10 @@ The Gymnasium ids of this package. This module imports nothing but Gymnasium: th
 The names have no slash and no colon, so RL Zoo can use them as folder names and as keys of its config files.
 """
 
+import contextlib
+import importlib
 from typing import Any
+from unittest.mock import patch
 
 from gymnasium.envs.registration import register, registry
 
@@ -66,3 +69,19 @@ def register_envs() -> None:
         if env_id not in registry:
             length = POINT_EPISODE_LENGTH if kwargs["robot"] == "point" else EPISODE_LENGTH
             register(env_id, entry_point=ENTRY_POINT, max_episode_steps=length, kwargs=kwargs)
+
+
+def import_gymnasium_robotics() -> None:
+    """
+    Import gymnasium-robotics, which registers its environments, without one of the notices that it prints at each import: that
+    on Adroit, whose environments have no goals.
+    """
+    with contextlib.ExitStack() as stack:
+        # Without this package there are no notices
+        with contextlib.suppress(ImportError):
+            from farama_notifications import notifications
+
+            notices = notifications.get("gymnasium_robotics", {})
+            others = {version: text for version, text in notices.items() if not text.startswith("AdroitHand")}
+            stack.enter_context(patch.dict(notifications, gymnasium_robotics=others))
+        importlib.import_module("gymnasium_robotics")

@@ -7,19 +7,17 @@ file ``custom_envs.py`` with the line ``import sb3_deepcrl.zoo`` where you call 
 the command line.
 """
 
-import gymnasium as gym
-
 try:
     from rl_zoo3 import ALGOS
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 except ImportError as error:
     raise ImportError(f'RL Zoo cannot be imported ({error}): install it with `pip install "sb3_deepcrl[zoo]"`') from error
 
-import gymnasium_robotics
 from gymnasium.envs.registration import WrapperSpec, registry
 
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import patch_gymnasium_robotics, register_envs
+from sb3_deepcrl.envs.registration import import_gymnasium_robotics
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 
 MAZES = "gymnasium_robotics.envs.maze"
@@ -32,7 +30,7 @@ def register() -> None:
     HYPERPARAMS_SAMPLER["deepcrl"] = sample_deepcrl_params
     HYPERPARAMS_CONVERTER["deepcrl"] = convert_deepcrl_params
     register_envs()
-    gym.register_envs(gymnasium_robotics)
+    import_gymnasium_robotics()
     patch_gymnasium_robotics()
     for spec in registry.values():
         # These mazes report `success`. Wrapped here, inside of Monitor, the success rate is in its file too

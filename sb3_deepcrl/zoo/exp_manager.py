@@ -1,4 +1,6 @@
+import contextlib
 import os
+import shlex
 import shutil
 import zipfile
 from collections import OrderedDict
@@ -9,10 +11,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 import yaml
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
+from sb3_contrib.common.vec_env import AsyncEval
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -20,6 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.common.evaluation import GoalEvalCallback
 from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.common.signals import uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, replay_buffers, reports_goals
@@ -69,6 +74,8 @@ class GoalExperimentManager(ExperimentManager):
             self.vec_env_class = BatchVecEnv
         # Whether this process has created the folder of the run
         self.has_folder = False
+        # Whether the training was interrupted
+        self.is_stopped = False
         # A run of DeepCRL goes on with its own config, where it has one and the user asks for no other
         model_path = Path(self.trained_agent)
         self.resumes = self.continue_training and algo == "deepcrl"
@@ -83,7 +90,7 @@ class GoalExperimentManager(ExperimentManager):
         """
         try:
             return super().setup_experiment()
-        except Exception as error:
+        except BaseException as error:
             if self.has_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
             # The last two: what constructors say of arguments that they do not know
@@ -219,13 +226,18 @@ class GoalExperimentManager(ExperimentManager):
 
     def create_callbacks(self) -> None:
         """Create the callbacks that the command line asks for."""
-        needs_env = not self.optimize_hyperparameters and (self.eval_freq > 0 or self.show_progress)
+        # Unless the user asks for the tables of Stable-Baselines3
+        takes_display = not self.optimize_hyperparameters and self.verbose == 1 and self.log_interval == -1
+        asks_env = self.algo != "deepcrl" and (takes_display or self.show_progress)
+        needs_env = not self.optimize_hyperparameters and (self.eval_freq > 0 or asks_env)
         # One is enough to see what to display
         n_eval_envs = self.n_eval_envs if self.eval_freq > 0 else 1
         eval_env = self.create_envs(n_eval_envs, eval_env=True) if needs_env else None
-        has_goals = eval_env is not None and reports_goals(eval_env)
-        if self.show_progress:
-            self.callbacks.append(TrainingDisplay() if has_goals else ProgressBarCallback())
+        has_goals = self.algo == "deepcrl" if eval_env is None else reports_goals(eval_env)
+        if has_goals and (takes_display or self.show_progress):
+            self.callbacks.append(TrainingDisplay(replaces_tables=takes_display))
+        elif self.show_progress:
+            self.callbacks.append(ProgressBarCallback())
         if self.save_freq > 0:
             # Account for the number of parallel environments
             self.save_freq = max(self.save_freq // self.n_envs, 1)
@@ -335,44 +347,78 @@ class GoalExperimentManager(ExperimentManager):
     def learn(self, model: BaseAlgorithm) -> None:
         """
         Train the model. A run that is continued does the steps that are left of ``n_timesteps``, and its counters and
-        schedules go on.
+        schedules go on. If an error ends the training, the model is saved as it is, and the error tells how to go on.
 
         :param model: an initialized RL model
         """
-        try:
-            if self.resumes:
-                self._learn_the_rest(model)
-            else:
-                super().learn(model)
-        finally:
-            # RL Zoo ends the first callback only
-            for callback in self.callbacks:
-                if isinstance(callback, TrainingDisplay):
-                    callback.stop()
-                elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
-                    callback.pbar.close()
-
-    def _learn_the_rest(self, model: BaseAlgorithm) -> None:
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {"callback": self.callbacks}
         # As RL Zoo does: the default at -1, no log below
         if self.log_interval != -1:
             kwargs["log_interval"] = self.log_interval if self.log_interval > -1 else None
+        if self.algo == "ars" and self.n_envs > 1:
+            kwargs["async_eval"] = AsyncEval([lambda: self.create_envs(1, no_log=True)] * self.n_envs, model.policy)
+        before, n_timesteps = model.num_timesteps, self.n_timesteps
+        if self.resumes:
+            n_timesteps -= before
+            kwargs["reset_num_timesteps"] = False
         try:
-            model.learn(self.n_timesteps - model.num_timesteps, callback=self.callbacks, reset_num_timesteps=False, **kwargs)
+            model.learn(n_timesteps, **kwargs)
         except KeyboardInterrupt:
             # The model is saved as it is
-            pass
+            self.is_stopped = True
+        except Exception as error:
+            if model.num_timesteps != before:
+                self._save_after(error, model)
+            raise
         finally:
-            assert model.env is not None
-            model.env.close()
+            with uninterrupted():
+                # A training that is interrupted leaves them open
+                for callback in self.callbacks:
+                    if isinstance(callback, TrainingDisplay):
+                        callback.stop()
+                    elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+                        callback.pbar.close()
+
+    def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
+        """
+        :param error: What ended the training. Notes of it tell where the model is, below the traceback
+        :param model: The model
+        """
+        if not all(bool(th.isfinite(parameter).all()) for parameter in model.policy.parameters()):
+            error.add_note("The model is not saved: its parameters are no finite numbers")
+            return
+        try:
+            self.save_trained_model(model)
+        except Exception as saving_error:
+            error.add_note(f"The model could not be saved: {type(saving_error).__name__}: {saving_error}")
+        else:
+            error.add_note(self._how_to_go_on(model))
+
+    def _how_to_go_on(self, model: BaseAlgorithm) -> str:
+        # Other algorithms don't know what they were trained on
+        env = "" if self.algo == "deepcrl" else f"--algo {self.algo} --env {self.env_name.gym_id} "
+        return (
+            f"Stopped and saved after {model.num_timesteps:,} env steps. To go on from there: "
+            f"sb3-deepcrl train {env}-i {shlex.quote(self.save_path)}"
+        )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """
         Save trained model optionally with its replay buffer and ``VecNormalize`` statistics, the model last: if there is
-        one, all that belongs to it is there too.
+        one, all that belongs to it is there too. No signal interrupts it.
 
         :param model: The model
         """
+        with uninterrupted():
+            self._save(model)
+        if self.is_stopped:
+            print(self._how_to_go_on(model))
+        assert model.env is not None
+        # The processes of the envs may have got the signal too
+        with contextlib.suppress(EOFError, OSError):
+            model.env.close()
+
+    def _save(self, model: BaseAlgorithm) -> None:
         if not isinstance(model, DeepCRL):
             super().save_trained_model(model)
             return

@@ -15,9 +15,13 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import gymnasium as gym
+import numpy as np
 import yaml
 from rl_zoo3.utils import ALGOS, StoreDict, get_model_path
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn, VecEnvWrapper
 
+from sb3_deepcrl.common.signals import stopped_by_signals
+from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.zoo.checkpoints import find_model, run_config
 from sb3_deepcrl.zoo.config import ConfigError
@@ -210,6 +214,63 @@ class PredictionDeepCRL(DeepCRL):
 PredictionDeepCRL.__name__ = DeepCRL.__name__
 
 
+class SuccessRecorder(VecEnvWrapper):
+    """
+    Records of the first env, whose episodes RL Zoo counts, whether they reach the goal at any step.
+
+    :param venv: The env
+    :param successes: Where to put it, an entry for each episode
+    """
+
+    def __init__(self, venv: VecEnv, successes: list[bool]):
+        super().__init__(venv)
+        self.successes = successes
+        self.is_success = False
+
+    def reset(self) -> VecEnvObs:
+        """
+        :return: The first observations
+        """
+        self.is_success = False
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        :return: Observations, rewards, dones and infos
+        """
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.is_success |= bool(infos[0].get("is_success"))
+        if dones[0]:
+            self.successes.append(self.is_success)
+            self.is_success = False
+        return observations, rewards, dones, infos
+
+
+@contextlib.contextmanager
+def successes_named() -> Iterator[None]:
+    """
+    Let RL Zoo's ``enjoy`` say that its success rate is the one at the last step of the episodes, beside the one at any step.
+    """
+    enjoy = importlib.import_module("rl_zoo3.enjoy")
+    create_test_env = enjoy.create_test_env
+    successes: list[bool] = []
+
+    def create_recorded_env(*args: Any, **kwargs: Any) -> VecEnv:
+        return SuccessRecorder(create_test_env(*args, **kwargs), successes)
+
+    def print_named(text: str, *values: Any) -> None:
+        if text.startswith("Success rate: "):
+            rate = text.removeprefix("Success rate: ")
+            text = f"Success at any step: {100 * np.mean(successes):.2f}%, at the last step: {rate}"
+        print(text, *values)
+
+    with (
+        patch.object(enjoy, "create_test_env", create_recorded_env),
+        patch.object(enjoy, "print", print_named, create=True),
+    ):
+        yield
+
+
 def hub_metadata(*args: Any) -> dict[str, Any]:
     """
     :param args: Names of algorithm and env, mean and standard deviation of the reward
@@ -243,6 +304,8 @@ def zoo_replaced(script: str) -> Iterator[None]:
             )
         else:
             stack.enter_context(patch.dict(ALGOS, deepcrl=PredictionDeepCRL))
+        if script == "enjoy":
+            stack.enter_context(successes_named())
         if script == "push_to_hub":
             hub = importlib.import_module("huggingface_sb3.push_to_hub")
             if not hasattr(hub, "generate_metadata"):
@@ -270,13 +333,21 @@ def run(script: str, argv: Sequence[str] | None = None) -> None:
 
     :param script: Name of the script
     :param argv: Arguments of the command line, ``sys.argv`` by default
-    :raises SystemExit: with one line, if something that the user gave cannot be used
+    :raises SystemExit: with one line, if something that the user gave cannot be used; with 128 and the number of a signal, if
+        one has stopped the training
     """
+    end_start()
     argv = sys.argv[1:] if argv is None else list(argv)
     module, function = SCRIPTS[script]
     # Nothing but the script itself shall find what is replaced below
     importlib.import_module("rl_zoo3.exp_manager" if function is None else module)
-    with patch.object(sys, "argv", [f"sb3-deepcrl {script}", *argv]), zoo_replaced(script):
+    numbers: list[int] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", [f"sb3-deepcrl {script}", *argv]))
+        stack.enter_context(zoo_replaced(script))
+        if script == "train":
+            # Elsewhere there is nothing to save
+            numbers = stack.enter_context(stopped_by_signals())
         try:
             if function is None:
                 runpy.run_module(module, run_name="__main__")
@@ -284,3 +355,10 @@ def run(script: str, argv: Sequence[str] | None = None) -> None:
                 getattr(importlib.import_module(module), function)()
         except ConfigError as error:
             sys.exit(f"sb3-deepcrl {script}: error: {error}")
+        except KeyboardInterrupt:
+            # Before the training or after it
+            if not numbers:
+                raise
+    if numbers:
+        # As shells do
+        sys.exit(128 + numbers[0])
