@@ -124,9 +124,7 @@ def _forward(
     return output, products, statistics
 
 
-def _plain(
-    x: th.Tensor, scale: th.Tensor | None, eps: float, bfloat16: bool, parameters: Sequence[th.Tensor]
-) -> th.Tensor:
+def _plain(x: th.Tensor, scale: th.Tensor | None, eps: float, bfloat16: bool, parameters: Sequence[th.Tensor]) -> th.Tensor:
     """What the kernel computes, with PyTorch's own operations."""
     branch = x
     with th.autocast("cpu", th.bfloat16, enabled=bfloat16):

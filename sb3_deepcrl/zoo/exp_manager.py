@@ -345,9 +345,11 @@ class GoalExperimentManager(ExperimentManager):
             else:
                 super().learn(model)
         finally:
-            # RL Zoo ends the first callback only
+            # RL Zoo ends the first callback only, and leaves the envs of evaluations open
             for callback in self.callbacks:
-                if isinstance(callback, TrainingDisplay):
+                if isinstance(callback, EvalCallback):
+                    callback.eval_env.close()
+                elif isinstance(callback, TrainingDisplay):
                     callback.stop()
                 elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
                     callback.pbar.close()
