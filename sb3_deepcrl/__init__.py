@@ -5,7 +5,7 @@ from sb3_deepcrl.common.startup import is_command, start_command
 if is_command():
     start_command()
 
-from sb3_deepcrl.common.acceleration import compile_blocks
+from sb3_deepcrl.common.acceleration import compile_blocks, uncompile_blocks
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.deep_policies import DeepResidualExtractor, register_policies, unregister_policies
 from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
@@ -29,5 +29,6 @@ __all__ = [
     "evaluate_goals",
     "mean_of_episodes",
     "register_policies",
+    "uncompile_blocks",
     "unregister_policies",
 ]

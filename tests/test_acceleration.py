@@ -8,9 +8,16 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 from torch.optim.adam import adam
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
+from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL, uncompile_blocks
 from sb3_deepcrl.common import acceleration
 from sb3_deepcrl.common.acceleration import (
     GraphedFunction,
@@ -18,8 +25,8 @@ from sb3_deepcrl.common.acceleration import (
     prepare_optimizer,
     set_learning_rate,
     set_precision,
-    uncompile_blocks,
 )
+from sb3_deepcrl.common.block_kernel import load_kernel
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ENERGIES, contrast, contrastive_metrics, info_nce, logsumexp_penalty
 from sb3_deepcrl.common.torch_layers import ResidualTower
 from tests.envs import GoalReachEnv
@@ -134,21 +141,183 @@ def test_compiler_is_found_without_gradients():
         assert compile_blocks(ResidualTower(5, 3, depth=4, width=16))
 
 
-def test_without_a_compiler_there_is_one_warning(monkeypatch):
+@pytest.mark.parametrize("compile_mode", [True, "auto"])
+def test_without_a_compiler_there_is_one_warning(monkeypatch, compile_mode):
     def fail(*args, **kwargs):
         raise RuntimeError("no C++ compiler found")
 
-    acceleration.why_not_compiled.cache_clear()
+    monkeypatch.setattr(acceleration, "MIN_COMPILED_LAYERS", 0)
+    monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for function in (acceleration.why_not_compiled, acceleration.can_compile):
+        function.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(th, "compile", fail)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model = make_model(compile=True).learn(40)
-    acceleration.why_not_compiled.cache_clear()
+            models = [make_model(compile=compile_mode).learn(40) for _ in range(2)]
+    for function in (acceleration.why_not_compiled, acceleration.can_compile):
+        function.cache_clear()
     messages = [str(warning.message) for warning in caught if "uncompiled" in str(warning.message)]
     assert len(messages) == 1
     assert "no C++ compiler found" in messages[0] and "compile=False" in messages[0]
-    assert model._n_updates > 0
+    assert all(model._n_updates > 0 for model in models)
+
+
+# --- Tracing and transforms -----------------------------------------------------------------------------------------------
+
+
+def parameter_gradients(tower, x):
+    parameters = {name: parameter.detach() for name, parameter in tower.named_parameters()}
+    return th.func.grad(lambda parameters: functional_call(tower, parameters, (x,)).square().sum())(parameters)
+
+
+def per_sample_gradients(tower, x):
+    parameters = {name: parameter.detach() for name, parameter in tower.named_parameters()}
+
+    def loss(parameters, row):
+        return functional_call(tower, parameters, (row[None],)).square().sum()
+
+    return th.func.vmap(th.func.grad(loss), in_dims=(None, 0))(parameters, x)
+
+
+def ensemble(tower, x):
+    parameters = {name: th.stack([parameter, 2 * parameter]) for name, parameter in tower.named_parameters()}
+    return th.func.vmap(lambda parameters: functional_call(tower, parameters, (x,)))(parameters)
+
+
+def forward_mode(tower, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(tower(forward_ad.make_dual(x, th.ones_like(x))))
+
+
+def jacobian_at_once(tower, x):
+    return th.autograd.functional.jacobian(tower, x, vectorize=True)
+
+
+def number_of_flops(tower, x):
+    with FlopCounterMode(display=False) as counter:
+        tower(x)
+    return th.tensor(counter.get_total_flops())
+
+
+def products_in_function_mode(tower, x):
+    class Count(TorchFunctionMode):
+        n = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.n += function is th.nn.functional.linear
+            return function(*args, **(kwargs or {}))
+
+    with Count() as mode:
+        tower(x)
+    return th.tensor(mode.n)
+
+
+def calls_of_layers(tower, x):
+    calls = []
+    hook = th.nn.modules.module.register_module_forward_hook(lambda module, *args: calls.append(type(module).__name__))
+    tower(x)
+    hook.remove()
+    return th.tensor(calls.count("Linear"))
+
+
+def output_in_fake_mode(tower, x):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        output = tower(mode.from_tensor(x))
+    return th.tensor(output.shape)
+
+
+def jit_trace(tower, x, **kwargs):
+    return th.jit.trace(tower, x[:2], **kwargs)(x)
+
+
+def jit_trace_without_gradients(tower, x):
+    with th.no_grad():
+        return jit_trace(tower, x)
+
+
+TRACERS = {
+    "jit.trace": jit_trace,
+    "jit.trace, unchecked": lambda tower, x: jit_trace(tower, x, check_trace=False),
+    "jit.trace without gradients": jit_trace_without_gradients,
+    "export": lambda tower, x: th.export.export(tower, (x,)).module()(x + 1),
+    "export, strict": lambda tower, x: th.export.export(tower, (x,), strict=True).module()(x + 1),
+    "fx": lambda tower, x: th.fx.symbolic_trace(tower)(x),
+    "make_fx": lambda tower, x: make_fx(lambda x: tower(x))(x)(x + 1),
+    "compile": lambda tower, x: th.compile(lambda x: 2 * tower(x), backend="eager", fullgraph=True)(x),
+    "grad": lambda tower, x: th.func.grad(lambda x: tower(x).square().sum())(x),
+    "grad of parameters": parameter_gradients,
+    "vmap": lambda tower, x: th.func.vmap(tower)(x),
+    "vmap over grad": per_sample_gradients,
+    "vmap over parameters": ensemble,
+    "jvp": lambda tower, x: th.func.jvp(tower, (x,), (th.ones_like(x),)),
+    "hessian": lambda tower, x: th.func.hessian(lambda x: tower(x).sum())(x[0]),
+    "forward mode": forward_mode,
+    "functional_call": lambda tower, x: functional_call(tower, {"blocks.0.branch.3.weight": th.ones(16, 16)}, (x,)),
+    "jacobian": jacobian_at_once,
+    "dispatch mode": number_of_flops,
+    "function mode": products_in_function_mode,
+    "fake tensors": output_in_fake_mode,
+    "global hook": calls_of_layers,
+    "negated memory": lambda tower, x: tower.blocks(th._neg_view(th.ones(2, 16))),
+}
+
+
+def all_tensors(values) -> list[th.Tensor]:
+    return [leaf.detach() for leaf in tree_leaves(values)]
+
+
+@needs_compiler
+# Blocks of the C++ kernel, where there is one, and blocks of torch.compile
+@pytest.mark.parametrize("activation_fn", [th.nn.SiLU, th.nn.Tanh])
+@pytest.mark.parametrize("name", TRACERS)
+def test_what_traces_or_transforms_sees_the_plain_blocks(name, activation_fn):
+    if name == "jacobian" and (activation_fn is not th.nn.SiLU or load_kernel() is None):
+        pytest.skip("PyTorch cannot batch the backward pass of its compiled code")
+    th.manual_seed(0)
+    tower = ResidualTower(5, 3, depth=8, width=16, activation_fn=activation_fn)
+    plain, x = deepcopy(tower), th.randn(4, 5)
+    compile_blocks(tower)
+    expected = TRACERS[name](plain, x)
+    th.testing.assert_close(all_tensors(TRACERS[name](tower, x)), all_tensors(expected), rtol=1e-4, atol=1e-4)
+    # And the compiled ones again
+    th.testing.assert_close(tower(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_trained_policy_can_be_traced():
+    model = make_model(compile=True).learn(60)
+    observation = {key: th.as_tensor(value, dtype=th.float32) for key, value in model.env.reset().items()}
+
+    class Deterministic(th.nn.Module):
+        def __init__(self, policy):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, observation):
+            return self.policy(observation, deterministic=True)
+
+    traced = th.jit.trace(Deterministic(model.policy), (observation,))
+    other = {key: value + 1 for key, value in observation.items()}
+    with th.no_grad():
+        expected = model.policy(other, deterministic=True)
+    th.testing.assert_close(traced(other).detach(), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation_fn", [th.nn.SiLU, th.nn.Tanh])
+def test_hooks_of_layers_are_called(activation_fn):
+    """Also those that change something, as `prune` does, and those that were there when it was compiled."""
+    tower = ResidualTower(5, 3, depth=4, width=16, activation_fn=activation_fn)
+    prune.l1_unstructured(tower.blocks[0].branch[3], "weight", amount=0.5)
+    compile_blocks(tower)
+    x = th.randn(4, 5)
+    with th.no_grad():
+        tower.blocks[0].branch[3].weight_orig.add_(1)
+    outputs = [tower(x), th.compile(tower, backend="eager")(x)]
+    uncompile_blocks(tower)
+    for output in outputs:
+        th.testing.assert_close(output, tower(x))
 
 
 def test_losses_are_one_graph():
@@ -362,6 +531,13 @@ class StandInBackend:
         output = th.full_like(self.example_output, float("nan"))
         self.graphs.append(StandInGraph(function, output))
         return self.graphs[-1], output
+
+
+def test_a_graph_is_no_part_of_what_is_traced():
+    backend = StandInBackend(th.empty(3))
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend, n_warmup=0)
+    traced = th.jit.trace(lambda x: graphed({"x": x}), th.ones(3), check_trace=False)
+    assert traced(th.full((3,), 2.0)).tolist() == [4, 4, 4] and not backend.graphs
 
 
 def test_graphed_function_goes_from_warm_up_to_replay():

@@ -1,5 +1,7 @@
+import ctypes
 import pickle
 import re
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -27,7 +29,7 @@ def make_block(width=32, **kwargs) -> ResidualBlock:
     return block
 
 
-def refuse(x):
+def refuse(*args):
     raise AssertionError("the kernel should have done this")
 
 
@@ -50,14 +52,14 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.skipif(not has_avx512 or acceleration.why_not_compiled("cpu") is not None, reason="no AVX-512 or no compiler")
-def test_there_is_a_kernel_wherever_there_should_be():
+def test_there_is_a_kernel_wherever_there_should_be(monkeypatch):
     assert load_kernel() is not None
+    monkeypatch.setattr(acceleration, "lean_inductor", refuse)
     tower = ResidualTower(5, 3, depth=8, width=16)
     assert compile_blocks(tower)
-    for block in tower.blocks:
-        assert isinstance(block._compiled_call_impl, KernelBlock)
-        block._compiled_call_impl.otherwise = refuse
     tower(th.randn(4, 5)).sum().backward()
+    with pytest.raises(Exception, match="the kernel should have done this"):
+        tower.double()(th.randn(4, 5, dtype=th.float64))
 
 
 @needs_kernel
@@ -154,15 +156,14 @@ def test_extreme_values(size, gamma):
 
 @needs_kernel
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_tower(checkpointed):
+def test_a_tower(checkpointed, monkeypatch):
+    monkeypatch.setattr(acceleration, "lean_inductor", refuse)
     tower = ResidualTower(5, 3, depth=16, width=32)
     tower.checkpoint_activations = checkpointed
     x, upper = th.randn(20, 5), th.randn(20, 3)
     exact = deepcopy(tower).double()
     expected = gradients(exact, x.double(), exact, upper.double())
     compile_blocks(tower)
-    for block in tower.blocks:
-        block._compiled_call_impl.otherwise = refuse
     assert_close(gradients(tower, x, tower, upper), expected)
     with frozen(tower):
         inputs = x.clone().requires_grad_()
@@ -194,8 +195,6 @@ OTHERS = {
     "no affine": lambda block: exchange(block, 4, nn.LayerNorm(32, eps=1e-6, elementwise_affine=False)),
     "eps": lambda block: exchange(block, 4, nn.LayerNorm(32, eps=0.1)),
     "parametrized": lambda block: nn.utils.parametrizations.weight_norm(block.branch[0]),
-    "hook on the block": lambda block: block.register_forward_hook(print),
-    "hook on a layer": lambda block: block.branch[3].register_forward_pre_hook(print),
     "transposed": lambda block: setattr(block.branch[0].weight, "data", block.branch[0].weight.data.t()),
 }
 
@@ -231,18 +230,87 @@ def test_other_inputs_run_otherwise():
 
 
 @needs_kernel
-def test_what_the_kernel_cannot_do_is_an_error():
+@pytest.mark.parametrize("kwargs", [dict(learn_scale=True, scale=0.3), dict(scale=0.5), dict(residual=False)])
+def test_derivatives_of_the_derivative(kwargs):
+    block = make_block(**kwargs)
+    # Layers may share parameters
+    block.branch[3].weight = block.branch[9].weight
+    exact = deepcopy(block).double()
+    x = th.randn(3, 32)
+
+    def second(function, module, x):
+        x = x.detach().requires_grad_()
+        inputs = [x, *module.parameters()]
+        first = th.autograd.grad(function(x).square().sum(), inputs, create_graph=True)
+        again = th.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs, allow_unused=True)
+        return [*first, *(gradient for gradient in again if gradient is not None)]
+
+    assert_close(second(on_kernel(block), block, x), second(exact, exact, x.double()))
+    # Only that of the inputs
+    with frozen(block):
+        inputs = x.clone().requires_grad_()
+        (gradient,) = th.autograd.grad(on_kernel(block)(inputs).square().sum(), inputs, create_graph=True)
+        gradient.square().sum().backward()
+    assert inputs.grad.isfinite().all() and all(parameter.grad is None for parameter in block.parameters())
+
+
+@needs_kernel
+def test_a_parameter_that_changes_between_forward_and_backward_pass_is_an_error():
     block = make_block()
-    x = th.randn(3, 32, requires_grad=True)
-    (gradient,) = th.autograd.grad(on_kernel(block)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-    # A parameter that changes between forward and backward pass
-    output = on_kernel(block)(x).sum()
+    output = on_kernel(block)(th.randn(3, 32)).sum()
     with th.no_grad():
         block.branch[3].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
+
+
+@pytest.fixture
+def loads_kernel_again():
+    load_kernel.cache_clear()
+    yield
+    load_kernel.cache_clear()
+
+
+def short_vectors(library):
+    library.n_lanes = lambda: 8
+    return library
+
+
+def raise_error(error):
+    raise error
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        (lambda path: raise_error(OSError(f"{path} cannot be opened")), "OSError: .* cannot be opened"),
+        (lambda path: raise_error(RuntimeError("C++ compile error\n\nx.cpp:1: error: no good\n")), "RuntimeError: .*no good"),
+        (lambda path: ctypes.CDLL(None), "undefined symbol"),
+        (lambda path: short_vectors(ctypes.CDLL(path)), "8 numbers instead of 16"),
+    ],
+)
+def test_without_a_kernel_there_is_one_warning(load, reason, monkeypatch, loads_kernel_again):
+    path = load_kernel()._name
+    load_kernel.cache_clear()
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", lambda source: load(path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for width in (16, 32):
+            tower = ResidualTower(5, 3, depth=4, width=width)
+            plain = deepcopy(tower)
+            assert compile_blocks(tower)
+            x = th.randn(3, 5)
+            th.testing.assert_close(tower(x), plain(x))
+    messages = [str(warning.message) for warning in caught if "kernel" in str(warning.message)]
+    assert len(messages) == 1 and re.search(reason, messages[0])
+
+
+def test_where_there_is_no_kernel_there_is_no_warning(monkeypatch, loads_kernel_again):
+    monkeypatch.setattr(th.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_kernel() is None
 
 
 @needs_kernel

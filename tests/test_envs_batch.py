@@ -1,10 +1,15 @@
 import csv
+import gc
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
+from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +30,8 @@ register_envs()
 # With short episodes, so that resets are part of the comparison; the humanoid falls before that
 COMPARED = [
     ("PointUMaze-v0", {}),
+    # Most goals are reached, some of them in the last step of an episode
+    ("PointUMaze-v0", {"success_threshold": 1.9}),
     ("AntU4Maze-v0", {}),
     ("AntBigMazeEval-v0", {"goal": "fixed", "reward_type": "dense"}),
     ("HumanoidUMaze-v0", {}),
@@ -462,11 +469,70 @@ def test_what_no_batch_is_made_from():
 def test_closed():
     vec_env = BatchVecEnv("PointUMaze-v0", 2, render_mode="rgb_array")
     vec_env.reset()
+    vec_env.step_async(np.zeros((2, 2)))
     vec_env.close()
     vec_env.close()
-    for call in (vec_env.reset, vec_env.get_images, lambda: vec_env.step(np.zeros((2, 2)))):
+    calls = (
+        vec_env.reset,
+        vec_env.step_wait,
+        vec_env.get_images,
+        lambda: vec_env.step(np.zeros((2, 2))),
+        lambda: vec_env.env_method("render"),
+        lambda: vec_env.set_attr("goal", [2.0, 2.0]),
+        lambda: vec_env.simulation.batch,
+        lambda: vec_env.simulation.data(0),
+    )
+    for call in calls:
         with pytest.raises(RuntimeError, match="The environment is closed"):
             call()
+
+
+def number_of_threads() -> int:
+    return int(re.search(r"Threads:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.fixture
+def no_cycle_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the number of threads is unknown")
+@pytest.mark.parametrize("end", ["close", "del", "close the wrapper"])
+def test_threads_end_with_the_envs(end, no_cycle_collector):
+    before = number_of_threads()
+    kept = []
+    for _ in range(20):
+        vec_env = BatchVecEnv("PointUMaze-v0", 4, 3)
+        wrapped = VecNormalize(vec_env) if end == "close the wrapper" else vec_env
+        wrapped.reset()
+        wrapped.set_attr("note", "mine")
+        wrapped.step(np.zeros((4, 2)))
+        assert wrapped.get_attr("note") == ["mine"] * 4 and number_of_threads() == before + 2
+        batch = weakref.ref(vec_env.simulation.batch)
+        if end != "del":
+            wrapped.close()
+            kept.append(vec_env)
+        del vec_env, wrapped
+        assert batch() is None and number_of_threads() == before
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("make", [partial(gym.make, "PointUMaze-v0"), partial(GoalEnv, robot="point", maze="u")])
+def test_single_envs_are_freed(make, close, no_cycle_collector):
+    env = make()
+    env.reset()
+    env.step(np.zeros(2))
+    batch, core = weakref.ref(env.unwrapped.simulation.batch), weakref.ref(env.unwrapped)
+    if close:
+        env.close()
+        assert batch() is None
+        with pytest.raises(RuntimeError, match="The environment is closed"):
+            env.step(np.zeros(2))
+    del env
+    assert batch() is None and core() is None
 
 
 def test_bad_reset_options():

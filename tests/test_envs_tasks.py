@@ -10,7 +10,10 @@ import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import envs
 from sb3_deepcrl.envs import BatchVecEnv, GoalEnv, register_envs
@@ -332,20 +335,41 @@ def test_a_continuing_goal_is_another_one_after_success():
     for _ in range(900):
         goal = observation["desired_goal"]
         observation, reward, _, _, info = env.step(towards_the_goal(observation))
-        batch, *_ = vec_env.step(towards_the_goal(batch))
-        # Reward and observation have the same goal
-        np.testing.assert_array_equal(observation["desired_goal"], goal)
-        assert reward == info["is_success"]
+        batch, rewards, _, infos = vec_env.step(towards_the_goal(batch))
+        # What the step led to is measured by the goal that was seen before it, and the next one is seen before the next step
+        assert info["distance"] == pytest.approx(np.linalg.norm(observation["achieved_goal"] - goal), abs=1e-6)
+        assert reward == info["is_success"] == info["success"] == env.compute_reward(observation["achieved_goal"], goal, {})
+        np.testing.assert_array_equal(env.goal, observation["desired_goal"])
         if info["is_success"]:
-            next_goals.setdefault(tuple(goal), set()).add(tuple(env.goal))
+            next_goals.setdefault(tuple(goal), set()).add(tuple(observation["desired_goal"]))
         else:
-            np.testing.assert_array_equal(env.goal, goal)
+            np.testing.assert_array_equal(observation["desired_goal"], goal)
         # The same in a batch
         np.testing.assert_array_equal(batch["desired_goal"][1], observation["desired_goal"])
-        observation["desired_goal"] = env.goal
-        batch["desired_goal"] = vec_env.simulation.goals.copy()
+        assert rewards[1] == reward and infos[1]["distance"] == info["distance"]
     cells = {(2.0, 4.0), (2.0, 6.0), (2.0, 8.0)}
     assert next_goals == {goal: cells - {goal} for goal in cells}
+
+
+@pytest.mark.parametrize("face", [DummyVecEnv, BatchVecEnv])
+@pytest.mark.parametrize("reward_type", ["sparse", "dense"])
+def test_transitions_of_her_have_the_reward_of_their_goal(face, reward_type):
+    """Also at the ends of episodes, and although most goals are reached at once."""
+    maze = ["#####", "#rgg#", "#####"]
+    kwargs = {"maze": maze, "max_episode_steps": 7, "success_threshold": 1.9, "reward_type": reward_type}
+    env = make_vec_env("PointUMaze-v0", 2, seed=0, env_kwargs=kwargs, vec_env_cls=face)
+    model = SAC("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=500, seed=0, device="cpu")
+    model.learn(400)
+    buffer = model.replay_buffer
+    goals = buffer.observations["desired_goal"][:200]
+    expected = env.get_attr("unwrapped")[0].compute_reward(buffer.next_observations["achieved_goal"][:200], goals, {})
+    np.testing.assert_array_equal(buffer.rewards[:200], expected)
+    changed = (buffer.next_observations["desired_goal"][:200] != goals).any(axis=2)
+    ends = buffer.dones[:200].astype(bool)
+    assert 20 < changed.sum() and (changed & ends).any()
+    # What is seen after a step is what is seen before the next one
+    for t, i in np.argwhere(~ends[:-1]):
+        np.testing.assert_array_equal(buffer.next_observations["desired_goal"][t, i], goals[t + 1, i])
 
 
 def test_the_only_goal_stays():
@@ -362,8 +386,7 @@ def test_continuing_goals_without_a_maze(env_id):
     env = gym.make(env_id, goal="continuing", success_threshold=100.0)
     observation, _ = env.reset(seed=0)
     goals = [observation["desired_goal"]] + [env.step(env.action_space.sample())[0]["desired_goal"] for _ in range(5)]
-    np.testing.assert_array_equal(goals[0], goals[1])
-    assert len(np.unique(goals[1:], axis=0)) == 5
+    assert len(np.unique(goals, axis=0)) == 6
     env.unwrapped.goal_mode = "resample"
     later = [env.step(env.action_space.sample())[0]["desired_goal"] for _ in range(3)]
     assert len(np.unique(later, axis=0)) == 1

@@ -252,7 +252,9 @@ class RepresentationStudy(ComparisonOfDepths):
         """
         found: list[Episode] = []
         for env_id in dict.fromkeys((self.eval_env, self.env)):
-            maze = maze_or_none(make_single_env(env_id, self.env_kwargs))
+            single = make_single_env(env_id, self.env_kwargs)
+            maze = maze_or_none(single)
+            single.close()
             for depth in sorted(self.depths, reverse=True):
                 run = self.seeds_of(self.make_run(depth=depth))[seed]
                 env = make_env(env_id, self.n_eval_episodes, EVAL_SEED, self.env_kwargs)

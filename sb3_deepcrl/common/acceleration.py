@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch as th
 from torch import nn
 
-from sb3_deepcrl.common.block_kernel import KernelBlock, load_kernel
+from sb3_deepcrl.common.block_kernel import KernelBlock, describe_error, load_kernel
 from sb3_deepcrl.common.losses import check_choice
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
+from sb3_deepcrl.common.tracing import CompiledBlock, is_traced
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 
@@ -50,8 +51,23 @@ def why_not_compiled(device_type: str) -> str | None:
             x = th.ones(16, device=device_type, requires_grad=True)
             th.compile(nn.functional.silu, backend=lean_inductor)(x).sum().backward()
     except Exception as error:  # whatever is missing: compiler, headers, triton, the option of lean_inductor
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return describe_error(error)
     return None
+
+
+@functools.cache
+def can_compile(device_type: str) -> bool:
+    """
+    :param device_type: "cpu" or "cuda"
+    :return: Whether there is a compiler that works. If not, the first call warns.
+    """
+    reason = why_not_compiled(device_type)
+    if reason is not None:
+        warnings.warn(
+            f"The networks run uncompiled, because torch.compile fails here ({reason}). Install a C++ compiler, or do "
+            "without (`compile=False` of DeepCRL)"
+        )
+    return reason is None
 
 
 def compile_pays(device: th.device, n_layers: int) -> bool:
@@ -65,7 +81,7 @@ def compile_pays(device: th.device, n_layers: int) -> bool:
     """
     if device.type == "cpu" and (th.backends.cpu.get_cpu_capability() != "AVX512" or n_layers < MIN_COMPILED_LAYERS):
         return False
-    return why_not_compiled(device.type) is None
+    return can_compile(device.type)
 
 
 def residual_blocks(module: nn.Module) -> list[ResidualBlock]:
@@ -98,42 +114,40 @@ def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
 def compile_blocks(module: nn.Module) -> bool:
     """
     Compile every residual block of a network, in place. All of them share one artifact, so that the start-up does not
-    depend on the depth. Parameters, ``state_dict`` and pickles stay what they were.
+    depend on the depth. Parameters, ``state_dict`` and pickles stay what they were. While a network is traced, exported or
+    transformed (``th.jit.trace``, ``th.export``, ``torch.fx``, ``th.func``, ...), its blocks are the plain ones.
 
     On CPUs with AVX-512, blocks of Dense, LayerNorm and Swish run as the function in ``residual_block.cpp``. For all others
     the code is generated at the first forward pass, and again for another batch size: once as it is, from then on for any
     size.
 
     :param module: Any network
-    :return: Whether it was done. Without a compiler there is a warning, and the network stays as it is.
+    :return: Whether it was done. Without a compiler there is a warning, once, and the network stays as it is.
     """
     blocks = residual_blocks(module)
     if not blocks:
         return False
     device_type = next(blocks[0].parameters()).device.type
-    reason = why_not_compiled(device_type)
-    if reason is not None:
-        warnings.warn(
-            f"The networks run uncompiled, because torch.compile fails here ({reason}). Install a C++ compiler, or do "
-            "without (`compile=False` of DeepCRL)"
-        )
+    if not can_compile(device_type):
         return False
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
     kernel = load_kernel() if device_type == "cpu" else None
     for block in blocks:
+        # What nn.Module.compile() would put there
+        compile_block = functools.partial(th.compile, block._call_impl, backend=lean_inductor)
+        compiled: Callable[[th.Tensor], th.Tensor]
         if kernel is not None and type(block) is ResidualBlock:
-            # What nn.Module.compile() would put there
-            compile_block = functools.partial(th.compile, block._call_impl, backend=lean_inductor)
-            block._compiled_call_impl = KernelBlock(kernel, block, compile_block)
+            compiled = KernelBlock(kernel, block, compile_block)
         else:
-            block.compile(backend=lean_inductor)
+            compiled = compile_block()
+        block._compiled_call_impl = CompiledBlock(block, compiled)
     return True
 
 
 def uncompile_blocks(module: nn.Module) -> None:
     """
-    Undo :func:`compile_blocks`.
+    Undo :func:`compile_blocks`, in place.
 
     :param module: Any network
     """
@@ -298,7 +312,7 @@ class GraphedFunction:
         :return: What the function returns; later calls do not change it
         """
         devices = {value.device.type for value in inputs.values()}
-        if not self._can_be_captured or devices != {self.backend.device.type}:
+        if not self._can_be_captured or devices != {self.backend.device.type} or is_traced(*inputs.values()):
             # A graph of what runs elsewhere, for instance after `policy.to("cpu")`, would hold nothing
             return self.function(inputs)
         signature = (key, tuple((name, value.shape, value.dtype, value.device) for name, value in inputs.items()))

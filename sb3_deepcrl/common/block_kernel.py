@@ -5,15 +5,20 @@ products included, is done for a few rows at a time, which stay in the cache mea
 
 import ctypes
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch as th
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from sb3_deepcrl.common.torch_layers import LAYERS_PER_BLOCK, ResidualBlock
+from sb3_deepcrl.common.tracing import is_traced
+
+# Numbers of float32 in a vector of AVX-512
+N_LANES = 16
 
 _MODULES = [nn.Linear, nn.LayerNorm, nn.SiLU] * LAYERS_PER_BLOCK
 _N_PARAMETERS = 4 * LAYERS_PER_BLOCK
@@ -21,26 +26,40 @@ _ADDRESS, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _Addresses = _ADDRESS * _N_PARAMETERS
 
 
+def describe_error(error: Exception) -> str:
+    """
+    :param error: What ``torch.compile`` or a compiler raised
+    :return: One line: the type, and the first error that the compiler found, or else the beginning of the message
+    """
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: " + next((line.strip() for line in lines if "error: " in line), lines[0])
+
+
 @functools.cache
 def load_kernel() -> ctypes.CDLL | None:
     """
     Compile ``residual_block.cpp`` with the compiler of ``torch.compile``, which keeps the outcome on the disk.
 
-    :return: The library, None where it is not known to be faster (without AVX-512), or if it cannot be compiled
+    :return: The library, None where it is not known to be faster (without AVX-512), or, with a warning, if there is none
     """
     if th.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    source = Path(__file__).with_name("residual_block.cpp").read_text()
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(source)
+        library = CppCodeCache.load(Path(__file__).with_name("residual_block.cpp").read_text())
         assert isinstance(library, ctypes.CDLL)
         _declare(library)
-    except Exception:  # the cache is no public interface of PyTorch: torch.compile does the blocks then
+        if library.n_lanes() != N_LANES:
+            raise RuntimeError(f"it was compiled for vectors of {library.n_lanes()} numbers instead of {N_LANES}")
+    except Exception as error:  # the cache is no public interface of PyTorch: torch.compile does the blocks then
+        warnings.warn(
+            f"Residual blocks run slower than they could, because their C++ kernel is missing ({describe_error(error)}): "
+            "torch.compile does them instead. Look for a C++ compiler that knows AVX-512 (`CXX`) and for settings of "
+            "torch._inductor"
+        )
         return None
-    # The compiler may have been told to do with less than the processor has
-    return library if library.n_lanes() == 16 else None
+    return library
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -105,8 +124,19 @@ def _forward(
     return output, products, statistics
 
 
+def _plain(x: th.Tensor, scale: th.Tensor | None, eps: float, bfloat16: bool, parameters: Sequence[th.Tensor]) -> th.Tensor:
+    """What the kernel computes, with PyTorch's own operations."""
+    branch = x
+    with th.autocast("cpu", th.bfloat16, enabled=bfloat16):
+        for i in range(0, _N_PARAMETERS, 4):
+            weight, bias, gamma, beta = parameters[i : i + 4]
+            branch = F.silu(F.layer_norm(F.linear(branch, weight, bias), x.shape[1:], gamma, beta, eps))
+    branch = branch.to(x.dtype)
+    return branch if scale is None else th.addcmul(x, branch, scale)
+
+
 class _Block(th.autograd.Function):
-    """The kernel as a function that can be differentiated once."""
+    """The kernel as a function that can be differentiated. Derivatives of the derivative are PyTorch's."""
 
     @staticmethod
     def forward(
@@ -119,14 +149,16 @@ class _Block(th.autograd.Function):
         *parameters: th.Tensor,
     ) -> Any:
         output, products, statistics = _forward(kernel, x, scale, eps, bfloat16, parameters, keep=True)
-        ctx.kernel, ctx.bfloat16 = kernel, bfloat16
+        ctx.kernel, ctx.eps, ctx.bfloat16 = kernel, eps, bfloat16
         ctx.save_for_backward(x, scale, products, statistics, *parameters)
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: th.Tensor) -> Any:
         x, scale, products, statistics, *parameters = ctx.saved_tensors
+        # With create_graph=True there are gradients to be had of what is computed here
+        if th.is_grad_enabled() or is_traced(gradient):
+            return _Block._plain_backward(ctx, gradient, x, scale, parameters)
         n_rows, width = x.shape
         gradient = gradient.contiguous()
         dx = th.empty_like(x)
@@ -152,13 +184,21 @@ class _Block(th.autograd.Function):
         check_memory(enough_memory, x)
         return None, dx, dscale, None, None, *(gradients if needed else [None] * _N_PARAMETERS)
 
-
-def has_hooks(module: nn.Module) -> bool:
-    """
-    :param module: Any module
-    :return: Whether somebody wants to be called when it runs
-    """
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    @staticmethod
+    def _plain_backward(
+        ctx: Any, gradient: th.Tensor, x: th.Tensor, scale: th.Tensor | None, parameters: Sequence[th.Tensor]
+    ) -> tuple[th.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:3] + ctx.needs_input_grad[5:]
+        with th.enable_grad():
+            # Aliases, since layers may share a parameter: each input has a gradient of its own
+            x, *parameters = (tensor.view_as(tensor) for tensor in (x, *parameters))
+            scale = None if scale is None else scale.view_as(scale)
+            output = _plain(x, scale, ctx.eps, ctx.bfloat16, parameters)
+        pairs = zip((x, scale, *parameters), needed, strict=True)
+        inputs = [tensor for tensor, is_needed in pairs if tensor is not None and is_needed]
+        gradients = iter(th.autograd.grad(output, inputs, gradient, create_graph=th.is_grad_enabled()))
+        dx, dscale, *others = (next(gradients) if is_needed else None for is_needed in needed)
+        return None, dx, dscale, None, None, *others
 
 
 class KernelBlock:
@@ -179,7 +219,6 @@ class KernelBlock:
         self.kernel = kernel
         self.block = block
         self.compile_block = compile_block
-        self.n_lanes = kernel.n_lanes()
         # Where there are units for whole matrices of bfloat16, PyTorch's products use them
         self.knows_bfloat16 = kernel.has_bfloat16() and not th.cpu._is_amx_tile_supported()
 
@@ -209,17 +248,14 @@ class KernelBlock:
         :param autocast: Whether products are computed in another type than that of the parameters
         :return: The epsilon of the LayerNorms and the parameters in the order of the kernel, None if it cannot do the block
         """
-        # Subclasses stand for something else than memory of the CPU (for instance while a network is traced)
-        if type(x) is not th.Tensor or x.dtype is not th.float32 or x.device.type != "cpu" or x.ndim != 2:
+        if x.dtype is not th.float32 or not x.is_cpu or x.ndim != 2:
             return None
         width = x.shape[1]
         if autocast and not (self.knows_bfloat16 and th.get_autocast_dtype("cpu") is th.bfloat16):
             return None
-        if width % (2 * self.n_lanes if autocast else self.n_lanes) or th.compiler.is_compiling():
+        if width % (2 * N_LANES if autocast else N_LANES):
             return None
         modules = list(self.block.branch)
-        if any(has_hooks(module) for module in (self.block, *modules)):
-            return None
         if [type(module) for module in modules] != _MODULES:
             return None
         tensors: list[th.Tensor | None] = []
@@ -231,7 +267,7 @@ class KernelBlock:
         if [parameter.shape for parameter in parameters] != shapes or len({norm.eps for norm in modules[1::3]}) > 1:
             return None
         for tensor in (self.block.scale, *parameters):
-            if tensor.dtype is not th.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            if tensor.dtype is not th.float32 or not tensor.is_cpu or not tensor.is_contiguous():
                 return None
         assert isinstance(modules[1], nn.LayerNorm)
         return modules[1].eps, parameters

@@ -112,8 +112,9 @@ class DeepPolicy(CheckedPolicy):
     and ``vf`` for on-policy ones, e.g. ``depth=dict(pi=16, qf=64)``. DQN and QR-DQN have one network, so one value.
 
     ``compile_blocks(model.policy)`` compiles the towers block by block, see
-    :func:`~sb3_deepcrl.common.acceleration.compile_blocks`. It is not saved. TRPO needs second derivatives, which compiled
-    code does not have: there only the critic can be compiled, ``compile_blocks(model.policy.mlp_extractor.value_net)``.
+    :func:`~sb3_deepcrl.common.acceleration.compile_blocks`. It is not saved, and ``uncompile_blocks`` undoes it. TRPO needs
+    second derivatives, which ``torch.compile`` does not have: there only the critic can be compiled,
+    ``compile_blocks(model.policy.mlp_extractor.value_net)``.
 
     :param observation_space: Observation space
     :param action_space: Action space

@@ -158,11 +158,13 @@ class ResidualBlock(nn.Module):
         The same as ``branch``, but each bias is added after the matrix product, which lets a compiler add it on the way
         to the normalisation: the fused product copies it to all rows first.
         """
-        layers = list(self.branch)
-        for dense, norm, activation in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
-            assert isinstance(dense, nn.Linear)
-            product = F.linear(x, dense.weight)
-            x = activation(norm(product + dense.bias.to(product.dtype)))
+        for layer in self.branch:
+            # Not a subclass, and nothing that hooks change or look at
+            if type(layer) is nn.Linear and layer.bias is not None and not (layer._forward_hooks or layer._forward_pre_hooks):
+                product = F.linear(x, layer.weight)
+                x = product + layer.bias.to(product.dtype)
+            else:
+                x = layer(x)
         return x
 
 

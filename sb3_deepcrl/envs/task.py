@@ -56,8 +56,9 @@ class GoalTask:
         instead of in the start cell
     :param goal: "resample" draws a new start and goal each episode; "fixed" keeps the pair drawn at the first reset and
         after each reset with a seed, as the released code does in training; "continuing" is "resample" with another goal each
-        time that one was reached, as ``reset_target`` in the mazes of gymnasium-robotics: the next step is the first one with
-        the new goal
+        time that one was reached, as ``reset_target`` in the mazes of gymnasium-robotics: reward, success and distance of that
+        step are those of the goal that was reached, and its observation holds the new one, so that only there the reward is
+        not ``compute_reward`` of the goals in the observation
     :param reward_type: "sparse" is 1 within ``success_threshold`` of the goal and 0 elsewhere (section 4.1 of the paper);
         "dense" is the negative distance to the goal in metres
     :param success_threshold: Distance to the goal in metres below which a step is a success. None takes the released code's:

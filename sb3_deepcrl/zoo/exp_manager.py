@@ -372,9 +372,13 @@ class GoalExperimentManager(ExperimentManager):
             raise
         finally:
             with uninterrupted():
-                # A training that is interrupted leaves them open
+                # A training that is interrupted leaves them open, and RL Zoo those of the evaluations
                 for callback in self.callbacks:
-                    if isinstance(callback, TrainingDisplay):
+                    if isinstance(callback, EvalCallback):
+                        # Their processes may have got the signal too
+                        with contextlib.suppress(EOFError, OSError):
+                            callback.eval_env.close()
+                    elif isinstance(callback, TrainingDisplay):
                         callback.stop()
                     elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
                         callback.pbar.close()

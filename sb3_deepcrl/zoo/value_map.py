@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The first free cell is the end of a corridor in most mazes
         goal = maze.centers(*np.argwhere(~maze.walls)[0]) if args.goal is None else np.array(args.goal)
         plot_value_map(DeepCRL.load(model_path, env=vec_env, buffer_size=1), env, goal, seed=0, ax=ax)
+        vec_env.close()
     except (AssertionError, ValueError, gym.error.Error) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     ax.set_title(f"{args.env.gym_id}: learned value and policy")
