@@ -21,8 +21,8 @@ except ImportError as error:
     raise ImportError(message, name=__name__) from None
 
 import gymnasium_robotics
+import rl_zoo3.exp_manager as rl_zoo3_manager
 from gymnasium.envs.registration import WrapperSpec, registry
-from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import register_envs
@@ -52,16 +52,17 @@ def find_configs() -> None:
     Let RL Zoo find the configs of this package by their names, and without one where it has none, whoever runs it: its own
     scripts look into its own folder only. See :func:`~sb3_deepcrl.zoo.config.find_config`.
     """
-    original = ExperimentManager.__init__
-    if hasattr(original, "__wrapped__"):
+    manager_class = getattr(rl_zoo3_manager, "ExperimentManager", None)
+    # Without it the module of RL Zoo is being imported, by a script that trains nothing: `train` imports this one first
+    if manager_class is None or hasattr(original := manager_class.__init__, "__wrapped__"):
         return
 
     @functools.wraps(original)
-    def init(self: ExperimentManager, args: Any, algo: str, env_id: str, *positional: Any, **kwargs: Any) -> None:
+    def init(self: Any, args: Any, algo: str, env_id: str, *positional: Any, **kwargs: Any) -> None:
         kwargs["config"] = find_config(kwargs.get("config"), algo, env_id)
         original(self, args, algo, env_id, *positional, **kwargs)
 
-    ExperimentManager.__init__ = init  # type: ignore[method-assign]
+    manager_class.__init__ = init
 
 
 register()

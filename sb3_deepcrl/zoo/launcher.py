@@ -242,7 +242,7 @@ def find_env(env_id: str, gym_packages: Sequence[str]) -> EnvSpec:
     try:
         return find_spec(env_id, gym_packages)
     except gym.error.Error as error:
-        raise ConfigError(f"--env {env_id}: {error}") from None
+        raise ConfigError(f"--env: {error}") from None
 
 
 def check_screen(script: str, spec: EnvSpec) -> None:
