@@ -179,11 +179,11 @@ class ZooArgumentParser(ArgumentParser):
             else:
                 spec = find_env(parsed.env.gym_id, getattr(parsed, "gym_packages", []))
                 parsed.env = EnvironmentName(spec.id)
-                if not parsed.no_render:
-                    check_screen(self.script, spec)
                 # RL Zoo downloads to a folder of this name what is not there
                 if "rl-trained-agents" not in parsed.folder:
                     self._check_model(parsed)
+                if not parsed.no_render:
+                    check_screen(self.script, spec)
         except ConfigError as error:
             self.error(str(error))
         type(self).parsed = parsed

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.envs.registration import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
 from sb3_deepcrl.zoo.config import ConfigError
 from sb3_deepcrl.zoo.launcher import DEFAULT_ENV
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
     try:
+        args.env = EnvironmentName(find_spec(args.env.gym_id).id)
         _, model_path, log_path = get_model_path(args.exp_id, args.folder, "deepcrl", args.env, args.load_best)
         vec_env, env = env_of_run(Path(log_path) / args.env, args.env.gym_id)
         maze = MazeMap.from_env(env)
