@@ -339,6 +339,9 @@ def test_plots(logs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
     assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "all.pkl" / "value.png"))
+    assert "value.png': choose another place than " in capsys.readouterr().err
 
 
 def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
@@ -776,9 +779,7 @@ def test_nowhere_to_write(tmp_path, monkeypatch):
         monkeypatch.setattr(DeepCRL, "save", save)
         train(tmp_path, *args)
 
-    with pytest.raises(
-        SystemExit, match=r"^sb3-deepcrl train: error: .*No space left.*: free some space or choose
-    ):
+    with pytest.raises(SystemExit, match=r"^sb3-deepcrl train: error: .*No space left.*: free some space"):
         fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     # Not of what the user gave: the traceback says where
     with pytest.raises(PermissionError):

@@ -51,8 +51,8 @@ class RunLoader(yaml.SafeLoader):
         :raises ConfigError: always
         """
         raise ConfigError(
-            f"{self.name} holds {what}, which is more than data and could execute anything: if you trust it, train with a "
-            "config of your own (-conf)"
+            f"{self.name} holds {what}, which is more than data and could execute anything: write plain data in its place, if "
+            "you trust the run"
         )
 
     def construct_class(self, name: str, node: yaml.Node) -> type:

@@ -247,11 +247,11 @@ def find_env(env_id: str, gym_packages: Sequence[str]) -> EnvSpec:
 
 def check_screen(script: str, spec: EnvSpec) -> None:
     """
-    Check that MuJoCo has where to draw: without it would end the process, or say little.
+    Check that MuJoCo has something to draw on: without a screen it aborts the process, or says little.
 
     :param script: Name of the script
     :param spec: Specification of an env
-    :raises ConfigError: if it has not
+    :raises ConfigError: if it has nothing
     """
     has_screen = sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
     if has_screen or not str(spec.entry_point).startswith(MUJOCO_ENVS):
@@ -338,7 +338,7 @@ def how_to_write(error: OSError, parsed: argparse.Namespace) -> str | None:
     """
     if error.errno in NO_SPACE:
         return "free some space or choose another disk. What was saved before is whole, `train -i` goes on from it"
-    if error.errno in NOT_WRITABLE and error.filename is not None:
+    if error.errno in NOT_WRITABLE and isinstance(error.filename, str):
         path = Path(error.filename).absolute()
         for given in (Path(value).absolute() for value in vars(parsed).values() if value and isinstance(value, str | Path)):
             if path.is_relative_to(given) or given.is_relative_to(path):

@@ -19,7 +19,7 @@ from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.registration import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
 from sb3_deepcrl.zoo.config import ConfigError
-from sb3_deepcrl.zoo.launcher import DEFAULT_ENV
+from sb3_deepcrl.zoo.launcher import DEFAULT_ENV, how_to_write
 
 
 def env_of_run(config: Path, env_id: str) -> tuple[VecEnv, gym.Env]:
@@ -76,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     ax.set_title(f"{args.env.gym_id}: learned value and policy")
     output = args.output or Path(log_path) / "value.png"
-    figure.savefig(output, dpi=150)
+    try:
+        figure.savefig(output, dpi=150)
+    except OSError as error:
+        if (advice := how_to_write(error, args)) is None:
+            raise
+        parser.exit(2, f"{parser.prog}: error: {error}: {advice}\n")
     print(f"Value over the maze: {output}")
 
 
