@@ -42,6 +42,7 @@ from sb3_deepcrl.analysis.runs import (
 )
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, critical_depth, curves_of, final_scores, interquartile_mean
 from sb3_deepcrl.envs import BatchVecEnv
+from tests.envs import add_package
 
 TOY_HYPERPARAMS = {"width": 8, "batch_size": 8, "learning_starts": 40, "buffer_size": 4000, "precision": "float32"}
 TOY_OPTIONS = [
@@ -644,6 +645,24 @@ def test_errors_take_one_line(tmp_path, capsys, options, message):
         main(["depth", *options, *(() if "--jobs" in options else ("--jobs", "1")), "--runs", str(tmp_path)])
     assert error.value.code == 2
     assert re.fullmatch(f"python -m sb3_deepcrl.analysis depth: error: {message}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("names", [["elsewhere:ElsewhereReach-v0"], ["ElsewhereReach-v0", "--gym-packages", "elsewhere"]])
+def test_env_of_another_package(names, tmp_path, monkeypatch):
+    add_package(tmp_path, monkeypatch)
+    options = [*TOY_OPTIONS, "--env-kwargs", "max_steps:5", "--depths", "4", "8", "--seeds", "1"]
+    # In processes of their own, which have to import the package too
+    main(["depth", *options, "--env", *names, "--jobs", "2", "--runs", str(tmp_path)])
+    text = (tmp_path / "depth-ElsewhereReach-v0.md").read_text()
+    assert "--env ElsewhereReach-v0" in text and "--gym-packages elsewhere" in text
+
+
+def test_id_with_the_module_of_this_package():
+    study = DepthStudy(env="sb3_deepcrl:PointUMaze-v0")
+    assert (study.env, study.eval_env, study.width) == ("PointUMaze-v0", "PointUMazeEval-v0", 32)
+    env = make_env("sb3_deepcrl:PointUMaze-v0", 2, 0)
+    assert isinstance(env, BatchVecEnv)
+    env.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,6 +1,8 @@
 import copy
 import csv
 import io
+import subprocess
+import sys
 import warnings
 
 import gymnasium as gym
@@ -26,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
 from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.deepcrl.deepcrl import UPDATE_METRICS
-from tests.envs import EpisodeCounterEnv, GoalReachEnv
+from tests.envs import EpisodeCounterEnv, GoalReachEnv, add_package
 
 # Small networks, so that the tests are fast
 SMALL = dict(depth=4, width=16, repr_dim=8, batch_size=16, learning_starts=20, device="cpu", seed=0)
@@ -46,6 +48,33 @@ def changed(before: dict[str, th.Tensor], module: th.nn.Module) -> list[str]:
 
 def test_env():
     check_env(GoalReachEnv())
+
+
+@pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "FetchReach-v4"])
+def test_id_of_gymnasium_robotics(env_id):
+    # In a process where nobody has imported it yet
+    code = (
+        "from sb3_deepcrl import DeepCRL; "
+        f"DeepCRL('MultiInputPolicy', '{env_id}', depth=4, width=16, learning_starts=2, batch_size=2).learn(20)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_ids(tmp_path, monkeypatch):
+    add_package(tmp_path, monkeypatch)
+    with pytest.raises(gym.error.NameNotFound, match=r"`ElsewhereReach` doesn't exist\..* Name the package that registers it"):
+        make_model("ElsewhereReach-v0")
+    assert make_model("elsewhere:ElsewhereReach-v0").env.get_attr("spec")[0].id == "ElsewhereReach-v0"
+    # The latest version, as `gym.make` does
+    assert make_model("ElsewhereReach").env.get_attr("spec")[0].id == "ElsewhereReach-v0"
+    for env_id, message in {
+        "PointMaz_UMaze-v3": "Did you mean: `PointMaze_UMaze`",
+        "FetchReach-v9": r"provides versioned environments: \[ `v1`, `v4` \]",
+        "nowhere:Reach-v0": "'nowhere:Reach-v0' cannot be found, as the module 'nowhere' cannot be imported",
+        ":Reach-v0": "names no module before the colon",
+    }.items():
+        with pytest.raises(gym.error.Error, match=message):
+            make_model(env_id)
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,12 @@ def test_make_vec_env_writes_monitor_files(tmp_path):
         assert [(row["l"], row["is_success"]) for row in csv.DictReader(lines[1:])] == [("5", "False")] * 2
 
 
+def test_id_with_a_module():
+    assert BatchVecEnv("sb3_deepcrl:PointUMaze-v0", 2).spec.id == "PointUMaze-v0"
+    with pytest.raises(ValueError, match="'gymnasium_robotics:FetchReach-v4' is no environment of this package"):
+        BatchVecEnv("gymnasium_robotics:FetchReach-v4")
+
+
 def test_list_of_functions_must_be_alike():
     def make(env_id, **kwargs):
         return lambda: gym.make(env_id, **kwargs)
@@ -328,6 +334,9 @@ def test_list_of_functions_must_be_alike():
         BatchVecEnv([make("AntU4Maze-v0"), make("AntU4Maze-v0", max_episode_steps=3)])
     with pytest.raises(ValueError, match="Env 0 is a PendulumEnv"):
         BatchVecEnv([make("Pendulum-v1")])
+    # The wrapper is not the cause
+    with pytest.raises(ValueError, match="Env 0 is a PendulumEnv"):
+        BatchVecEnv([lambda: SuccessInfoWrapper(gym.make("Pendulum-v1"))])
     with pytest.raises(ValueError, match="wrapped in SuccessInfoWrapper"):
         BatchVecEnv([lambda: SuccessInfoWrapper(gym.make("AntU4Maze-v0"))])
     with pytest.raises(ValueError, match="list of env functions is empty"):

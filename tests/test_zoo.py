@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,9 +21,12 @@ import numpy as np
 import optuna
 import pytest
 import rl_zoo3
+import torch
 import yaml
 from rl_zoo3.callbacks import TrialEvalCallback
+from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -31,13 +36,13 @@ from sb3_deepcrl.analysis import plot_value_map
 from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.zoo import cli
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
-from sb3_deepcrl.zoo.checkpoints import find_model, num_timesteps, sibling
+from sb3_deepcrl.zoo.checkpoints import find_model, num_timesteps, read_run_file, sibling
 from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
-from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run
+from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run, whole_number
 from sb3_deepcrl.zoo.value_map import env_of_run
-from tests.envs import GoalReachEnv
+from tests.envs import GoalReachEnv, add_package
 
 ROOT = Path(__file__).parent.parent
 ENV = "PointUMaze-v0"
@@ -98,7 +103,7 @@ def test_train_logs_what_the_zoo_reads(logs, run_folder):
 def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     model = DeepCRL.load(run_folder / f"{ENV}.zip")
     # All that the command line does not tell is as it was. The checkpoint's buffer is gone, the final model has one
-    train(tmp_path, "-i", str(run_folder), "-n", "2400")
+    train(tmp_path, "-i", str(run_folder), "-n", "8e2")
     folder = tmp_path / "deepcrl" / f"{ENV}_1"
     longer = DeepCRL.load(folder / f"{ENV}.zip")
     longer.load_replay_buffer(folder / "replay_buffer.pkl")
@@ -118,13 +123,17 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     with pytest.raises(SystemExit, match=r"was trained for 2400 steps already, of 2400 in all"):
         train(tmp_path, "-i", str(folder))
     assert not (tmp_path / "deepcrl" / f"{ENV}_2").exists()
+    # What is left of the run that was continued, whose number of steps holds for its checkpoints too
+    shutil.copy(run_folder / f"{ENV}.zip", folder / f"rl_model_{N_STEPS}_steps.zip")
+    train(tmp_path, "-i", str(folder / f"rl_model_{N_STEPS}_steps.zip"), "-params", "learning_starts:800")
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == 2400
 
 
 def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, capsys):
     path, steps = run_folder / f"rl_model_{EVERY}_steps.zip", EVERY
     for number in (1, 2):
         before = DeepCRL.load(path)._n_updates
-        train(tmp_path, "-i", str(path), "-n", str(steps + 128))
+        train(tmp_path, "-i", str(path), "-n", "128")
         assert f"No replay buffer of {path.name}: collecting 100 steps of random actions" in capsys.readouterr().out
         path = tmp_path / "deepcrl" / f"{ENV}_{number}" / f"{ENV}.zip"
         longer = DeepCRL.load(path)
@@ -135,7 +144,7 @@ def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, ca
         if number == 1:
             (path.parent / "replay_buffer.pkl").unlink()
     # With its replay buffer, a run that stopped in the warm-up would go on with it
-    train(tmp_path, "-i", str(path.parent), "-n", str(steps + 16))
+    train(tmp_path, "-i", str(path.parent), "-n", "16")
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_3" / f"{ENV}.zip").learning_starts == steps - 128 + 100
     with (path.parent / "episodes.csv").open() as file:
         assert [row["timesteps"] for row in csv.DictReader(file)] == [str(EVERY)] * 4
@@ -143,7 +152,7 @@ def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, ca
 
 def test_the_best_model_does_not_take_the_final_replay_buffer(run_folder, tmp_path, capsys):
     steps = DeepCRL.load(run_folder / "best_model.zip").num_timesteps
-    train(tmp_path, "-i", str(run_folder / "best_model.zip"), "-n", str(steps + 16))
+    train(tmp_path, "-i", str(run_folder / "best_model.zip"), "-n", "16")
     assert "No replay buffer of best_model.zip: collecting 100 steps" in capsys.readouterr().out
     longer = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
     assert (longer.num_timesteps, longer.learning_starts) == (steps + 16, steps + 100)
@@ -170,7 +179,7 @@ def test_the_best_model_goes_on(is_broken, run_folder, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
     # No evaluation before the end
-    train(tmp_path, "-i", str(folder), "-n", str(N_STEPS + 16), "--eval-episodes", "3")
+    train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
     message = "cannot be read" if is_broken else "have another number of episodes"
     assert message in capsys.readouterr().out
     assert seen == [-np.inf if is_broken else best]
@@ -215,7 +224,7 @@ def test_killed_while_saving(tmp_path):
     assert sibling(chosen, "replay_buffer").is_file()
     # Not written as a whole, and not needed
     (folder / "evaluations.npz").write_bytes(b"PK")
-    train(tmp_path, "-i", str(folder), "-n", str(models[chosen] + 80))
+    train(tmp_path, "-i", str(folder), "-n", "80")
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == models[chosen] + 80
 
 
@@ -462,6 +471,9 @@ def test_plots(logs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
     assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "all.pkl" / "value.png"))
+    assert "value.png': choose another place than " in capsys.readouterr().err
 
 
 def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
@@ -708,7 +720,7 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
     run("enjoy", ["--env", env_id, "-f", str(tmp_path), "-n", "301", "--no-render"])
     assert "Success at any step: " in capsys.readouterr().out
     # The statistics of VecNormalize go on too
-    train(tmp_path, "-i", str(folder), "-n", "340")
+    train(tmp_path, "-i", str(folder), "-n", "10")
     assert f"Loading VecNormalize stats: {folder / env_id / 'vecnormalize.pkl'}" in capsys.readouterr().out
     models = []
 
@@ -723,19 +735,36 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
     assert models[0].get_vec_normalize_env().obs_rms["observation"].mean == pytest.approx(saved.mean)
     (folder / env_id / "vecnormalize.pkl").unlink()
     with pytest.raises(SystemExit, match=r"-i: .*vecnormalize\.pkl is missing"):
-        train(tmp_path, "-i", str(folder), "-n", "340")
+        train(tmp_path, "-i", str(folder), "-n", "10")
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1")
     assert "vecnormalize.pkl not found" in capsys.readouterr().err
 
 
-def test_plain_zoo_with_custom_envs(tmp_path):
-    (tmp_path / "custom_envs.py").write_text("import sb3_deepcrl.zoo\n")
-    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "deepcrl", "--env", ENV, "-n", "128"]
-    command += ["-conf", str(config_folder() / "deepcrl.yml"), "-f", str(tmp_path), "--eval-freq", "-1", "--num-threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([*command, *TINY], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 128
+def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
+    (folder / "custom_envs.py").write_text("import sb3_deepcrl.zoo\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", *args]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("conf, config", [([], "deepcrl"), (["-conf", "depth_sweep"], "depth_sweep")])
+def test_plain_zoo_with_custom_envs(conf, config, tmp_path):
+    args = f"--algo deepcrl --env {ENV} -f logs".split()
+    train_args = [*conf, *"-n 128 --eval-freq -1 --num-threads 1".split()]
+    output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *train_args, *TINY)
+    assert f"Loading hyperparameters from: {config_folder() / config}." in output
+    assert DeepCRL.load(tmp_path / "logs" / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 128
+    if not conf:
+        assert "Success rate: " in run_plain_zoo(tmp_path, ROOT, "rl_zoo3.enjoy", *args, "-n", "301", "--no-render")
+        # Reads the command line before it makes an env
+        run_plain_zoo(tmp_path, ROOT, "rl_zoo3.record_video", *args, "--help")
+
+
+def test_rl_zoos_own_algorithms_keep_their_configs():
+    args = ("sac", "Pendulum-v1", "logs")
+    assert ExperimentManager(None, *args).config == str(Path(rl_zoo3.__file__).parent / "hyperparams" / "sac.yml")
+    assert ExperimentManager(None, *args, config="json").config == "json"
 
 
 def test_installed_wheel_finds_its_configs(tmp_path):
@@ -756,7 +785,10 @@ def test_installed_wheel_finds_its_configs(tmp_path):
     result = subprocess.run(
         [*command, "--eval-freq", "-1", *TINY], cwd=work, env=environment, check=True, capture_output=True, text=True
     )
-    assert f"Loading hyperparameters from: {site / 'sb3_deepcrl' / 'zoo_configs' / 'deepcrl.yml'}" in result.stdout
+    loading = f"Loading hyperparameters from: {site / 'sb3_deepcrl' / 'zoo_configs' / 'deepcrl.yml'}"
+    assert loading in result.stdout
+    plain = f"rl_zoo3.train --algo deepcrl --env {ENV} -n 16 --eval-freq -1".split()
+    assert loading in run_plain_zoo(work, site, *plain, *TINY)
     assert (work / "logs" / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").is_file()
 
 
@@ -766,13 +798,21 @@ def test_default_configs():
     # RL Zoo's own file
     assert find_config(None, "sac", "Pendulum-v1") is None
     assert find_config("deepcrl-paper", "deepcrl", ENV) == str(config_folder() / "deepcrl-paper.yml")
-    assert find_config("some.module", "deepcrl", ENV) == "some.module"
+    assert find_config("json.decoder", "deepcrl", ENV) == "json.decoder"
 
 
 BAD = [
-    ("--env PointUMaz-v0", "--env: PointUMaz-v0 is no registered env, did you mean PointUMaze-v0?"),
+    ("--env PointUMaz-v0", "--env: Environment `PointUMaz` doesn't exist. Did you mean: `PointUMaze`?"),
+    ("--env nowhere:Reach-v0", "--env: 'nowhere:Reach-v0' cannot be found, as the module 'nowhere' cannot be imported"),
     ("--env Pendulum-v1", "`achieved_goal`, `desired_goal` missing"),
-    ("--env FetchReach-v4 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only"),
+    ("--env FetchReach-v4 --vec-env batch", "--vec-env batch: FetchReach-v4 is no task of this package"),
+    ("--env PointMaze_UMaze-v3 --vec-env batch", "--vec-env batch: PointMaze_UMaze-v3 is no task of this package"),
+    ("-n -5", "argument -n/--n-timesteps: must be at least 1, got -5"),
+    ("-n 0.5", "argument -n/--n-timesteps: must be a whole number, got 0.5"),
+    ("-n inf", "argument -n/--n-timesteps: must be a whole number, got inf"),
+    ("--save-freq often", "argument --save-freq: must be a whole number, got often"),
+    ("--eval-episodes 0", "argument --eval-episodes: must be at least 1, got 0"),
+    ("--n-eval-envs -1", "argument --n-eval-envs: must be at least 1, got -1"),
     ("-params dept:4", "`dept` is no hyperparameter, did you mean `depth`?"),
     ("-params depth:6", "`depth` must be a positive multiple of 4"),
     ("-params policy:'MultiInputPolcy'", "`policy: MultiInputPolcy` is unknown, did you mean `MultiInputPolicy`?"),
@@ -809,10 +849,12 @@ BAD = [
         "error: `env_wrapper`: TimeLimit.__init__() got an unexpected keyword argument 'max_step'",
     ),
     ("--env-kwargs maez:'u'", "maez"),
-    ("-conf nowhere.yml", "-conf: there is no file nowhere.yml"),
-    ("-conf nowhere", "nowhere: ModuleNotFoundError: No module named 'nowhere'"),
+    ("-conf nowhere.yml", "-conf: nowhere.yml is neither a file nor a Python module, nor one of the configs of this package"),
+    ("-conf depcrl", "which are deepcrl, deepcrl-paper, depth_sweep, sac, sac-dense, td3, tqc, did you mean `deepcrl`?"),
+    ("-conf no.where", "-conf: no.where is neither a file nor a Python module"),
+    ("-params callback:'subprocess.Popen'", "`callback: subprocess.Popen` is no callback"),
     ("-i nowhere.zip", "-i: nowhere.zip is neither a model (.zip) nor the folder of a run"),
-    ("--gym-packages nowhere", "--gym-packages: No module named 'nowhere'"),
+    ("--gym-packages nowhere", "the module 'nowhere' cannot be imported: No module named 'nowhere'"),
 ]
 
 
@@ -828,6 +870,125 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
     assert line.startswith("sb3-deepcrl train: error: ")
     assert line.strip().count("\n") == 0
     assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("number", ["1e2", "100", "1E2", "+100.0"])
+def test_whole_numbers_may_be_floats(number):
+    assert whole_number(True, None)(number) == 100
+    assert whole_number(True, -1)("-1") == -1
+    assert whole_number(False, None)("9007199254740993") == 9007199254740993
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("enjoy --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: add --no-render"),
+        ("record_video --env PointUMaze-v0", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
+        ("push_to_hub --env PointUMaze-v0 -orga me", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
+def test_without_a_screen(args, message, logs, monkeypatch, capsys):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    script, *flags = args.split()
+    with pytest.raises(SystemExit):
+        run(script, [*flags, "-f", str(logs)])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"sb3-deepcrl {script}: error: {message}")
+
+
+def test_nowhere_to_write(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    args = ["--env", ENV, "--vec-env", "batch", "-n", "16", "--eval-freq", "-1", *TINY]
+    with pytest.raises(SystemExit, match=rf"^sb3-deepcrl train: error: .*: choose another place than {file}$"):
+        train(file, *args)
+
+    def fail(error):
+        def save(*args):
+            raise error
+
+        monkeypatch.setattr(DeepCRL, "save", save)
+        train(tmp_path, *args)
+
+    with pytest.raises(SystemExit, match=r"^sb3-deepcrl train: error: .*No space left.*: free some space"):
+        fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    # Not of what the user gave: the traceback says where
+    with pytest.raises(PermissionError):
+        fail(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/dev/robot"))
+
+
+@pytest.mark.parametrize("command", ["sb3_deepcrl", "sb3_deepcrl.zoo.train"])
+def test_without_rl_zoo(command, tmp_path):
+    (tmp_path / "rl_zoo3.py").write_text("raise ModuleNotFoundError(\"No module named 'rl_zoo3'\")\n")
+    result = subprocess.run([sys.executable, "-m", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert """(No module named 'rl_zoo3'): install the extra "zoo", in a clone by `pip install -e ".[zoo]"`""" in line
+
+
+UNSAFE = [
+    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
+    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "`!!python/object/new:os.mkdir`"),
+    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
+    ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:os.mkdir ''}}", "`os.mkdir`"),
+    ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:this.s ''}}", "`this.s`"),
+    ("config.yml", "normalize: __import__('os').mkdir('{}')", "`normalize: __import__('os').mkdir('"),
+    ("config.yml", "policy_kwargs: 'dict(a=[os.mkdir(\"{}\") for _ in [1]])'", "`policy_kwargs: dict(a=[os.mkdir("),
+]
+
+
+@pytest.mark.parametrize("script", ["train", "enjoy", "value_map"])
+@pytest.mark.parametrize("name, line, told", UNSAFE)
+def test_the_files_of_a_run_execute_nothing(script, name, line, told, run_folder, tmp_path, capsys):
+    folder = tmp_path / "deepcrl" / f"{ENV}_1"
+    shutil.copytree(run_folder, folder)
+    target = tmp_path / "executed"
+    path = folder / ENV / name
+    # Keys and values in place of RL Zoo's OrderedDict
+    path.write_text(yaml.safe_dump(read_run_file(path)) + line.format(target) + "\n")
+    with pytest.raises(SystemExit) as exit_info:
+        if script == "train":
+            train(tmp_path, "-i", str(folder), "-n", "16")
+        else:
+            cli_main(script, "--env", ENV, "-f", str(tmp_path), *(["--no-render"] if script == "enjoy" else []))
+    assert exit_info.value.code not in (0, None)
+    message = f"{exit_info.value.code}{capsys.readouterr().err}"
+    assert f"{path} holds {told}" in message
+    assert "which is more than data" in message
+    assert not target.exists()
+
+
+def test_files_of_a_run_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "config.yml"
+    data = OrderedDict(
+        policy_kwargs={"activation_fn": torch.nn.ReLU, "optimizer_class": torch.optim.SGD, "net_arch": [8, 8]},
+        replay_buffer_class=HerReplayBuffer,
+        train_freq=(1, "episode"),
+        env_kwargs={"maze": ["#r#"], "nested": OrderedDict(a={"b": None, "c": (1.5, True)})},
+        normalize="{'norm_obs': True, 'gamma': -1 + 2 ** 0.5}",
+        monitor_kwargs="dict(info_keywords=('is_success',))",
+    )
+    path.write_text(yaml.dump(data))
+    assert read_run_file(path) == data
+    for text, message in {"a: [": "while parsing", "- 1": "must hold keys and values, got [1]"}.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read_run_file(path)
+
+
+def test_env_of_another_package(tmp_path, monkeypatch, capsys):
+    add_package(tmp_path, monkeypatch)
+    args = ["--env", "elsewhere:ElsewhereReach-v0", "-n", "32", "--eval-freq", "-1"]
+    train(tmp_path, *args, *TINY[:-2], "learning_starts:16", "buffer_size:4000")
+    folder = tmp_path / "deepcrl" / "ElsewhereReach-v0_1"
+    # As from a process that has not imported the package
+    add_package(tmp_path, monkeypatch)
+    train(tmp_path, "-i", str(folder), "-n", "16")
+    assert DeepCRL.load(tmp_path / "deepcrl" / "ElsewhereReach-v0_2" / "ElsewhereReach-v0.zip").num_timesteps == 48
+    add_package(tmp_path, monkeypatch)
+    run("enjoy", ["--env", "elsewhere:ElsewhereReach-v0", "-f", str(tmp_path), "-n", "21", "--no-render"])
+    assert "Success rate: " in capsys.readouterr().out
 
 
 def test_bad_config_has_no_traceback(tmp_path):

@@ -46,7 +46,7 @@ from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv, SuccessInfoWrapper
-from sb3_deepcrl.envs.registration import ENV_TABLE, import_gymnasium_robotics
+from sb3_deepcrl.envs.registration import ENV_TABLE, find_spec
 
 # Evaluation envs have their own seed, the same for all settings and training seeds
 EVAL_SEED = 10_000
@@ -131,12 +131,12 @@ def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: Mapping[str, Any] 
     :raises ValueError: if it does not know an argument
     """
     kwargs = dict(env_kwargs or {})
+    env_id = check_env_id(env_id)
     with telling_env_kwargs(env_id, kwargs):
         if env_id in ENV_TABLE:
             env = BatchVecEnv(env_id, n_envs, n_threads=th.get_num_threads(), **kwargs)
             env.seed(seed)
             return env
-        register_robotics()
         return make_vec_env(env_id, n_envs, seed=seed, wrapper_class=SuccessInfoWrapper, env_kwargs=kwargs)
 
 
@@ -147,31 +147,23 @@ def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) ->
     :return: The env, not vectorised
     :raises ValueError: if it does not know an argument
     """
-    if env_id not in ENV_TABLE:
-        register_robotics()
     kwargs = dict(env_kwargs or {})
+    env_id = check_env_id(env_id)
     with telling_env_kwargs(env_id, kwargs):
         return gym.make(env_id, **kwargs)
 
 
-def register_robotics() -> None:
-    """Make the ids of gymnasium-robotics known."""
-    import_gymnasium_robotics()
-
-
-def check_env_id(env_id: str) -> str:
+def check_env_id(env_id: str, gym_packages: Iterable[str] = ()) -> str:
     """
-    :param env_id: Id of an env
-    :return: The same
+    :param env_id: Id of an env, see :func:`~sb3_deepcrl.envs.registration.find_spec`
+    :param gym_packages: Modules that register envs
+    :return: The id without the module that it may name
     :raises ValueError: if there is no such env
     """
-    if env_id not in ENV_TABLE:
-        register_robotics()
-        try:
-            gym.spec(env_id)
-        except gym.error.Error as error:
-            raise ValueError(f"There is no env {env_id!r} ({error}): use an id such as PointU4Maze-v0") from None
-    return env_id
+    try:
+        return find_spec(env_id, gym_packages).id
+    except gym.error.Error as error:
+        raise ValueError(f"There is no env {env_id!r} ({error}): use an id such as PointU4Maze-v0") from None
 
 
 def check_hyperparams(hyperparams: Iterable[str], algorithm: str = "DeepCRL", option: str = "hyperparams") -> None:

@@ -142,13 +142,21 @@ class Study(ABC):
     precision: str = option("auto", "Precision of the matrix products", choices=("float32", "bfloat16", "auto"))
     hyperparams: dict[str, Any] = option({}, "Other arguments of DeepCRL, e.g. energy:dot")
     env_kwargs: dict[str, Any] = option({}, "Arguments of both envs, e.g. cell_size:4.0")
+    gym_packages: list[str] = option(
+        None, "Modules to import, which register envs; --env panda_gym:PandaReach-v3 does it too", type=str, nargs="+"
+    )
 
     def __post_init__(self) -> None:
-        check_env_id(self.env)
+        packages = dict.fromkeys(self.gym_packages or [])
+        for name in ("env", "eval_env"):
+            if (env_id := getattr(self, name)) is not None:
+                setattr(self, name, check_env_id(env_id, packages))
+                # Processes that train find it by these
+                packages |= dict.fromkeys(env_id.split(":")[:-1])
+        self.gym_packages = list(packages) or None  # type: ignore[assignment]
         for name, default in defaults_of(self.env).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        check_env_id(self.eval_env)
         check_hyperparams(self.hyperparams)
         # Reports say what these are
         self.check_free({name: name for name in SHARED})
@@ -262,6 +270,7 @@ class Study(ABC):
         :param runs: Folder of all runs
         :param n_threads: Number of threads
         """
+        check_env_id(run.env, self.gym_packages or ())
         train(run, runs, n_threads)
 
     def is_complete(self, run: Run, runs: Path) -> bool:

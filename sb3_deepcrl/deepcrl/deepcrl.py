@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -247,7 +249,8 @@ class DeepCRL(OffPolicyAlgorithm):
     and usually ``observation``. ``compute_reward`` is not needed.
 
     :param policy: The policy model to use (``MultiInputPolicy``)
-    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param env: The environment to learn from (can be the id of one, also of gymnasium-robotics, and of another package
+        that it names: ``"panda_gym:PandaReach-v3"``)
     :param learning_rate: learning rate of the Adam optimizers, it can be a function of the current progress remaining
         (from 1 to 0)
     :param buffer_size: size of the replay buffer, over all envs
@@ -387,6 +390,8 @@ class DeepCRL(OffPolicyAlgorithm):
             repr_dim=repr_dim,
             energy=energy,
         )
+        if isinstance(env, str):
+            env = self.find_spec(env).id
         super().__init__(
             policy,
             env,
@@ -474,6 +479,17 @@ class DeepCRL(OffPolicyAlgorithm):
                 )
             self._check_buffer_size()
             self._setup_model()
+
+    @staticmethod
+    def find_spec(env_id: str) -> EnvSpec:
+        """
+        Find the env that an id names. The package puts :func:`~sb3_deepcrl.envs.registration.find_spec` in its place, which
+        knows more of them.
+
+        :param env_id: The id
+        :return: The specification of the env
+        """
+        return gym.spec(env_id)
 
     @staticmethod
     def _merge_policy_kwargs(architecture: dict[str, Any], policy_kwargs: dict[str, Any]) -> dict[str, Any]:

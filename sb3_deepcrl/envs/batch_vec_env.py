@@ -14,6 +14,7 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
 from sb3_deepcrl.envs.goal_env import GoalEnv
+from sb3_deepcrl.envs.registration import find_spec
 from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation, Transition
 from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, check_task_arguments, refuse_setting
@@ -220,6 +221,11 @@ class BatchVecEnv(VecEnv):
         read: list[tuple[dict[str, Any], int | None, dict[str, Any]]] = []
         for i, env_fn in enumerate(env_fns):
             env = env_fn()
+            if not isinstance(env.unwrapped, GoalEnv):
+                raise ValueError(
+                    f"Env {i} is a {type(env.unwrapped).__name__}. BatchVecEnv steps this package's GoalEnv only: use "
+                    "DummyVecEnv."
+                )
             spec, limit, writer = env.spec, None, None
             layer = env
             while isinstance(layer, gym.Wrapper):
@@ -234,10 +240,7 @@ class BatchVecEnv(VecEnv):
                 if isinstance(layer, Monitor):
                     writer, self._info_keywords = layer.results_writer, layer.info_keywords
                 layer = layer.env
-            if not isinstance(layer, GoalEnv):
-                raise ValueError(
-                    f"Env {i} is a {type(layer).__name__}. BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv."
-                )
+            assert isinstance(layer, GoalEnv)
             read.append((layer.task_kwargs, limit, {"render_mode": layer.render_mode, **layer.render_arguments}))
             if read[-1] != read[0]:
                 raise ValueError(f"Env {i} differs from env 0: {read[-1]} is not {read[0]}. All of them must be alike.")
@@ -425,10 +428,10 @@ def _own_spec(env_id: str) -> EnvSpec:
     :return: Its specification
     :raises ValueError: If it is no environment of this package
     """
-    spec = gym.spec(env_id)
+    spec = find_spec(env_id)
     if spec.entry_point != f"{GoalEnv.__module__}:{GoalEnv.__name__}":
         raise ValueError(
-            f"{env_id!r} is no environment of this package, so it has no batched simulation. "
+            f"{env_id!r} is no environment of this package, such as 'PointUMaze-v0', so it has no batched simulation. "
             "Use make_vec_env with DummyVecEnv or SubprocVecEnv."
         )
     return spec

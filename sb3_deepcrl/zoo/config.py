@@ -1,4 +1,5 @@
 import difflib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ import yaml
 from rl_zoo3.utils import get_class_by_name, get_wrapper_class
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -78,10 +80,25 @@ def find_config(config: str | None, algo: str, env_id: str) -> str | None:
     for suffix in ("", ".yml", ".py"):
         if (path := config_folder() / f"{config}{suffix}").is_file():
             return str(path)
-    if config.endswith((".yml", ".yaml", ".py")):
-        names = ", ".join(sorted(path.name for path in config_folder().glob("*.*")))
-        raise ConfigError(f"-conf: there is no file {config}. Configs of this package: {names}")
+    names = sorted(path.stem for path in config_folder().glob("*.*"))
+    if config.endswith((".yml", ".yaml", ".py")) or not is_module(config):
+        raise ConfigError(
+            f"-conf: {config} is neither a file nor a Python module, nor one of the configs of this package, which are "
+            f"{', '.join(names)}{suggestion(config, names)}"
+        )
     return config
+
+
+def is_module(name: str) -> bool:
+    """
+    :param name: Name of a Python module
+    :return: Whether there is one
+    """
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        # There is no package that it could be in, or it is no name at all
+        return False
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -220,7 +237,9 @@ def check_names(hyperparams: dict[str, Any], algo_class: type[BaseAlgorithm]) ->
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             name = next(iter(callback)) if isinstance(callback, dict) else callback
             if isinstance(name, str):
-                get_class_by_name(name)
+                callback_class = get_class_by_name(name)
+                if not isinstance(callback_class, type) or not issubclass(callback_class, BaseCallback):
+                    raise ConfigError(f"`callback: {name}` is no callback: it must be a subclass of {BaseCallback.__name__}")
     except (ImportError, AttributeError, ValueError, AssertionError) as error:
         raise ConfigError(f"`{key}: {hyperparams[key]}` cannot be imported: {error}") from None
 

@@ -12,7 +12,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-import yaml
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
@@ -28,8 +27,8 @@ from sb3_deepcrl.common.signals import uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, replay_buffers, reports_goals
-from sb3_deepcrl.zoo.checkpoints import CHECKPOINT, run_config, sibling
-from sb3_deepcrl.zoo.config import DEEPCRL_SCHEDULES, ConfigError, argument_names, check_hyperparams, find_config
+from sb3_deepcrl.zoo.checkpoints import CHECKPOINT, read_run_file, run_config, sibling
+from sb3_deepcrl.zoo.config import DEEPCRL_SCHEDULES, ConfigError, argument_names, check_hyperparams
 
 # Envs that report `is_success`: these packages, see `sb3_deepcrl.zoo`
 SUCCESS_REPORTED_BY = ("sb3_deepcrl.envs", "gymnasium_robotics.envs.maze", "gymnasium_robotics.envs.fetch")
@@ -66,7 +65,7 @@ class GoalExperimentManager(ExperimentManager):
         is_batch = vec_env_type == "batch"
         kwargs.update(
             vec_env_type="dummy" if is_batch else vec_env_type,
-            config=find_config(config, algo, env_id),
+            config=config,
             trial_id=trial_id,
         )
         super().__init__(args, algo, env_id, *positional, **kwargs)
@@ -139,8 +138,7 @@ class GoalExperimentManager(ExperimentManager):
     def _read_resumed_config(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         path = folder / "config.yml"
         print(f"Loading hyperparameters from: {path}")
-        # Written by RL Zoo as OrderedDict, and read by it like this
-        hyperparams = dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader))
+        hyperparams = read_run_file(path)
         hyperparams.update(self.custom_hyperparams or {})
         if self.env_kwargs:
             hyperparams["env_kwargs"] = self.env_kwargs
@@ -284,8 +282,8 @@ class GoalExperimentManager(ExperimentManager):
         )
         if self.n_timesteps <= model.num_timesteps:
             raise ConfigError(
-                f"-n: {model_path} was trained for {model.num_timesteps} steps already, of {self.n_timesteps} in all: "
-                "give a larger number, it counts from the start of the run"
+                f"-i: {model_path} was trained for {model.num_timesteps} steps already, of {self.n_timesteps} in all: "
+                "give the number of further steps with -n"
             )
         warmup = hyperparams.get("learning_starts", argument_names(DeepCRL)["learning_starts"])
         buffer_path = sibling(model_path, "replay_buffer")
