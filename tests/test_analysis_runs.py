@@ -124,11 +124,11 @@ def test_unknown_algorithm():
 
 
 def test_hyperparams_are_arguments():
-    check_hyperparams(["gamma", "width", "policy_kwargs"])
+    check_hyperparams({"gamma": 0.9, "width": 8, "policy_kwargs": {"norm": "none", "net_arch": [8]}})
     with pytest.raises(ValueError, match=r"'widht' is none that can be set. Did you mean 'width'?"):
-        check_hyperparams(["widht"])
+        check_hyperparams({"widht": 8})
     with pytest.raises(ValueError, match=r"'seed' is none that can be set. Choose from: learning_rate, "):
-        check_hyperparams(["seed"])
+        check_hyperparams({"seed": 1})
 
 
 def test_folder_of_a_run():
