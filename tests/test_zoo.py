@@ -13,11 +13,13 @@ import zipfile
 from pathlib import Path
 from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
 import rl_zoo3
 import yaml
+from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
@@ -671,12 +673,13 @@ BAD = [
         "--algo sac -params replay_buffer_kwargs:dict(online_sampling=True)",
         "`replay_buffer_kwargs` has no `online_sampling`",
     ),
-    ("--algo sac -params policy_kwargs:dict(net_archh=[8]) buffer_size:2000", "unexpected keyword argument 'net_archh'"),
+    ("--algo sac -params policy_kwargs:dict(net_archh=[8])", "`policy_kwargs` has no `net_archh`, did you mean `net_arch`?"),
     (
         "--env FetchReach-v4 -params env_wrapper:{'gymnasium.wrappers.TimeLimit':{'max_step':3}}",
-        "error: `env_wrapper`: TimeLimit.__init__() got an unexpected keyword argument 'max_step'",
+        "`env_wrapper: gymnasium.wrappers.TimeLimit` has no `max_step`, did you mean `max_episode_steps`?",
     ),
-    ("--env-kwargs maez:'u'", "maez"),
+    ("--env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze'?"),
+    ("--env PointMaze_UMaze-v3 --env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze_map'?"),
     ("-conf nowhere.yml", "-conf: there is no file nowhere.yml"),
     ("-conf nowhere", "nowhere: ModuleNotFoundError: No module named 'nowhere'"),
     ("-i nowhere.zip", "-i: nowhere.zip is neither a model (.zip) nor the folder of a run"),
@@ -726,11 +729,25 @@ def test_bad_config_file(text, message, tmp_path):
         train(tmp_path, "--env", ENV, "-conf", str(config))
 
 
-def test_an_error_inside_of_a_python_config_is_told_as_it_is(tmp_path):
+def test_an_error_inside_of_a_python_config_keeps_its_traceback(tmp_path):
     config = tmp_path / "my.py"
     config.write_text("hyperparams = dict(n_timesteps=1 + '1')\n")
-    with pytest.raises(SystemExit, match=r"my\.py: TypeError: unsupported operand"):
+    with pytest.raises(TypeError, match="unsupported operand"):
         train(tmp_path, "--env", ENV, "-conf", str(config))
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, RuntimeError, gym.error.ResetNeeded])
+def test_a_bug_in_an_env_keeps_its_traceback(error, tmp_path, monkeypatch):
+    def make_broken(size: int = 3):
+        raise error("a bug")
+
+    monkeypatch.setitem(gym.registry, "Broken-v0", EnvSpec("Broken-v0", make_broken))
+    with pytest.raises(error, match="a bug"):
+        train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "size:2")
+    # No folder of a run is left
+    assert not list(tmp_path.glob("*/Broken-v0_*"))
+    with pytest.raises(SystemExit, match=r"Broken-v0 cannot be made with .*'siez'. Did you mean 'size'\?"):
+        train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "siez:2")
 
 
 def test_missing_model_ends_in_one_line(tmp_path, capsys):

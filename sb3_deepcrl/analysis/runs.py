@@ -600,11 +600,11 @@ def differences(run: Run, runs: Path) -> str:
     """
     :param run: A run
     :param runs: Folder of all runs
-    :return: What is other now than it was when the run was made, in words; nothing if it has not begun
+    :return: With what else it was made than there is now, in words; nothing if there is no difference, or it has not begun
     """
     records = records_of(run, runs)
     if not all("source" in record for record in records):
-        return "was made before runs recorded their code"
+        return "unknown code, before runs recorded it"
     now = _comparable({"arguments": arguments(run), **code()}) if records else {}
     for record in records:
         then = _comparable(record)
@@ -612,7 +612,7 @@ def differences(run: Run, runs: Path) -> str:
         if names:
             missing = "not there"
             changes = [f"{name} was {then.get(name, missing)}, now {now.get(name, missing)}" for name in names]
-            return f"was made with other code: {'; '.join(changes)}"
+            return f"other code ({'; '.join(changes)})"
     return ""
 
 
@@ -627,10 +627,10 @@ def check_code(all_runs: Iterable[Run], runs: Path) -> None:
     others = {run.folder(runs): found for run in all_runs if (found := differences(run, runs))}
     if others:
         folder, found = next(iter(others.items()))
-        more = f", and {len(others) - 1} more run{'s' if len(others) > 2 else ''} of other code" if len(others) > 1 else ""
+        more = f"; and {len(others) - 1} more of these runs with such code" if len(others) > 1 else ""
         raise ValueError(
-            f"{folder} {found}{more}. Use another folder (`runs`) to train anew, or `reuse_other_code` to take what is there "
-            "as it is and go on from it"
+            f"{folder} was made with {found}{more}. Use another folder (`runs`) to train anew, or `reuse_other_code` "
+            "(--reuse-other-code) to take what is there as it is and go on from it"
         )
 
 

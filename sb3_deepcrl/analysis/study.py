@@ -437,7 +437,7 @@ def describe(record: Mapping[str, Any]) -> str:
     :return: Code and machine in words
     """
     if "source" not in record:
-        return "nobody knows what, before runs recorded it"
+        return "unknown code on an unknown machine, before runs recorded both"
     revision = f"revision {record['revision']}, " if record["revision"] else ""
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
     gpu = f", {record['gpu']}" if record["gpu"] else ""
@@ -482,8 +482,7 @@ def notes_on_code(all_runs: Sequence[Run], runs: Path) -> list[str]:
     for group, named in values.items():
         words = [f"{key}={' or '.join(found)}" for key, found in named.items()]
         notes.append(f"Arguments of {group}, defaults included: `{', '.join(words)}`.")
-    notes += [f"Not made by the code that wrote this report: {', '.join(folders)} {what}." for what, folders in others.items()]
-    return notes
+    return notes + [f"Not with the code that wrote this report: {', '.join(of)}, with {what}." for what, of in others.items()]
 
 
 def check_output(output: str | Path | None, runs: Path) -> Path | None:
