@@ -679,7 +679,7 @@ BAD = [
         "`env_wrapper: gymnasium.wrappers.TimeLimit` has no `max_step`, did you mean `max_episode_steps`?",
     ),
     ("--env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze'?"),
-    ("--env PointMaze_UMaze-v3 --env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze_map'?"),
+    ("--env PointMaze_UMaze-v3 --env-kwargs mazemap:'u'", "it has no argument 'mazemap'. Did you mean 'maze_map'?"),
     ("-conf nowhere.yml", "-conf: there is no file nowhere.yml"),
     ("-conf nowhere", "nowhere: ModuleNotFoundError: No module named 'nowhere'"),
     ("-i nowhere.zip", "-i: nowhere.zip is neither a model (.zip) nor the folder of a run"),
