@@ -476,35 +476,42 @@ def test_what_a_run_was_made_with(tmp_path):
     assert records_of(replace(run, steps=200), tmp_path) == [record]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[bool, Path]:
+    """Folders of runs of the same study, by whether they are complete."""
+    folders = {is_complete: tmp_path_factory.mktemp("runs") for is_complete in (False, True)}
+    for is_complete, folder in folders.items():
+        run = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY).settings()["depth 4"]
+        train(run if is_complete else replace(run, steps=80), folder)
+    return folders
+
+
 @pytest.mark.parametrize("is_complete", [True, False])
 @pytest.mark.parametrize("what", OTHER_CODE)
-def test_runs_of_other_code_are_not_reused(tmp_path, monkeypatch, what, is_complete):
+def test_runs_of_other_code_are_not_reused(trained, monkeypatch, what, is_complete):
+    folder = trained[is_complete]
     study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
     run = study.settings()["depth 4"]
-    train(run if is_complete else replace(run, steps=80), tmp_path)
-    before = results_of(run, tmp_path)
+    before = results_of(run, folder)
     change_code(monkeypatch, what)
-    name = re.escape(str(run.folder(tmp_path)))
+    name = re.escape(str(run.folder(folder)))
     message = rf"{name} was made with other code \({OTHER_CODE[what]}\)\. .* or `reuse_other_code` .*"
     for call in (
-        lambda: train(run, tmp_path),
-        lambda: train_all({"": [run]}, tmp_path, console=Console(file=io.StringIO())),
-        lambda: study.run(tmp_path, console=Console(file=io.StringIO())),
+        lambda: train(run, folder),
+        lambda: train_all({"": [run]}, folder, console=Console(file=io.StringIO())),
+        lambda: study.run(folder, console=Console(file=io.StringIO())),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert results_of(run, tmp_path) == before
-    if what == "default":
-        train(run, tmp_path, reuse_other_code=True)
-        assert counters(run, tmp_path) == TOY_COUNTERS
-        # The model has brought its own
-        assert {record["arguments"]["logsumexp_coef"] for record in records_of(run, tmp_path)} == {0.1}
+    assert results_of(run, folder) == before
+    assert not list(folder.glob("*.md"))
 
 
-def test_the_user_may_reuse_other_code(tmp_path, monkeypatch, capsys):
-    options = [*TOY_OPTIONS, "--depths", "4", "--seeds", "1", "--jobs", "1", "--runs", str(tmp_path)]
-    main(["depth", *options, "--steps", "80", "--n-evaluations", "2"])
+def test_the_user_may_reuse_other_code(tmp_path, trained, monkeypatch, capsys):
+    shutil.copytree(trained[False], tmp_path, dirs_exist_ok=True)
     change_code(monkeypatch, "version")
+    change_code(monkeypatch, "default")
+    options = [*TOY_OPTIONS, "--depths", "4", "--seeds", "1", "--jobs", "1", "--runs", str(tmp_path)]
     with pytest.raises(SystemExit):
         main(["depth", *options])
     error = capsys.readouterr().err
@@ -515,12 +522,14 @@ def test_the_user_may_reuse_other_code(tmp_path, monkeypatch, capsys):
     assert f"Made with sb3_deepcrl {version} (" in text and "; then sb3_deepcrl 9.9 (" in text
     assert "Not with the code that wrote this report: PointUMaze-v0-DeepCRL-" in text
     assert f"the version of sb3_deepcrl was {version}, now 9.9" in text
+    # The model that went on has brought its own
+    assert "logsumexp_coef=0.1, " in text
 
 
-def test_a_run_from_before_records_is_of_unknown_code(tmp_path):
+def test_a_run_from_before_records_is_of_unknown_code(tmp_path, trained):
+    shutil.copytree(trained[False], tmp_path, dirs_exist_ok=True)
     study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
     run = study.settings()["depth 4"]
-    train(replace(run, steps=80), tmp_path)
     path = run.folder(tmp_path) / "run.json"
     settings = json.loads(path.read_text())
     del settings["made_with"]

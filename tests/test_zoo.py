@@ -316,7 +316,7 @@ def test_record_video(logs, tmp_path):
     assert video.stat().st_size > 1000
 
 
-def test_plots(logs, tmp_path, capsys):
+def test_plots(logs, tmp_path, capsys, monkeypatch):
     common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
     # RL Zoo's plots of several runs need two
     for number in (1, 2):
@@ -332,6 +332,13 @@ def test_plots(logs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
     assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
+
+    def fail(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        cli_main("value_map", "--env", ENV, "-f", str(logs))
 
 
 def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
@@ -748,6 +755,15 @@ def test_a_bug_in_an_env_keeps_its_traceback(error, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/Broken-v0_*"))
     with pytest.raises(SystemExit, match=r"Broken-v0 cannot be made with .*'siez'. Did you mean 'size'\?"):
         train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "siez:2")
+
+
+def test_a_bug_in_a_module_of_a_config_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("import nowhere_else\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for key, value in (("policy", "broken_module.Policy"), ("env_wrapper", {"broken_module.Wrapper": {}})):
+        entry = {"n_timesteps": 10, "policy": "MultiInputPolicy", key: value}
+        with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
+            check_hyperparams(entry, DeepCRL)
 
 
 def test_missing_model_ends_in_one_line(tmp_path, capsys):

@@ -43,8 +43,13 @@ def arguments_of(function: Callable[..., Any]) -> Arguments:
     defaults: dict[str, Any] = {}
     takes_others = True
     for index, each in enumerate(functions):
-        # The first one of a method is the object
-        parameters = list(inspect.signature(each).parameters.values())[is_class:]
+        try:
+            # The first one of a method is the object
+            parameters = list(inspect.signature(each).parameters.values())[is_class:]
+        except (TypeError, ValueError):
+            # Not written in Python
+            takes_others = True
+            break
         found.update({parameter.name: parameter for parameter in parameters if parameter.kind in NAMED})
         if index == 0:
             defaults = {name: item.default for name, item in found.items() if item.default is not item.empty}
@@ -60,7 +65,9 @@ def arguments_of_env(spec: EnvSpec) -> Arguments:
     :return: What ``gym.make`` takes for it
     """
     creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-    assert creator is not None
+    if creator is None:
+        # `gym.make` has a message for that
+        return Arguments({}, (), True)
     defaults, names, takes_others = arguments_of(creator)
     if spec.entry_point == ENTRY_POINT:
         # All others of this env are those of its task
