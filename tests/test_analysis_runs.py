@@ -479,17 +479,17 @@ def test_what_a_run_was_made_with(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[bool, Path]:
     """Folders of runs of the same study, by whether they are complete."""
-    folders = {is_complete: tmp_path_factory.mktemp("runs") for is_complete in (False, True)}
-    for is_complete, folder in folders.items():
-        run = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY).settings()["depth 4"]
-        train(run if is_complete else replace(run, steps=80), folder)
+    folders = {False: tmp_path_factory.mktemp("half"), True: tmp_path_factory.mktemp("complete")}
+    run = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY).settings()["depth 4"]
+    train(replace(run, steps=80), folders[False])
+    train(run, folders[True])
     return folders
 
 
-@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("what", OTHER_CODE)
-def test_runs_of_other_code_are_not_reused(trained, monkeypatch, what, is_complete):
-    folder = trained[is_complete]
+def test_runs_of_other_code_are_not_reused(trained, monkeypatch, what, complete):
+    folder = trained[complete]
     study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
     run = study.settings()["depth 4"]
     before = results_of(run, folder)
@@ -854,7 +854,7 @@ def test_depth_study(tmp_path, capsys):
         (["--jobs", "two"], "argument --jobs: expected a whole number such as 4 or 1e6, got 'two'"),
         (["--learning-rate", "small"], "argument --learning-rate: expected a number such as 3e-4, got 'small'"),
         (["--learning-rate", "inf"], "`learning_rate` must be positive, got inf"),
-        (["--output", "depth.csv"], "`output` must be a Markdown file, whose name ends in .md, got 'depth.csv': .*"),
+        (["--output", "depth.csv"], "`output` must be a Markdown file, .* got 'depth.csv': use 'depth.md'"),
         (["--output", f"{__file__}/depth.md"], f"`output`: '{__file__}' cannot be written to \\(.*\\): choose another place"),
         (["--runs", __file__], f"`runs`: '{__file__}' cannot be written to \\(.*\\): choose another place"),
         (["--seeds", "0"], "`seeds` must be at least 1, got 0"),

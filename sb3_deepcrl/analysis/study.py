@@ -496,7 +496,8 @@ def check_output(output: str | Path | None, runs: Path) -> Path | None:
     """
     path = None if output is None else Path(output)
     if path is not None and (path.suffix != ".md" or path.is_dir()):
-        raise ValueError(f"`output` must be a Markdown file, whose name ends in .md, got '{path}': use '{path / 'report.md'}'")
+        better = path / "report.md" if path.is_dir() else path.with_suffix(".md")
+        raise ValueError(f"`output` must be a Markdown file, whose name ends in .md, got '{path}': use '{better}'")
     for name, folder in {"runs": runs, "output": runs if path is None else path.parent}.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)

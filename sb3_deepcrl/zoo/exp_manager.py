@@ -130,6 +130,8 @@ class GoalExperimentManager(ExperimentManager):
         check_config_file(self.config, self.env_name.gym_id)
         try:
             hyperparams, saved_hyperparams = super().read_hyperparameters()
+        except ConfigError:
+            raise
         except Exception as error:
             if error.args == ("hyperparams",) or getattr(error, "name", None) == "hyperparams":
                 raise ConfigError(f"{self.config} has no `hyperparams`, which must be a dict with an entry by env") from None
