@@ -23,6 +23,7 @@ import pytest
 import rl_zoo3
 import torch
 import yaml
+from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
@@ -455,7 +456,7 @@ def test_record_video(logs, tmp_path):
     assert video.stat().st_size > 1000
 
 
-def test_plots(logs, tmp_path, capsys):
+def test_plots(logs, tmp_path, capsys, monkeypatch):
     common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
     # RL Zoo's plots of several runs need two
     for number in (1, 2):
@@ -474,6 +475,13 @@ def test_plots(logs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "all.pkl" / "value.png"))
     assert "value.png': choose another place than " in capsys.readouterr().err
+
+    def fail(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        cli_main("value_map", "--env", ENV, "-f", str(logs))
 
 
 def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
@@ -843,12 +851,13 @@ BAD = [
         "--algo sac -params replay_buffer_kwargs:dict(online_sampling=True)",
         "`replay_buffer_kwargs` has no `online_sampling`",
     ),
-    ("--algo sac -params policy_kwargs:dict(net_archh=[8]) buffer_size:2000", "unexpected keyword argument 'net_archh'"),
+    ("--algo sac -params policy_kwargs:dict(net_archh=[8])", "`policy_kwargs` has no `net_archh`, did you mean `net_arch`?"),
     (
         "--env FetchReach-v4 -params env_wrapper:{'gymnasium.wrappers.TimeLimit':{'max_step':3}}",
-        "error: `env_wrapper`: TimeLimit.__init__() got an unexpected keyword argument 'max_step'",
+        "`env_wrapper: gymnasium.wrappers.TimeLimit` has no `max_step`, did you mean `max_episode_steps`?",
     ),
-    ("--env-kwargs maez:'u'", "maez"),
+    ("--env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze'?"),
+    ("--env PointMaze_UMaze-v3 --env-kwargs mazemap:'u'", "it has no argument 'mazemap'. Did you mean 'maze_map'?"),
     ("-conf nowhere.yml", "-conf: nowhere.yml is neither a file nor a Python module, nor one of the configs of this package"),
     ("-conf depcrl", "which are deepcrl, deepcrl-paper, depth_sweep, sac, sac-dense, td3, tqc, did you mean `deepcrl`?"),
     ("-conf no.where", "-conf: no.where is neither a file nor a Python module"),
@@ -1019,11 +1028,34 @@ def test_bad_config_file(text, message, tmp_path):
         train(tmp_path, "--env", ENV, "-conf", str(config))
 
 
-def test_an_error_inside_of_a_python_config_is_told_as_it_is(tmp_path):
+def test_an_error_inside_of_a_python_config_keeps_its_traceback(tmp_path):
     config = tmp_path / "my.py"
     config.write_text("hyperparams = dict(n_timesteps=1 + '1')\n")
-    with pytest.raises(SystemExit, match=r"my\.py: TypeError: unsupported operand"):
+    with pytest.raises(TypeError, match="unsupported operand"):
         train(tmp_path, "--env", ENV, "-conf", str(config))
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, RuntimeError, gym.error.ResetNeeded])
+def test_a_bug_in_an_env_keeps_its_traceback(error, tmp_path, monkeypatch):
+    def make_broken(size: int = 3):
+        raise error("a bug")
+
+    monkeypatch.setitem(gym.registry, "Broken-v0", EnvSpec("Broken-v0", make_broken))
+    with pytest.raises(error, match="a bug"):
+        train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "size:2")
+    # No folder of a run is left
+    assert not list(tmp_path.glob("*/Broken-v0_*"))
+    with pytest.raises(SystemExit, match=r"Broken-v0 cannot be made with .*'siez'. Did you mean 'size'\?"):
+        train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "siez:2")
+
+
+def test_a_bug_in_a_module_of_a_config_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("import nowhere_else\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for key, value in (("policy", "broken_module.Policy"), ("env_wrapper", {"broken_module.Wrapper": {}})):
+        entry = {"n_timesteps": 10, "policy": "MultiInputPolicy", key: value}
+        with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
+            check_hyperparams(entry, DeepCRL)
 
 
 def test_missing_model_ends_in_one_line(tmp_path, capsys):

@@ -144,8 +144,8 @@ class StitchingStudy(ComparisonOfDepths):
         last = results_of(run, runs)[-1]["timesteps"]
         return [row for row in read_rows([folder / "stitching.csv"]) if row["timesteps"] == last]
 
-    def train_run(self, run: Run, runs: Path, n_threads: int | None = None) -> None:
-        super().train_run(run, runs, n_threads)
+    def train_run(self, run: Run, runs: Path, n_threads: int | None = None, reuse_other_code: bool = False) -> None:
+        super().train_run(run, runs, n_threads, reuse_other_code)
         rows: list[dict[str, Any]] = list(self.distance_rows(run, runs))
         model = load_model(run, runs)
         for distance in self._distances[len(rows) :]:

@@ -531,7 +531,7 @@ def import_contrib_policies() -> None:
     """
     try:
         importlib.import_module("sb3_deepcrl.common.deep_contrib_policies")
-    except Exception as error:  # of another release, whatever is missing: the user only wanted to import sb3-contrib
+    except (ImportError, AttributeError, TypeError) as error:  # of another release: the user only wanted to import sb3-contrib
         warnings.warn(f"No deep policies for sb3-contrib ({error}): they need `pip install 'sb3-contrib>=2.9'`")
 
 

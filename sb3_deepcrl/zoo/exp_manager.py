@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
 from sb3_contrib.common.vec_env import AsyncEval
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -21,14 +22,23 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_deepcrl.common.callbacks import TrainingDisplay
+from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.common.evaluation import GoalEvalCallback
 from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.signals import uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
+from sb3_deepcrl.envs.arguments import checked_env_kwargs
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, replay_buffers, reports_goals
 from sb3_deepcrl.zoo.checkpoints import CHECKPOINT, read_run_file, run_config, sibling
-from sb3_deepcrl.zoo.config import DEEPCRL_SCHEDULES, ConfigError, argument_names, check_hyperparams
+from sb3_deepcrl.zoo.config import (
+    DEEPCRL_SCHEDULES,
+    ConfigError,
+    argument_names,
+    check_config_file,
+    check_hyperparams,
+    is_missing,
+)
 
 # Envs that report `is_success`: these packages, see `sb3_deepcrl.zoo`
 SUCCESS_REPORTED_BY = ("sb3_deepcrl.envs", "gymnasium_robotics.envs.maze", "gymnasium_robotics.envs.fetch")
@@ -92,8 +102,7 @@ class GoalExperimentManager(ExperimentManager):
         except BaseException as error:
             if self.has_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
-            # The last two: what constructors say of arguments that they do not know
-            if isinstance(error, ValueError | AssertionError | gym.error.Error | TypeError | RuntimeError):
+            if is_for_user(error) and not isinstance(error, ConfigError):
                 raise ConfigError(f"{type(error).__name__}: {error}") from error
             raise
 
@@ -123,15 +132,17 @@ class GoalExperimentManager(ExperimentManager):
             # For RL Zoo the first trial is as good as none
             trial = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
+        check_config_file(self.config, self.env_name.gym_id)
         try:
             hyperparams, saved_hyperparams = super().read_hyperparameters()
         except ConfigError:
             raise
         except Exception as error:
-            if isinstance(error, TypeError | AttributeError) and self.config.endswith((".yml", ".yaml")):
-                message = f"the entry of {self.env_name.gym_id} must have keys, such as `n_timesteps` ({error})"
-                raise ConfigError(f"{self.config}: {message}") from error
+            if error.args == ("hyperparams",) or getattr(error, "name", None) == "hyperparams":
+                raise ConfigError(f"{self.config} has no `hyperparams`, which must be a dict with an entry by env") from None
             # A Python config may raise anything
+            if not is_for_user(error) and not is_missing(error, self.config):
+                raise
             raise ConfigError(f"{self.config}: {type(error).__name__}: {error}") from error
         return self._checked(hyperparams, self.config), saved_hyperparams
 
@@ -162,9 +173,10 @@ class GoalExperimentManager(ExperimentManager):
         :raises ConfigError: if there is no such study or trial
         """
         try:
-            return super().load_trial(storage, study_name, trial_id, convert)
+            params = super().load_trial(storage, study_name, trial_id, convert=False)
         except (KeyError, IndexError, ValueError, OSError) as error:
             raise ConfigError(f"--trial-id: no trial {trial_id} of study {study_name!r} in {storage} ({error})") from None
+        return HYPERPARAMS_CONVERTER[self.algo](params) if convert else params
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
@@ -193,16 +205,11 @@ class GoalExperimentManager(ExperimentManager):
         :param eval_env: Whether is it an environment used for evaluation or not
         :param no_log: Do not log training when doing hyperparameter optim
         :return: the vectorized environment, with appropriate wrappers
-        :raises ConfigError: if the env or a wrapper does not take an argument
+        :raises ValueError: if the env does not take an argument
         """
-        try:
+        env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
+        with checked_env_kwargs(gym.spec(self.env_name.gym_id), env_kwargs):
             return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
-        except TypeError as error:
-            env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
-            sources = [f"`env_kwargs: {env_kwargs}`"] if env_kwargs else []
-            wrappers = {"env_wrapper": self.env_wrapper, "vec_env_wrapper": self.vec_env_wrapper}
-            sources += [f"`{key}`" for key, wrapper in wrappers.items() if wrapper is not None]
-            raise ConfigError(f"{' or '.join(sources) or self.env_name.gym_id}: {error}") from error
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         if not self.resumes:

@@ -15,10 +15,10 @@ from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
+from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.registration import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
-from sb3_deepcrl.zoo.config import ConfigError
 from sb3_deepcrl.zoo.launcher import DEFAULT_ENV, how_to_write
 
 
@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         goal = maze.centers(*np.argwhere(~maze.walls)[0]) if args.goal is None else np.array(args.goal)
         plot_value_map(DeepCRL.load(model_path, env=vec_env, buffer_size=1), env, goal, seed=0, ax=ax)
         vec_env.close()
-    except (AssertionError, ValueError, gym.error.Error, ConfigError) as error:
+    except Exception as error:
+        if not is_for_user(error):
+            raise
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     ax.set_title(f"{args.env.gym_id}: learned value and policy")
     output = args.output or Path(log_path) / "value.png"
