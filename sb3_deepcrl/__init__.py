@@ -1,17 +1,26 @@
 from pathlib import Path
 
+from sb3_deepcrl.common.startup import is_command, start_command
+
+if is_command():
+    start_command()
+
 from sb3_deepcrl.common.acceleration import compile_blocks, uncompile_blocks
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.deep_policies import DeepResidualExtractor, register_policies, unregister_policies
 from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.registration import register_envs
+from sb3_deepcrl.envs.compat import patch_gymnasium_robotics_on_import
+from sb3_deepcrl.envs.registration import find_spec, register_envs
 from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 
 __version__ = Path(__file__).with_name("version.txt").read_text().strip()
 
 register_envs()
 register_policies()
+patch_gymnasium_robotics_on_import()
+# The room of DeepCRL does not know that of the envs
+DeepCRL.find_spec = staticmethod(find_spec)  # type: ignore[method-assign]
 
 __all__ = [
     "ContrastiveReplayBuffer",

@@ -2,11 +2,30 @@
 Small goal-conditioned envs for the tests.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 from gymnasium import spaces
+
+
+def add_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A package ``elsewhere`` that registers ``ElsewhereReach-v0`` when it is imported, which it is not yet.
+
+    :param folder: Where to put it
+    :param monkeypatch: The fixture
+    """
+    (folder / "elsewhere.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('ElsewhereReach-v0', entry_point='tests.envs:GoalReachEnv', max_episode_steps=10)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "elsewhere", raising=False)
+    monkeypatch.delitem(gym.registry, "ElsewhereReach-v0", raising=False)
 
 
 class GoalReachEnv(gym.Env):

@@ -384,7 +384,7 @@ def test_update_is_one_graph(monkeypatch):
     left out because PyTorch traces none of them: what ``TraceableAdam`` stands for, and the change of ``requires_grad`` in
     ``frozen``, which only saves work.
     """
-    model = make_model(depth=4).learn(60)
+    model = make_model(depth=4).learn(64)
     observations, actions = model.replay_buffer.sample_contrastive(16)
     prepared = [model, deepcopy(model)]
     for one in prepared:

@@ -1,7 +1,11 @@
+import errno
+import inspect
 import io
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,17 +13,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
+
 # Says something when it is imported
 import gymnasium_robotics  # noqa: F401
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.envs.registration import EnvSpec
 from rich.console import Console
 from rliable.metrics import aggregate_iqm
 from stable_baselines3.common.save_util import load_from_pkl
 
+import sb3_deepcrl
 from sb3_deepcrl import DeepCRL
-from sb3_deepcrl.analysis import DepthStudy, cli, runs
+from sb3_deepcrl.analysis import DepthStudy, cli, provenance, runs
 from sb3_deepcrl.analysis.cli import main
 from sb3_deepcrl.analysis.runs import (
     Evaluations,
@@ -32,16 +40,22 @@ from sb3_deepcrl.analysis.runs import (
     locked,
     make_env,
     make_model,
+    make_single_env,
     random_numbers,
     read_rows,
+    records_of,
     results_of,
     train,
     train_all,
+    train_side_by_side,
     update_schedule,
     write_rows,
 )
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, critical_depth, curves_of, final_scores, interquartile_mean
+from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.envs import BatchVecEnv
+from sb3_deepcrl.envs.task import GoalTask
+from tests.envs import GoalReachEnv, add_package
 
 TOY_HYPERPARAMS = {"width": 8, "batch_size": 8, "learning_starts": 40, "buffer_size": 4000, "precision": "float32"}
 TOY_OPTIONS = [
@@ -104,8 +118,25 @@ def test_make_env():
     assert all("is_success" in info for info in infos)
     env.close()
     for env_id in ("PointUMaze-v0", "PointMaze_UMaze-v3"):
-        with pytest.raises(ValueError, match=rf"^{env_id} cannot be made with `env_kwargs` {{'walls': 3}}: .*walls"):
-            make_env(env_id, 1, 0, {"walls": 3})
+        for make in (lambda env_id, kwargs: make_env(env_id, 1, 0, kwargs), make_single_env):
+            with pytest.raises(ValueError, match=rf"^{env_id} cannot be made with `env_kwargs` {{'walls': 3}}: .*'walls'\."):
+                make(env_id, {"walls": 3})
+
+
+class HandsOn(GoalReachEnv):
+    def __init__(self, error=None, walls=0, **kwargs):
+        if error is not None:
+            raise error("unexpected keyword argument 'walls'" if error is TypeError else "a bug")
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError])
+def test_bugs_of_an_env_are_not_blamed_on_its_arguments(monkeypatch, error):
+    monkeypatch.setitem(gym.registry, "HandsOn-v0", EnvSpec("HandsOn-v0", HandsOn))
+    with pytest.raises(error, match=r"a bug|unexpected keyword"):
+        make_env("HandsOn-v0", 1, 0, {"error": error, "walls": 3})
+    with pytest.raises(ValueError, match=r"it has no argument 'max_step'\. Did you mean 'max_steps'\?"):
+        make_env("HandsOn-v0", 1, 0, {"max_step": 3})
 
 
 @pytest.mark.parametrize("algorithm", ["SAC+HER", "TQC+HER"])
@@ -124,11 +155,19 @@ def test_unknown_algorithm():
 
 
 def test_hyperparams_are_arguments():
-    check_hyperparams(["gamma", "width", "policy_kwargs"])
+    check_hyperparams({"gamma": 0.9, "width": 8, "policy_kwargs": {"norm": "none", "net_arch": [8]}})
     with pytest.raises(ValueError, match=r"'widht' is none that can be set. Did you mean 'width'?"):
-        check_hyperparams(["widht"])
+        check_hyperparams({"widht": 8})
     with pytest.raises(ValueError, match=r"'seed' is none that can be set. Choose from: learning_rate, "):
-        check_hyperparams(["seed"])
+        check_hyperparams({"seed": 1})
+    for algorithm, hyperparams, message in [
+        ("DeepCRL", {"policy_kwargs": {"nrom": 1}}, "`policy_kwargs` in `hyperparams` .*'nrom'.* Did you mean 'norm'?"),
+        ("DeepCRL", {"replay_buffer_kwargs": {"gama": 1}}, "`replay_buffer_kwargs` in .* Did you mean 'gamma'?"),
+        ("SAC+HER", {"policy_kwargs": {"net_archh": [8]}}, "arguments of SAC, but 'net_archh'.* Did you mean 'net_arch'?"),
+        ("TQC+HER", {"policy_kwargs": 3}, "`policy_kwargs` in `hyperparams` must be a dict, got 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_hyperparams(hyperparams, algorithm)
 
 
 def test_folder_of_a_run():
@@ -348,10 +387,9 @@ def test_a_continued_run_draws_other_random_numbers(tmp_path):
     train(replace(run, steps=160), tmp_path)
     (path,) = run.folder(tmp_path).glob("buffer*.pkl")
     buffer = load_from_pkl(path)
-    actions = buffer.actions[buffer.remaining != 0]
-    assert len(actions) == 160
+    actions = buffer.actions.reshape(160, -1)
     assert len(np.unique(actions, axis=0)) == 160
-    goals = buffer.observations["desired_goal"][buffer.remaining != 0]
+    goals = buffer.observations["desired_goal"].reshape(160, -1)
     # 8 episodes of different goals; some goals are drawn twice by chance, but not all of them in the same order
     assert not (goals[:80] == goals[80:]).all()
 
@@ -371,6 +409,185 @@ def test_one_process_a_run(tmp_path):
         with locked(folder):
             # It went first
             assert (folder / "last").exists()
+
+
+# --- What runs were made with -------------------------------------------------------------------------------------------
+
+
+def set_default(monkeypatch, function, **defaults) -> None:
+    """Change defaults of a function for the time of a test."""
+    signature = inspect.signature(function)
+    values = [
+        defaults.get(name, parameter.default)
+        for name, parameter in signature.parameters.items()
+        if parameter.default is not parameter.empty
+    ]
+    monkeypatch.setattr(function, "__defaults__", tuple(values))
+
+
+# A part of the message by what is other
+OTHER_CODE = {
+    "default": r"`logsumexp_coef` was 0\.1, now 0\.2",
+    "policy": r"`policy_kwargs\.norm` was 'layer', now 'none'",
+    "env": r"`env\.terminate_when_unhealthy` was True, now False; `eval_env\.terminate_when_unhealthy` was True, now False",
+    "registered": r"`eval_env\.goal_set` was 'eval', now 'train'",
+    "version": r"the version of sb3_deepcrl was .*, now 9\.9",
+    "source": r"its source was \w+, now other",
+}
+
+
+def change_code(monkeypatch, what: str) -> None:
+    if what == "default":
+        set_default(monkeypatch, DeepCRL.__init__, logsumexp_coef=0.2)
+    elif what == "policy":
+        set_default(monkeypatch, DeepCRL.policy_aliases["MultiInputPolicy"].__init__, norm="none")
+    elif what == "env":
+        set_default(monkeypatch, GoalTask.__init__, terminate_when_unhealthy=False)
+    elif what == "registered":
+        monkeypatch.setitem(gym.spec("PointUMazeEval-v0").kwargs, "goal_set", "train")
+    elif what == "version":
+        monkeypatch.setattr(sb3_deepcrl, "__version__", "9.9")
+    else:
+        monkeypatch.setattr(provenance, "source_digest", lambda: "other")
+
+
+def test_what_a_run_was_made_with(tmp_path):
+    threads = th.get_num_threads()
+    run = toy_run()
+    train(run, tmp_path)
+    (record,) = records_of(run, tmp_path)
+    assert record["version"] == sb3_deepcrl.__version__
+    assert record["source"] == provenance.source_digest()
+    assert (record["threads"], record["precision"], record["cores"]) == (threads, "float32", provenance.n_usable_cores())
+    assert record["packages"]["torch"] == th.__version__
+    assert record["processor"] == provenance.processor() != ""
+    found = record["arguments"]
+    # What the run says, defaults of DeepCRL, of its policy and of its replay buffer, and of both envs
+    assert (found["depth"], found["batch_size"], found["train_freq"]) == (4, 8, 2)
+    assert (found["logsumexp_coef"], found["policy_kwargs.norm"]) == (0.1, "layer")
+    assert found["replay_buffer_kwargs.on_device"] is False
+    assert (found["env.goal"], found["eval_env.goal"], found["env.max_episode_steps"]) == ("continuing", "resample", 20)
+    assert set(inspect.signature(GoalTask).parameters) <= {name.removeprefix("env.") for name in found}
+    left_out = set(inspect.signature(DeepCRL).parameters) - {name.partition(".")[0] for name in found}
+    assert left_out == {"seed", "device", "_init_setup_model"}
+    # All that is known of a run that goes on is kept, once
+    train(replace(run, steps=200), tmp_path)
+    assert records_of(replace(run, steps=200), tmp_path) == [record]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[bool, Path]:
+    """Folders of runs of the same study, by whether they are complete."""
+    folders = {False: tmp_path_factory.mktemp("half"), True: tmp_path_factory.mktemp("complete")}
+    run = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY).settings()["depth 4"]
+    train(replace(run, steps=80), folders[False])
+    train(run, folders[True])
+    return folders
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("what", OTHER_CODE)
+def test_runs_of_other_code_are_not_reused(trained, monkeypatch, what, complete):
+    folder = trained[complete]
+    study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
+    run = study.settings()["depth 4"]
+    before = results_of(run, folder)
+    change_code(monkeypatch, what)
+    name = re.escape(str(run.folder(folder)))
+    message = rf"{name} was made with other code \({OTHER_CODE[what]}\)\. .* or `reuse_other_code` .*"
+    for call in (
+        lambda: train(run, folder),
+        lambda: train_all({"": [run]}, folder, console=Console(file=io.StringIO())),
+        lambda: study.run(folder, console=Console(file=io.StringIO())),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert results_of(run, folder) == before
+    assert not list(folder.glob("*.md"))
+
+
+def test_the_user_may_reuse_other_code(tmp_path, trained, monkeypatch, capsys):
+    shutil.copytree(trained[False], tmp_path, dirs_exist_ok=True)
+    change_code(monkeypatch, "version")
+    change_code(monkeypatch, "default")
+    options = [*TOY_OPTIONS, "--depths", "4", "--seeds", "1", "--jobs", "1", "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["depth", *options])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--reuse-other-code" in error
+    main(["depth", *options, "--reuse-other-code", "--output", str(tmp_path / "report.md")])
+    text = (tmp_path / "report.md").read_text()
+    version = Path(sb3_deepcrl.__file__).with_name("version.txt").read_text().strip()
+    assert f"Made with sb3_deepcrl {version} (" in text and "; then sb3_deepcrl 9.9 (" in text
+    assert "Not with the code that wrote this report: PointUMaze-v0-DeepCRL-" in text
+    assert f"the version of sb3_deepcrl was {version}, now 9.9" in text
+    # The model that went on has brought its own
+    assert "logsumexp_coef=0.1, " in text
+
+
+def test_a_run_from_before_records_is_of_unknown_code(tmp_path, trained):
+    shutil.copytree(trained[False], tmp_path, dirs_exist_ok=True)
+    study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
+    run = study.settings()["depth 4"]
+    path = run.folder(tmp_path) / "run.json"
+    settings = json.loads(path.read_text())
+    del settings["made_with"]
+    path.write_text(json.dumps(settings))
+    assert records_of(run, tmp_path) == [{"timesteps": 0}]
+    with pytest.raises(ValueError, match=r"was made with unknown code, before runs recorded it\. Use another folder"):
+        train(run, tmp_path)
+    report = study.run(tmp_path, console=Console(file=io.StringIO()), reuse_other_code=True)
+    text = report.path.read_text()
+    assert "Made with unknown code on an unknown machine, before runs recorded both; then sb3_deepcrl " in text
+    # What was trained since then does not make the beginning known
+    with pytest.raises(ValueError, match="unknown code"):
+        train(run, tmp_path)
+
+
+def test_a_report_is_of_its_runs_and_not_of_its_writer(tmp_path, monkeypatch):
+    def report() -> str:
+        study = DepthStudy(env="PointUMaze-v0", depths=[4, 8], **TOY_STUDY)
+        return study.run(tmp_path, jobs=1, console=Console(file=io.StringIO())).path.read_text()
+
+    text = report()
+    assert f"torch {th.__version__}, " in text and f"on {provenance.processor()}, " in text
+    assert "precision float32." in text and "depth=4 or 8, " in text and "logsumexp_coef=0.1, " in text
+    assert "Arguments of env, defaults included: `id='PointUMaze-v0', " in text
+    monkeypatch.setattr(provenance, "processor", lambda: "another")
+    monkeypatch.setattr(runs, "dependencies", lambda: {"torch": "0.1"})
+    assert report() == text
+    # One more run, on that machine
+    study = DepthStudy(env="PointUMaze-v0", depths=[4, 8, 12], **TOY_STUDY)
+    text = study.run(tmp_path, jobs=1, console=Console(file=io.StringIO())).path.read_text()
+    assert "2 of 3 runs were made with sb3_deepcrl " in text and "1 of 3 runs were made with sb3_deepcrl " in text
+    assert ", torch 0.1, on another, " in text
+
+
+def test_digest_and_revision_of_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "repository" / "sb3_deepcrl"
+    shutil.copytree(provenance.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    digest, revision = provenance.source_digest.__wrapped__, provenance.revision.__wrapped__
+    assert digest() == provenance.source_digest()
+    (package / "zoo" / "cli.py").write_text("# Has no part in a run")
+    assert digest() == provenance.source_digest()
+    with (package / "common" / "losses.py").open("a") as file:
+        file.write("MORE = 1\n")
+    assert digest() != provenance.source_digest()
+    # In no repository, in one that does not know it, in its own, changed
+    assert revision() is None
+    git = ["git", "-C", str(package.parent), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    (package.parent / "file").touch()
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "theirs"], check=True)
+    assert revision() is None
+    subprocess.run([*git, "add", "sb3_deepcrl"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "ours"], check=True)
+    commit = subprocess.run([*git, "log", "-1", "--format=%h"], check=True, capture_output=True, text=True).stdout.strip()
+    assert revision() == commit
+    (package / "version.txt").write_text("0.2")
+    assert revision() == f"{commit}+"
 
 
 # --- Many runs --------------------------------------------------------------------------------------------------------
@@ -428,20 +645,46 @@ def test_two_runs_side_by_side(tmp_path):
     # Up to the order of sums, as the number of threads may differ
     assert all(th.allclose(same[name], expected[name], atol=1e-4) for name in expected)
     assert not all(th.allclose(other[name], expected[name], atol=1e-4) for name in expected)
-    lines = output.getvalue().splitlines()
-    assert [re.sub(r"\s.*", "", line) for line in lines] == ["env", "one,", "one,"]
-    assert all("100%" in line for line in lines)
-    assert lines[1].startswith("one, seed 0, time at goal")
-    # Nothing left to do: the progress says so at once
+    # Not a terminal: a line for each run that starts or gets on
+    first, *lines = output.getvalue().splitlines()
+    assert first == "2 runs, 2 to train"
+    for seed in range(2):
+        told = [line for line in lines if f"one, seed {seed}, " in line]
+        assert re.fullmatch(rf"0:00:\d\d one, seed {seed}, time at goal \d+, 160 of 160 env steps; \d+ % of all", told[-1])
+    assert lines[-1].endswith("100 % of all")
     output = io.StringIO()
     train_all(settings, together, console=Console(file=output, width=120), train_function=None)  # type: ignore[arg-type]
+    assert output.getvalue() == "2 runs, 0 to train\n"
+
+
+def test_progress_on_a_terminal(tmp_path):
+    train(toy_run(), tmp_path)
+    output = io.StringIO()
+    console = Console(file=output, width=120, force_terminal=True, force_interactive=True)
+    train_all({"one": [toy_run()]}, tmp_path, console=console, train_function=None)  # type: ignore[arg-type]
+    assert "env steps" in output.getvalue()
     assert "100%" in output.getvalue()
+    assert "to train" not in output.getvalue()
 
 
-def test_errors_of_other_processes_are_raised(tmp_path):
-    settings = {"": [toy_run(hyperparams={"gamma": 2.0}, seed=seed) for seed in range(2)]}
-    with pytest.raises(ValueError, match=r"`gamma` must be between 0 and 1, got 2\.0"):
-        train_all(settings, tmp_path, jobs=2, console=Console(file=io.StringIO()))
+def fail_in_process(run, folder, n_threads):
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "note"),
+    [
+        (train, r"`gamma` must be between 0 and 1, got 2\.0", None),
+        (fail_in_process, "a bug", 'in fail_in_process\n    raise ValueError("a bug")'),
+    ],
+)
+def test_errors_of_other_processes_are_raised(tmp_path, function, message, note):
+    call = ("", (toy_run(hyperparams={"gamma": 2.0}), tmp_path, None))
+    with pytest.raises(ValueError, match=message) as caught:
+        train_side_by_side([call], function, 1, lambda: None)
+    # A bug has its traceback with it
+    assert is_for_user(caught.value) == (note is None)
+    assert note is None or note in caught.value.__notes__[0]
 
 
 def kill_process(run, folder, n_threads):
@@ -454,7 +697,7 @@ def test_killed_processes_are_told(tmp_path):
         train_all(settings, tmp_path, jobs=2, train_function=kill_process, console=Console(file=io.StringIO()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_a_study_is_that_of_its_processes(tmp_path, number):
     options = [*TOY_OPTIONS, "--seeds", "2", "--depths", "4", "--steps", "1000000", "--n-evaluations", "25000"]
     command = [sys.executable, "-m", "sb3_deepcrl.analysis", "depth", *options, "--runs", str(tmp_path), "--jobs", "2"]
@@ -466,8 +709,8 @@ def test_the_end_of_a_study_is_that_of_its_processes(tmp_path, number):
         process.send_signal(number)
         # The pipe ends with the last process that may write to it
         _, errors = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
         assert "Stopped. The same command goes on from the last evaluations." in errors.splitlines()
         assert "Traceback" not in errors
     for folder in tmp_path.glob("*/seed-*"):
@@ -578,7 +821,7 @@ def test_defaults_follow_the_env(env_id, expected):
 
 
 def test_depth_study(tmp_path, capsys):
-    options = [*TOY_OPTIONS, "--depths", "4", "8", "--parts", "both", "actor", "critic", "--seeds", "2"]
+    options = [*TOY_OPTIONS, "--depths", "4,8", "--parts", "both,actor", "critic", "--seeds", "2", "--steps", "1.6e2"]
     main(["depth", *options, "--runs", str(tmp_path), "--output", str(tmp_path / "report" / "depth.md"), "--jobs", "1"])
     assert f"Written to {tmp_path / 'report' / 'depth.md'}" in capsys.readouterr().out.replace("\n", "")
     labels = [f"{part}depth {depth}" for part in ("", "actor ", "critic ") for depth in (4, 8)]
@@ -611,7 +854,20 @@ def test_depth_study(tmp_path, capsys):
         (["--env", "PointVMaze-v0"], r"There is no env 'PointVMaze-v0' \(.*\): use an id such as PointU4Maze-v0"),
         (["--depths", "6"], "`depth` must be a positive multiple of 4, .*, got 6: use 4 or 8"),
         (["--depths", "4", "4"], r"`depths` holds a value twice: \[4, 4\]"),
-        (["--depths", "four"], "argument --depths: invalid int value: 'four'"),
+        (["--depths", "four"], "argument --depths: expected a whole number such as 4 or 1e6, got 'four'"),
+        (["--depths", "4,8.5"], r"argument --depths: expected a whole number such as 4 or 1e6, got '8\.5'"),
+        (["--depths", "4,4"], r"`depths` holds a value twice: \[4, 4\]"),
+        (["--depths", "-4"], r"`depths` must be at least 1, got \[-4\]"),
+        (["--detphs", "4"], r"there is no option '--detphs'\. Did you mean '--depths'\?"),
+        (["--steps", "1.5"], r"argument --steps: expected a whole number such as 4 or 1e6, got '1\.5'"),
+        (["--steps", "-5"], "`steps` must be at least 1, got -5"),
+        (["--steps", "inf"], "argument --steps: expected a whole number such as 4 or 1e6, got 'inf'"),
+        (["--jobs", "two"], "argument --jobs: expected a whole number such as 4 or 1e6, got 'two'"),
+        (["--learning-rate", "small"], "argument --learning-rate: expected a number such as 3e-4, got 'small'"),
+        (["--learning-rate", "inf"], "`learning_rate` must be positive, got inf"),
+        (["--output", "depth.csv"], "`output` must be a Markdown file, .* got 'depth.csv': use 'depth.md'"),
+        (["--output", f"{__file__}/depth.md"], f"`output`: '{__file__}' cannot be written to \\(.*\\): choose another place"),
+        (["--runs", __file__], f"`runs`: '{__file__}' cannot be written to \\(.*\\): choose another place"),
         (["--seeds", "0"], "`seeds` must be at least 1, got 0"),
         (["--steps", "19"], "`n_evaluations` must be at most the number of steps 19, got 20"),
         (["--jobs", "0"], "`jobs` must be at least 1, got 0"),
@@ -621,26 +877,87 @@ def test_depth_study(tmp_path, capsys):
         (["--gamma", "1.5"], "`gamma` must be between 0 and 1, got 1.5"),
         (["--gamma", "0"], "`gamma` must be between 0 and 1, got 0.0"),
         (["--learning-rate", "0"], "`learning_rate` must be positive, got 0.0"),
-        (["--parts", "none"], "argument --parts: invalid choice: 'none' .*"),
+        (["--parts", "both,none"], r"argument --parts: invalid choice: 'none' \(choose from both, actor, critic\)"),
         (["--hyperparams", "widht:3"], r"`hyperparams` .* 'widht' is none that can be set. Did you mean 'width'\?"),
         (["--hyperparams", "width=3"], "argument --hyperparams: expected key:value, got 'width=3'"),
         ([*TOY_OPTIONS, "--env-kwargs", "walls:3"], r"PointUMaze-v0 cannot be made with `env_kwargs` {'walls': 3}: .*"),
         ([*TOY_OPTIONS, "--hyperparams", "repr_dim:wide"], "`repr_dim` must be a positive integer, got 'wide'"),
+        ([*TOY_OPTIONS, "--env-kwargs", "cell_size:wide"], "cell_size='wide': expected a positive number of metres."),
     ],
 )
 def test_errors_take_one_line(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as error:
-        main(["depth", *options, *(() if "--jobs" in options else ("--jobs", "1")), "--runs", str(tmp_path)])
+        main(["depth", "--jobs", "1", "--runs", str(tmp_path), *options])
     assert error.value.code == 2
     assert re.fullmatch(f"python -m sb3_deepcrl.analysis depth: error: {message}\n", capsys.readouterr().err)
 
 
-def test_ctrl_c(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "make_model", Stop(runs.make_model, 1).__get__(None, None))
+@pytest.mark.parametrize("names", [["elsewhere:ElsewhereReach-v0"], ["ElsewhereReach-v0", "--gym-packages", "elsewhere"]])
+def test_env_of_another_package(names, tmp_path, monkeypatch):
+    add_package(tmp_path, monkeypatch)
+    options = [*TOY_OPTIONS, "--env-kwargs", "max_steps:5", "--depths", "4", "8", "--seeds", "1"]
+    # In processes of their own, which have to import the package too
+    main(["depth", *options, "--env", *names, "--jobs", "2", "--runs", str(tmp_path)])
+    text = (tmp_path / "depth-ElsewhereReach-v0.md").read_text()
+    assert "--env ElsewhereReach-v0" in text and "--gym-packages elsewhere" in text
+
+
+def test_id_with_the_module_of_this_package():
+    study = DepthStudy(env="sb3_deepcrl:PointUMaze-v0")
+    assert (study.env, study.eval_env, study.width) == ("PointUMaze-v0", "PointUMazeEval-v0", 32)
+    env = make_env("sb3_deepcrl:PointUMaze-v0", 2, 0)
+    assert isinstance(env, BatchVecEnv)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the first argument must be a study, got none. Choose from: depth, scale, "),
+        (["--env", "PointUMaze-v0", "depth"], "the first argument must be a study, got --env. Choose from: depth, scale, "),
+        (["dpeth"], "there is no study 'dpeth'. Did you mean 'depth'?"),
+        (["value-map"], "there is no study 'value-map'. Did you mean 'value_map'?"),
+    ],
+)
+def test_which_study(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        main(argv)
+    error = capsys.readouterr().err
+    assert error.startswith(f"python -m sb3_deepcrl.analysis: error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(OSError(errno.ENOSPC, "No space left", "a.csv"), "No space left: 'a.csv': make room"), (ValueError("a bug"), None)],
+)
+def test_what_goes_wrong_in_training(tmp_path, capsys, monkeypatch, error, message):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(runs, "write_rows", fail)
+    with pytest.raises(SystemExit if message else ValueError) as caught:
+        main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
+    if message:
+        assert message in capsys.readouterr().err
+    else:
+        assert caught.traceback[-1].name == "fail"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_stop_a_study(tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr(runs, "make_model", lambda *args: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as error:
         main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
-    assert error.value.code == 130
+    assert error.value.code == 128 + number
     assert capsys.readouterr().err == "Stopped. The same command goes on from the last evaluations.\n"
+
+
+def test_a_bug_keeps_its_traceback_and_tells_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "make_model", lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        main(["depth", *TOY_OPTIONS, "--jobs", "1", "--runs", str(tmp_path)])
+    assert error.value.__notes__ == ["The same command goes on from the last evaluations."]
 
 
 def test_command_of_dicts():

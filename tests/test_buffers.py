@@ -151,14 +151,14 @@ def test_interruption_while_adding(method, call, moment, monkeypatch):
         obs = collect(buffer, env, 10 + n_steps)
         original, calls = getattr(buffer, method), []
 
-        def interrupted(envs, original=original, calls=calls):
+        def interrupted(*args, original=original, calls=calls, **kwargs):
             calls.append(1)
             if moment == "after":
-                original(envs)
+                original(*args, **kwargs)
             if len(calls) == call:
                 raise KeyboardInterrupt
             if moment == "before":
-                original(envs)
+                original(*args, **kwargs)
 
         monkeypatch.setattr(buffer, method, interrupted)
         try:
@@ -195,7 +195,7 @@ def test_observations_are_stored_once_and_as_float32():
     env = DummyVecEnv([GoalReachEnv])
     buffer, her = make_buffer(env, 10_000), HerReplayBuffer(10_000, env.observation_space, env.action_space, env=env)
     assert {values.dtype for values in buffer.observations.values()} == {np.dtype(np.float32)}
-    n_bytes = sum(values.nbytes for values in buffer.observations.values())
+    n_bytes = sum(values.nbytes for values in buffer._observations.values())
     her_bytes = sum(values.nbytes for obs in (her.observations, her.next_observations) for values in obs.values())
     assert n_bytes < 0.26 * her_bytes
 
@@ -275,9 +275,9 @@ def test_files_hold_what_was_used(n_steps):
     large_obs = collect(large, env, n_steps)
     assert len(pickle.dumps(large)) < 20_000
     twin = pickle.loads(pickle.dumps(buffer))
-    for name, values in {**buffer.observations, **vars(buffer)}.items():
+    for name, values in {**buffer._observations, **vars(buffer)}.items():
         if isinstance(values, np.ndarray):
-            np.testing.assert_array_equal({**twin.observations, **vars(twin)}[name], values)
+            np.testing.assert_array_equal({**twin._observations, **vars(twin)}[name], values)
     large_twin = pickle.loads(pickle.dumps(large))
     assert large_twin.n_slots == large.n_slots
     collect(large_twin, env, 120, large_obs)
@@ -288,11 +288,75 @@ def test_files_of_the_first_release_hold_all_slots():
     env = counter_env(2)
     buffer = make_buffer(env)
     collect(buffer, env, 7)
-    state = {key: value for key, value in vars(buffer).items() if key not in ("on_device", "_device_copy", "_written")}
+    state = buffer.__getstate__()
+    del state["on_device"]
+    state["observations"] = {key: buffer._with_all_slots(values) for key, values in state["observations"].items()}
+    for name in ("actions", "rewards", "dones", "timeouts", "remaining"):
+        state[name] = buffer._with_all_slots(state[name])
+    # It counted in another way
+    state.update(pos=3, full=True)
     twin = ContrastiveReplayBuffer.__new__(ContrastiveReplayBuffer)
     twin.__setstate__(state)
-    assert twin.size() == 7
+    assert (twin.size(), twin.pos, twin.full) == (7, 7, False)
     check_samples(twin)
+    np.testing.assert_array_equal(twin.actions, buffer.actions)
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("capacity", [9, 40, 1000])
+def test_arrays_are_the_stored_transitions_in_order(n_envs, capacity):
+    env = counter_env(n_envs)
+    buffer = make_buffer(env, capacity * n_envs)
+    added, add = [], buffer.add
+    buffer.add = lambda *args: (added.append(copy.deepcopy(args)), add(*args))
+    obs = None
+    for _ in range(30):
+        obs = collect(buffer, env, 3, obs)
+        size = buffer.size()
+        assert size == min(np.count_nonzero(buffer.remaining, axis=0))
+        for length in (size, buffer.buffer_size if buffer.full else buffer.pos):
+            for key in obs:
+                expected = np.array([(args[0][key], args[1][key]) for args in added[-size:]], dtype=np.float32)
+                np.testing.assert_array_equal(buffer.observations[key][:length], expected[:, 0])
+                np.testing.assert_array_equal(buffer.next_observations[key][:length], expected[:, 1])
+            for name, index in (("actions", 2), ("rewards", 3), ("dones", 4)):
+                np.testing.assert_array_equal(getattr(buffer, name)[:length], [args[index] for args in added[-size:]])
+            timeouts = [[info["TimeLimit.truncated"] for info in args[5]] for args in added[-size:]]
+            np.testing.assert_array_equal(buffer.timeouts[:length], timeouts)
+    # SB3's order of a ring that is full
+    np.testing.assert_array_equal(np.roll(buffer.actions, -buffer.pos if buffer.full else 0, axis=0), buffer.actions)
+    buffer.reset()
+    assert len(buffer.actions) == len(buffer.next_observations["observation"]) == 0
+
+
+def test_arrays_are_copied_once_and_cannot_be_written():
+    env = counter_env(2, (9, 9))
+    buffer = make_buffer(env)
+    obs = collect(buffer, env, 7)
+    assert buffer.next_observations is buffer.next_observations
+    for array in (buffer.rewards, buffer.next_observations["observation"]):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 1.0
+    collect(buffer, env, 1, obs)
+    assert len(buffer.rewards) == 8
+    assert not buffer.dones[7].any()
+    buffer.truncate_last_trajectory()
+    assert buffer.dones[7].all()
+
+
+def test_nothing_or_hardly_anything_left_to_sample():
+    env = counter_env(2, (10**6,))
+    buffer = make_buffer(env, 10_000)
+    obs = collect(buffer, env, 500)
+    # As if Ctrl-C had interrupted `add`: the running episodes are dropped
+    buffer._adding = True
+    buffer.truncate_last_trajectory()
+    assert buffer.size() == buffer.pos == 0
+    with pytest.raises(ValueError, match="empty replay buffer"):
+        buffer.sample(4)
+    collect(buffer, env, 1, obs)
+    assert (buffer.sample(1000).observations["achieved_goal"][:, 2] == 500).all()
+    assert buffer.size() == len(buffer.actions) == 1
 
 
 def test_reset():
@@ -337,11 +401,37 @@ def test_env_reset_just_when_the_buffer_is_full_of_its_episode():
     check_samples(buffer)
 
 
-def test_episode_longer_than_the_buffer():
-    env = counter_env(2, (9, 9))
-    buffer = make_buffer(env, 16)
-    with pytest.raises(ValueError, match=r"episode of env 0 is longer than the 8 transitions.*at least 2 envs"):
-        collect(buffer, env, 9)
+@pytest.mark.parametrize("handle_timeout_termination", [True, False])
+@pytest.mark.parametrize("capacity", [1, 8])
+def test_episode_longer_than_the_buffer_is_truncated(capacity, handle_timeout_termination):
+    env = counter_env(2, (10**6,))
+    buffer = make_buffer(env, 2 * capacity, handle_timeout_termination=handle_timeout_termination)
+    obs = None
+    for n_steps in range(3, 60, 3):
+        obs = collect(buffer, env, 3, obs)
+        check_samples(buffer, 200)
+        samples = buffer.sample(200)
+        step, goal = (samples.observations[key][:, 2] for key in ("achieved_goal", "desired_goal"))
+        assert (goal <= step - step % capacity + capacity).all()
+        # The newest transition does not know yet
+        step = buffer.observations["achieved_goal"][:, :, 2]
+        cut = (step % capacity == capacity - 1) & (step < n_steps - 1)
+        np.testing.assert_array_equal(buffer.dones, cut)
+        np.testing.assert_array_equal(buffer.timeouts, cut & handle_timeout_termination)
+    assert buffer.size() >= capacity
+    # What is resumed goes on within the same piece
+    buffer = pickle.loads(pickle.dumps(buffer))
+    collect(buffer, env, 3 * capacity, obs)
+    check_samples(buffer)
+
+
+def test_rewards_are_not_needed():
+    env = counter_env(2)
+    buffer = make_buffer(env)
+    obs = env.reset()
+    next_obs, _, dones, infos = env.step(np.zeros((2, 1)))
+    buffer.add(obs, next_obs, np.zeros((2, 1)), np.full(2, np.nan), dones, infos)
+    assert buffer.size() == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -278,6 +278,11 @@ def test_more_critics():
         (TD3, dict(width=dict(pi=8, qf=2.5)), r"`width\['qf'\]` must be a positive integer, got 2.5"),
         (DDPG, dict(norm="batch"), '`norm` must be "layer" or "none", got \'batch\''),
         (A2C, dict(residual_scale=-1), "`residual_scale` must be a positive number.*got -1"),
+        (SAC, dict(activation_fn="relu"), "`activation_fn` must be the class of an activation.*got 'relu'"),
+        (PPO, dict(activation_fn=dict(pi=nn.ReLU, vf=nn.ReLU())), r"`activation_fn` must be the class.*got ReLU\(\)"),
+        (TD3, dict(optimizer_class="adam"), "`optimizer_class` must be Optimizer.*got 'adam'.*`th.optim.Adam`"),
+        (PPO, dict(optimizer_kwargs=dict(lr=0.1)), "`optimizer_kwargs` has `lr=0.1`.*`learning_rate`"),
+        (DQN, dict(features_extractor_class=nn.ReLU()), r"`features_extractor_class` must be.*got ReLU\(\)"),
     ],
 )
 def test_wrong_arguments(algorithm, policy_kwargs, match):

@@ -1,4 +1,8 @@
 import copy
+import csv
+import io
+import subprocess
+import sys
 import warnings
 
 import gymnasium as gym
@@ -6,7 +10,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
+from rich.console import Console
+from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_checker import check_env
@@ -15,12 +20,15 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.torch_layers import CombinedExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
+from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.deepcrl.deepcrl import UPDATE_METRICS
-from tests.envs import EpisodeCounterEnv, GoalReachEnv
+from tests.envs import EpisodeCounterEnv, GoalReachEnv, add_package
 
 # Small networks, so that the tests are fast
 SMALL = dict(depth=4, width=16, repr_dim=8, batch_size=16, learning_starts=20, device="cpu", seed=0)
@@ -40,6 +48,33 @@ def changed(before: dict[str, th.Tensor], module: th.nn.Module) -> list[str]:
 
 def test_env():
     check_env(GoalReachEnv())
+
+
+@pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "FetchReach-v4"])
+def test_id_of_gymnasium_robotics(env_id):
+    # In a process where nobody has imported it yet
+    code = (
+        "from sb3_deepcrl import DeepCRL; "
+        f"DeepCRL('MultiInputPolicy', '{env_id}', depth=4, width=16, learning_starts=2, batch_size=2).learn(20)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_ids(tmp_path, monkeypatch):
+    add_package(tmp_path, monkeypatch)
+    with pytest.raises(gym.error.NameNotFound, match=r"`ElsewhereReach` doesn't exist\..* Name the package that registers it"):
+        make_model("ElsewhereReach-v0")
+    assert make_model("elsewhere:ElsewhereReach-v0").env.get_attr("spec")[0].id == "ElsewhereReach-v0"
+    # The latest version, as `gym.make` does
+    assert make_model("ElsewhereReach").env.get_attr("spec")[0].id == "ElsewhereReach-v0"
+    for env_id, message in {
+        "PointMaz_UMaze-v3": "Did you mean: `PointMaze_UMaze`",
+        "FetchReach-v9": r"provides versioned environments: \[ `v1`, `v4` \]",
+        "nowhere:Reach-v0": "'nowhere:Reach-v0' cannot be found, as the module 'nowhere' cannot be imported",
+        ":Reach-v0": "names no module before the colon",
+    }.items():
+        with pytest.raises(gym.error.Error, match=message):
+            make_model(env_id)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +104,77 @@ def test_learn(kwargs, n_envs):
 
 
 def test_train_freq_in_episodes():
-    model = make_model(GoalReachEnv(), train_freq=(2, "episode"), gradient_steps=5).learn(100)
+    callback = Progress()
+    model = make_model(GoalReachEnv(), train_freq=(2, "episode"), gradient_steps=5).learn(90, callback=callback)
     # 10 steps an episode, training starts after 20 steps
     assert model._n_updates == 5 * 4
+    # Whole episodes
+    assert model.num_timesteps == 100
+    assert min(callback.progress) == 0.0 == model._current_progress_remaining
     with pytest.raises(ValueError, match="unit of the `train_freq`"):
         make_model(train_freq=(1, "epoch"))
+
+
+class Progress(BaseCallback):
+    """Notes the remaining progress in each step, and the learning rate in each update."""
+
+    def _init_callback(self):
+        self.progress, self.rates = [], []
+        train, (group,) = self.model.train, self.model.actor.optimizer.param_groups
+        self.model.train = lambda **kwargs: (train(**kwargs), self.rates.append(group["lr"]))
+
+    def _on_step(self):
+        self.progress.append(self.model._current_progress_remaining)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "total_timesteps", "num_timesteps"),
+    [(1, 1, 1), (1, 40, 40), (3, 40, 42), (3, 2, 3), (16, 64, 64), (32, 40, 64)],
+)
+def test_learn_ends_at_total_timesteps(n_envs, total_timesteps, num_timesteps):
+    model, callback = make_model(make_vec_env(GoalReachEnv, n_envs), learning_starts=0), Progress()
+    model.learn(total_timesteps, callback=callback)
+    assert model.num_timesteps == num_timesteps
+    assert model._n_updates > 0
+    assert min(callback.progress) >= 0.0 == model._current_progress_remaining
+    model.learn(total_timesteps, reset_num_timesteps=False)
+    assert model.num_timesteps >= num_timesteps + total_timesteps
+    assert model.num_timesteps - num_timesteps - total_timesteps < n_envs
+
+
+@pytest.mark.parametrize("reset_num_timesteps", [False, True])
+@pytest.mark.parametrize("kwargs", [dict(), dict(train_freq=25, gradient_steps=5), dict(train_freq=7, gradient_steps=-1)])
+def test_update_ratio_does_not_depend_on_how_a_training_is_divided(kwargs, reset_num_timesteps):
+    model = make_model(GoalReachEnv(), learning_starts=0, learning_rate=lambda progress: 1e-3 * progress, **kwargs)
+    rates = []
+    for _ in range(40):
+        callback = Progress()
+        model.learn(10, callback=callback, reset_num_timesteps=reset_num_timesteps)
+        del model.train
+        assert min(callback.progress) >= 0.0
+        rates += callback.rates
+    per_step = 1.0 if kwargs.get("gradient_steps") == -1 else model.gradient_steps / model.train_freq.frequency
+    assert 400 * per_step <= model._n_updates < 400 * per_step + max(model.gradient_steps, 1)
+    assert min(rates) >= 0.0
+
+
+def test_rollouts_outside_of_learn_are_as_long_as_asked_for():
+    model = make_model().learn(41)
+    callback = Progress()
+    callback.init_callback(model)
+    rollout = model.collect_rollouts(model.env, callback, TrainFreq(20, TrainFrequencyUnit.STEP), model.replay_buffer)
+    assert rollout.episode_timesteps == 40
+
+
+def test_train_freq_by_hand():
+    model = make_model()
+    model.train_freq, model.gradient_steps = 4, "auto"
+    model.learn(80)
+    assert model._n_updates > 0
+    model.train_freq = 0
+    with pytest.raises(ValueError, match=r"`train_freq` must be a positive integer.*got 0"):
+        model.learn(10)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +190,8 @@ def test_train_freq_in_episodes():
         (2, dict(gradient_steps=3), 24, 3),
         (2, dict(train_freq=32), 32, 4),
         (2, dict(train_freq=1), 1, 1),
+        (2, dict(train_freq=[5, "step"], gradient_steps=np.int64(2)), 5, 2),
+        (2, dict(train_freq=np.int64(5), learning_rate=np.float32(1e-3), ent_coef="0.5", target_entropy="-1"), 5, 1),
         (1, dict(train_freq=(1, "episode")), 1, 1),
     ],
 )
@@ -205,6 +308,20 @@ def test_learning_rates_follow_their_schedules():
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("own", [{}, dict(critic_learning_rate=0.5), dict(ent_coef_learning_rate=lambda progress: 0.5)])
+def test_replaced_schedule_is_that_of_all_optimizers_without_a_rate_of_their_own(own):
+    model = make_model(learning_rate=1e-3, **own).learn(20)
+    names = ["learning_rate", "critic_learning_rate", "ent_coef_learning_rate"]
+    for rate in (0.0, 0.25):
+        model.lr_schedule = lambda progress, rate=rate: rate
+        model.train(gradient_steps=1, batch_size=4)
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in model._optimizers()]
+        assert rates == [0.5 if name in own else rate for name in names]
+    model.critic_lr_schedule = lambda progress: 0.125
+    model.train(gradient_steps=1, batch_size=4)
+    assert model.critic.optimizer.param_groups[0]["lr"] == 0.125
+
+
 def test_gamma_can_be_changed_between_trainings():
     model = make_model(EpisodeCounterEnv(lengths=(50,)), gamma=0.7)
     assert model.replay_buffer.gamma == 0.7
@@ -234,6 +351,19 @@ def test_metrics_are_logged(tmp_path):
     assert {"rollout/success_rate", "rollout/ep_rew_mean", "time/fps", "time/total_timesteps"} <= set(header)
 
 
+def test_episodes_that_end_together_are_logged_once(tmp_path):
+    model = make_model(make_vec_env(GoalReachEnv, 8))
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    # All episodes have ten steps
+    model.learn(400, log_interval=4)
+    rows = list(csv.DictReader((tmp_path / "progress.csv").open()))
+    assert [int(row["time/total_timesteps"]) for row in rows] == [80, 160, 240, 320, 400]
+    # What is new is written at the same step too
+    model.logger.record("mine", 1)
+    model.dump_logs()
+    assert len((tmp_path / "progress.csv").read_text().splitlines()) == 7
+
+
 def test_tensorboard(tmp_path):
     make_model(tensorboard_log=str(tmp_path)).learn(50)
     assert list((tmp_path / "DeepCRL_1").glob("events.out.tfevents.*"))
@@ -260,6 +390,44 @@ def test_predict():
     np.testing.assert_allclose(model.predict(single, deterministic=True)[0], actions[1], rtol=1e-4, atol=1e-5)
     model.actor.mu.bias.data += 100.0
     np.testing.assert_allclose(model.predict(single, deterministic=True)[0], [5.0, 5.0])
+
+
+def batch_of(observation: dict[str, np.ndarray], key: str, value: float) -> dict[str, np.ndarray]:
+    batch = {name: values.copy() for name, values in observation.items()}
+    batch[key][1, 0] = value
+    return batch
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nan_in_predict(deterministic):
+    model = make_model()
+    observation = model.env.reset()
+    for policy in (model, model.policy, model.actor):
+        for value in (np.nan, np.inf):
+            with pytest.raises(ValueError, match=rf"`desired_goal` of the observation is {value} at \(1, 0\)"):
+                policy.predict(batch_of(observation, "desired_goal", value), deterministic=deterministic)
+    with pytest.raises(ValueError, match="weights and the observation are finite"):
+        model.predict(batch_of(observation, "observation", 3e38), deterministic=deterministic)
+    model.critic.sa_encoder.head.weight.data[0] = np.nan
+    model.predict(observation, deterministic=deterministic)
+    model.actor.tower.stem[0].weight.data[0] = np.nan
+    for policy in (model, model.policy, model.actor):
+        with pytest.raises(ValueError, match=r"the weights `tower.stem.0.weight` are not finite") as error:
+            policy.predict({key: values[0] for key, values in observation.items()}, deterministic=deterministic)
+        assert "of the observation" not in str(error.value)
+    with pytest.raises(ValueError, match=r"the weights `tower.stem.0.weight`.* and `observation` of the observation is nan"):
+        model.predict(batch_of(observation, "observation", np.nan), deterministic=deterministic)
+    # The env does not see such actions
+    model.learning_starts = 0
+    with pytest.raises(ValueError, match="the weights `tower"):
+        model.learn(20)
+
+
+def test_nan_in_predict_of_other_algorithms():
+    model = TD3("DeepMultiInputPolicy", GoalReachEnv(), buffer_size=10, policy_kwargs=dict(depth=4, width=8), device="cpu")
+    next(model.actor.parameters()).data[0] = np.nan
+    with pytest.raises(ValueError, match=r"the weights `.*` are not finite"):
+        model.predict(model.env.reset())
 
 
 def test_actions_are_stored_scaled():
@@ -298,6 +466,14 @@ class ImageGoalEnv(gym.Env):
         return self.observation_space.sample(), 0.0, False, self.steps == 5, {"is_success": False}
 
 
+class RandomGoalEnv(ImageGoalEnv):
+    """Goals of any two spaces."""
+
+    def __init__(self, achieved: spaces.Space, desired: spaces.Space):
+        super().__init__()
+        self.observation_space = spaces.Dict(observation=spaces.Box(-1, 1, (2,)), achieved_goal=achieved, desired_goal=desired)
+
+
 @pytest.mark.parametrize(
     "env",
     [
@@ -305,11 +481,17 @@ class ImageGoalEnv(gym.Env):
         lambda: BitFlippingEnv(n_bits=4, continuous=True, discrete_obs_space=True),
         ImageGoalEnv,
         lambda: GoalReachEnv(obs_dtype=np.float32),
+        lambda: RandomGoalEnv(spaces.Box(0, 9, (2,), np.uint8), spaces.Box(0, 9, (2,), np.int64)),
+        lambda: RandomGoalEnv(spaces.Box(0, 9, (2,), np.float32), spaces.Box(0, 9, (2,), np.int32)),
+        lambda: RandomGoalEnv(spaces.Box(0, 9, (2,), np.int8), spaces.Box(0, 9, (2,), np.float64)),
+        lambda: RandomGoalEnv(spaces.MultiBinary(3), spaces.Box(0, 1, (3,), np.uint8)),
+        lambda: RandomGoalEnv(spaces.MultiDiscrete([2, 3], dtype=np.int32), spaces.MultiDiscrete([2, 3])),
     ],
 )
 def test_other_observation_spaces(env):
     model = make_model(env(), learning_starts=5, train_freq=5).learn(25)
     assert model._n_updates > 0
+    model.predict(model.env.reset())
 
 
 def test_env_id():
@@ -342,6 +524,126 @@ def test_vec_normalize_that_clips_the_goals():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_model(VecNormalize(make_vec_env(FixedGoalEnv, 2), norm_obs_keys=["observation"])).learn(100)
+
+
+def test_no_warning_of_goals_that_are_not_clipped():
+    far = dict(clip_obs=0.01, norm_obs_keys=["observation"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Most goals are beyond the limit of what is normalised, but they are not
+        make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), **far)).learn(100)
+        make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), norm_obs=False, clip_obs=0.01)).learn(100)
+        # The statistics of the first episode hold a single goal
+        make_model(VecNormalize(DummyVecEnv([lambda: GoalReachEnv(max_steps=100)]))).learn(90)
+
+
+def test_train_waits_for_the_device_once():
+    class CountReads(TorchDispatchMode):
+        n_reads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n_reads += func is th.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    n_reads = []
+    for env in (make_vec_env(GoalReachEnv, 3), VecNormalize(make_vec_env(GoalReachEnv, 3))):
+        model = make_model(env).learn(60)
+        with CountReads() as count:
+            model.train(gradient_steps=2, batch_size=16)
+        n_reads.append(count.n_reads)
+    assert n_reads[0] == n_reads[1]
+
+
+def test_minibatch_larger_than_the_data():
+    with pytest.warns(UserWarning, match=r"`batch_size=40` is more than the 32 .*`learning_starts` of at least 40") as record:
+        model = make_model(batch_size=40).learn(100)
+    assert len(record) == 1
+    assert model._n_updates > 0
+    # As after loading a model without its replay buffer
+    model = make_model().learn(100)
+    model.replay_buffer.reset()
+    model.batch_size = 40
+    with pytest.warns(UserWarning, match=f"than the 16 trans.*`learning_starts` of at least {model.num_timesteps + 40}"):
+        model.learn(32, reset_num_timesteps=False)
+    with pytest.warns(UserWarning, match="than the 20 trans.*`buffer_size` of at least 40"):
+        make_model(batch_size=40, buffer_size=20, learning_starts=60).learn(100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model(batch_size=40, learning_starts=40).learn(100)
+
+
+class SimulatorVecEnv(VecEnvWrapper):
+    """
+    Returns rewards and dones in another form, and knows no attributes.
+
+    :param venv: Envs
+    :param convert: What makes the other form of an array
+    :param error: What to raise, or return, when asked for an attribute
+    """
+
+    def __init__(self, venv, convert=lambda values: values, error=None):
+        self.error = None
+        super().__init__(venv)
+        self.convert, self.error = convert, error
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, self.convert(rewards), self.convert(dones), infos
+
+    def has_attr(self, attr_name):
+        return VecEnv.has_attr(self, attr_name)
+
+    def get_attr(self, attr_name, indices=None):
+        if self.error is None:
+            return super().get_attr(attr_name, indices)
+        if isinstance(self.error, type):
+            raise self.error(attr_name)
+        return self.error
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError, KeyError, AssertionError, 7, "", [np.inf], [None, None]])
+def test_vec_env_that_does_not_tell_its_attributes(error):
+    env = SimulatorVecEnv(make_vec_env(time_limited, 2), error=error)
+    assert make_model(env, buffer_size=12).learn(40).num_timesteps >= 40
+
+
+@pytest.mark.parametrize("lengths", [[np.int64(9), 10], th.tensor([9, 10]), (None, 10.0)])
+def test_vec_env_that_tells_its_time_limit_in_another_form(lengths):
+    with pytest.raises(ValueError, match="less than one episode of 10 steps"):
+        make_model(SimulatorVecEnv(make_vec_env(time_limited, 2), error=lengths), buffer_size=18)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda values: values.astype(np.float32),
+        lambda values: values.astype(np.int64),
+        lambda values: values.tolist(),
+        lambda values: th.as_tensor(values),
+        lambda values: th.as_tensor(values).float(),
+    ],
+)
+def test_vec_env_that_returns_rewards_and_dones_in_another_form(convert):
+    def make_env(convert):
+        lengths = (7, 4)
+        return SimulatorVecEnv(DummyVecEnv([lambda n=n: GoalReachEnv(max_steps=n) for n in lengths]), convert)
+
+    results = []
+    for form in (lambda values: values, convert):
+        display = TrainingDisplay(console=Console(file=io.StringIO()))
+        env = make_env(form)
+        env.seed(3)
+        buffer = make_model(env).learn(60, callback=display).replay_buffer
+        results.append((buffer.dones, buffer.rewards, buffer.remaining, list(display.successes), list(display.times_at_goal)))
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    # The check of the first observation of an episode looks at the envs that are done
+    envs = [lambda: GoalReachEnv(max_steps=4), lambda: NaNEnv(12)]
+    with pytest.raises(ValueError, match="NaN or infinity in `observation` of env 1"):
+        make_model(SimulatorVecEnv(DummyVecEnv(envs), convert)).learn(100)
 
 
 def test_subprocesses():
@@ -468,6 +770,17 @@ def test_nan_from_the_env(bad_call, normalize):
 # What existing scripts pass
 
 
+def test_reward_is_not_needed():
+    class NaNRewardEnv(GoalReachEnv):
+        def step(self, action):
+            observation, _, *rest = super().step(action)
+            return observation, np.nan, *rest
+
+    for env in (make_vec_env(NaNRewardEnv, 2), VecNormalize(make_vec_env(NaNRewardEnv, 2))):
+        model = make_model(env).learn(100)
+        assert all(th.isfinite(values).all() for values in model.policy.parameters())
+
+
 def test_her_replay_buffer_is_replaced_with_one_warning():
     kwargs = dict(
         replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(n_sampled_goal=4, goal_selection_strategy="future")
@@ -547,6 +860,10 @@ BOX2, BOX3 = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (3,))
             with_spaces(spaces.Dict(achieved_goal=spaces.Discrete(5), desired_goal=spaces.Discrete(4))),
             r"must be of the same space.*Discrete\(5\)",
         ),
+        (
+            with_spaces(spaces.Dict(achieved_goal=spaces.MultiDiscrete([2, 3]), desired_goal=spaces.MultiDiscrete([2, 4]))),
+            r"must be of the same space.*\[2 4\]",
+        ),
         (with_spaces(action_space=spaces.Discrete(4)), r"continuous actions.*Discrete\(4\).*Use"),
         (with_spaces(action_space=spaces.MultiBinary(4)), r"continuous actions.*MultiBinary\(4\)"),
     ],
@@ -580,6 +897,55 @@ def test_env_that_cannot_be_learned(env, message):
             r"`replay_buffer_class` must be ContrastiveReplayBuffer.*DictReplayBuffer",
         ),
         (dict(policy_kwargs=dict(norm="batch")), r"`norm` must be"),
+        (dict(learning_rate="lin_3e-4"), r"`learning_rate` must be a number.*got 'lin_3e-4'"),
+        (dict(learning_rate=None), r"`learning_rate` must be a number.*got None"),
+        (dict(critic_learning_rate=-1e-3), r"`critic_learning_rate` must be.*not negative.*got -0.001"),
+        (dict(ent_coef_learning_rate=float("nan")), r"`ent_coef_learning_rate` must be.*got nan"),
+        (dict(learning_rate=lambda progress: -progress), r"`learning_rate` must be.*which returns -1.0 at 1"),
+        (dict(buffer_size=1e6), r"`buffer_size` must be a positive integer, got 1000000.0: use 1000000"),
+        (dict(buffer_size=0), r"`buffer_size` must be a positive integer, got 0"),
+        (dict(learning_starts="soon"), r"`learning_starts` must be a number, got 'soon'"),
+        (dict(learning_starts=-1), r"`learning_starts` must not be negative, got -1"),
+        (dict(batch_size="64"), r"`batch_size` must be a positive integer, got '64'"),
+        (dict(gamma="0.9"), r"`gamma` must be between 0 and 1, got '0.9'"),
+        (dict(logsumexp_coef=float("nan")), r"`logsumexp_coef` must be a number, got nan"),
+        (dict(train_freq=0), r"`train_freq` must be a positive integer.*got 0"),
+        (dict(train_freq="often"), r"`train_freq` must be a positive integer.*\"auto\", got 'often'"),
+        (dict(train_freq=(5,)), r"`train_freq` must be a positive integer.*got \(5,\)"),
+        (dict(train_freq=(-5, "step")), r"`train_freq` must be a positive integer.*got \(-5, 'step'\)"),
+        (dict(train_freq=(1, "episode")), r"`train_freq=\(1, 'episode'\)` counts episodes.*a single env, got 2"),
+        (dict(gradient_steps=-2), r"`gradient_steps` must be an integer.*got -2: -1 means"),
+        (dict(gradient_steps=True), r"`gradient_steps` must be an integer.*got True"),
+        (dict(action_noise=0.1), r"`action_noise` must be an ActionNoise, such as.*got 0.1"),
+        (dict(replay_buffer_class="HerReplayBuffer"), r"`replay_buffer_class` must be.*got 'HerReplayBuffer'.*leave it out"),
+        (dict(replay_buffer_kwargs="on_device"), r"`replay_buffer_kwargs` must be a dict.*got 'on_device'"),
+        (dict(replay_buffer_kwargs=dict(buffer_size=5)), r"`buffer_size=5`, but the replay buffer takes.*of DeepCRL"),
+        (dict(ent_coef="aut"), r"`ent_coef` must be a number.*\"auto\".*got 'aut'"),
+        (dict(ent_coef="auto_-1"), r"`ent_coef` must be.*got 'auto_-1'"),
+        (dict(ent_coef="automatic"), r"`ent_coef` must be.*got 'automatic'"),
+        (dict(ent_coef=-0.1), r"`ent_coef` must be.*got -0.1"),
+        (dict(ent_coef=None), r"`ent_coef` must be.*got None"),
+        (dict(target_entropy="aut"), r"`target_entropy` must be a finite number.*got 'aut'"),
+        (dict(target_entropy=float("nan")), r"`target_entropy` must be a finite number.*got nan"),
+        (dict(checkpoint_activations="no"), r"`checkpoint_activations` must be True or False, got 'no'"),
+        (dict(stats_window_size=0), r"`stats_window_size` must be a positive integer, got 0"),
+        (dict(tensorboard_log=3), r"`tensorboard_log` must be the path.*got 3"),
+        (dict(seed=-1), r"`seed` must be.*got -1"),
+        (dict(policy_kwargs="depth"), r"`policy_kwargs` must be a dict.*got 'depth'"),
+        (dict(policy_kwargs=dict(activation_fn="relu")), r"`activation_fn` must be the class.*`th.nn.ReLU`, got 'relu'"),
+        (dict(policy_kwargs=dict(activation_fn=th.nn.ReLU())), r"`activation_fn` must be the class.*got ReLU\(\)"),
+        (dict(policy_kwargs=dict(activation_fn=th.relu)), r"`activation_fn` must be the class.*got <built-in"),
+        (dict(policy_kwargs=dict(norm=lambda width: width)), r"`norm` must be.*got <function"),
+        (dict(policy_kwargs=dict(residual="no")), r"`residual` must be True or False, got 'no'"),
+        (dict(policy_kwargs=dict(residual_scale=float("inf"))), r"`residual_scale` must be a positive number.*got inf"),
+        (dict(policy_kwargs=dict(optimizer_class="adam")), r"`optimizer_class` must be.*got 'adam'.*`th.optim.Adam`"),
+        (dict(policy_kwargs=dict(optimizer_class=th.nn.Linear)), r"`optimizer_class` must be Optimizer.*Linear"),
+        (dict(policy_kwargs=dict(optimizer_kwargs=dict(lr=0.1))), r"`optimizer_kwargs` has `lr=0.1`.*`learning_rate`"),
+        (dict(policy_kwargs=dict(optimizer_kwargs="fused")), r"`optimizer_kwargs` must be a dict.*got 'fused'"),
+        (dict(policy_kwargs=dict(features_extractor_class="flat")), r"`features_extractor_class` must be.*got 'flat'"),
+        (dict(policy_kwargs=dict(features_extractor_class=FlattenExtractor)), r"FlattenExtractor` does not know Dict"),
+        (dict(policy_kwargs=dict(features_extractor_kwargs=[1])), r"`features_extractor_kwargs` must be a dict.*got \[1\]"),
+        (dict(policy_kwargs=dict(normalize_images="no")), r"`normalize_images` must be True or False, got 'no'"),
     ],
 )
 def test_wrong_arguments(kwargs, message):
@@ -591,8 +957,16 @@ def test_wrong_policies():
     for policy in ("MlpPolicy", "CnnPolicy"):
         with pytest.raises(ValueError, match="must use `MultiInputPolicy`"):
             DeepCRL(policy, GoalReachEnv())
-    with pytest.raises(ValueError, match="Policy MultiPolicy unknown"):
+    with pytest.raises(ValueError, match='Policy MultiPolicy unknown: use "MultiInputPolicy"'):
         DeepCRL("MultiPolicy", GoalReachEnv())
+    for wrong in (None, SAC.policy_aliases["MultiInputPolicy"]):
+        with pytest.raises(ValueError, match=r'`policy` must be DeepCRLPolicy or a subclass.*leave it at "MultiInputPolicy"'):
+            DeepCRL(wrong, GoalReachEnv())
+
+
+def test_no_env():
+    with pytest.raises(ValueError, match=r"`env=None`, but.*give one.*`DeepCRL.load"):
+        DeepCRL("MultiInputPolicy", None)
 
 
 def test_buffer_smaller_than_an_episode():
@@ -600,9 +974,8 @@ def test_buffer_smaller_than_an_episode():
     with pytest.raises(ValueError, match=r"`buffer_size=19` leaves 9 transitions.*2 envs.*10 steps.*at least 20"):
         make_model(env, buffer_size=19)
     assert make_model(env, buffer_size=20).learn(128).num_timesteps == 128
-    # An env that does not tell: found out while learning
-    with pytest.raises(ValueError, match="longer than the 5 transitions"):
-        make_model(GoalReachEnv(), buffer_size=5).learn(20)
+    # An env without a time limit, or that does not tell: its episodes are truncated
+    assert make_model(GoalReachEnv(max_steps=10**6), buffer_size=20).learn(100)._n_updates > 0
 
 
 def test_batch_of_one_in_train():

@@ -1,10 +1,15 @@
 import csv
+import gc
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
+from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -313,6 +318,12 @@ def test_make_vec_env_writes_monitor_files(tmp_path):
         assert [(row["l"], row["is_success"]) for row in csv.DictReader(lines[1:])] == [("5", "False")] * 2
 
 
+def test_id_with_a_module():
+    assert BatchVecEnv("sb3_deepcrl:PointUMaze-v0", 2).spec.id == "PointUMaze-v0"
+    with pytest.raises(ValueError, match="'gymnasium_robotics:FetchReach-v4' is no environment of this package"):
+        BatchVecEnv("gymnasium_robotics:FetchReach-v4")
+
+
 def test_list_of_functions_must_be_alike():
     def make(env_id, **kwargs):
         return lambda: gym.make(env_id, **kwargs)
@@ -323,6 +334,9 @@ def test_list_of_functions_must_be_alike():
         BatchVecEnv([make("AntU4Maze-v0"), make("AntU4Maze-v0", max_episode_steps=3)])
     with pytest.raises(ValueError, match="Env 0 is a PendulumEnv"):
         BatchVecEnv([make("Pendulum-v1")])
+    # The wrapper is not the cause
+    with pytest.raises(ValueError, match="Env 0 is a PendulumEnv"):
+        BatchVecEnv([lambda: SuccessInfoWrapper(gym.make("Pendulum-v1"))])
     with pytest.raises(ValueError, match="wrapped in SuccessInfoWrapper"):
         BatchVecEnv([lambda: SuccessInfoWrapper(gym.make("AntU4Maze-v0"))])
     with pytest.raises(ValueError, match="list of env functions is empty"):
@@ -464,11 +478,70 @@ def test_what_no_batch_is_made_from():
 def test_closed():
     vec_env = BatchVecEnv("PointUMaze-v0", 2, render_mode="rgb_array")
     vec_env.reset()
+    vec_env.step_async(np.zeros((2, 2)))
     vec_env.close()
     vec_env.close()
-    for call in (vec_env.reset, vec_env.get_images, lambda: vec_env.step(np.zeros((2, 2)))):
+    calls = (
+        vec_env.reset,
+        vec_env.step_wait,
+        vec_env.get_images,
+        lambda: vec_env.step(np.zeros((2, 2))),
+        lambda: vec_env.env_method("render"),
+        lambda: vec_env.set_attr("goal", [2.0, 2.0]),
+        lambda: vec_env.simulation.batch,
+        lambda: vec_env.simulation.data(0),
+    )
+    for call in calls:
         with pytest.raises(RuntimeError, match="The environment is closed"):
             call()
+
+
+def number_of_threads() -> int:
+    return int(re.search(r"Threads:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.fixture
+def no_cycle_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the number of threads is unknown")
+@pytest.mark.parametrize("end", ["close", "del", "close the wrapper"])
+def test_threads_end_with_the_envs(end, no_cycle_collector):
+    before = number_of_threads()
+    kept = []
+    for _ in range(20):
+        vec_env = BatchVecEnv("PointUMaze-v0", 4, 3)
+        wrapped = VecNormalize(vec_env) if end == "close the wrapper" else vec_env
+        wrapped.reset()
+        wrapped.set_attr("note", "mine")
+        wrapped.step(np.zeros((4, 2)))
+        assert wrapped.get_attr("note") == ["mine"] * 4 and number_of_threads() == before + 2
+        batch = weakref.ref(vec_env.simulation.batch)
+        if end != "del":
+            wrapped.close()
+            kept.append(vec_env)
+        del vec_env, wrapped
+        assert batch() is None and number_of_threads() == before
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("make", [partial(gym.make, "PointUMaze-v0"), partial(GoalEnv, robot="point", maze="u")])
+def test_single_envs_are_freed(make, close, no_cycle_collector):
+    env = make()
+    env.reset()
+    env.step(np.zeros(2))
+    batch, core = weakref.ref(env.unwrapped.simulation.batch), weakref.ref(env.unwrapped)
+    if close:
+        env.close()
+        assert batch() is None
+        with pytest.raises(RuntimeError, match="The environment is closed"):
+            env.step(np.zeros(2))
+    del env
+    assert batch() is None and core() is None
 
 
 def test_bad_reset_options():

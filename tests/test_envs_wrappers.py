@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -84,6 +87,19 @@ def test_no_patch_without_the_fault(unpatched, monkeypatch):
     monkeypatch.setattr(mujoco, "mjtJoint", Joint)
     assert not patch_gymnasium_robotics()
     assert unpatched.mujoco is mujoco
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "import gymnasium_robotics, sb3_deepcrl; gym.make('FetchReach-v4')",
+        "import sb3_deepcrl, gymnasium_robotics; gym.make('HandReach-v3')",
+        "import sb3_deepcrl; gym.make('gymnasium_robotics:FetchPush-v4')",
+    ],
+)
+def test_importing_this_package_repairs_gymnasium_robotics(lines):
+    # In a process where nobody has imported it yet
+    subprocess.run([sys.executable, "-c", f"import gymnasium as gym; {lines}"], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("env_id, size", [("pointmaze-medium-v0", 2), ("antsoccer-arena-v0", 42)])

@@ -1,12 +1,16 @@
 import csv
 import io
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
+from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
 from sb3_deepcrl import GoalEvalCallback, evaluate_goals
 from sb3_deepcrl.common.callbacks import TrainingDisplay
@@ -27,6 +31,17 @@ class ScriptedEnv(GoalReachEnv):
         at_goal = self.steps in (3, 4, 5)
         self.position = self.goal + np.array([0.0 if at_goal else self.steps / 5, 0.0])
         return self._observation(), float(at_goal), False, self.steps == 10, {self.key: np.float32(at_goal)}
+
+
+class WithoutLastObservation(VecEnvWrapper):
+    """Does not tell how an episode ended, as some simulators."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, rewards.tolist(), dones.astype(np.float32), [{**info, "terminal_observation": None} for info in infos]
 
 
 class Still:
@@ -59,6 +74,12 @@ def test_measures_by_hand(key, n_envs, normalize):
         assert episode.mean_distance == pytest.approx(expected, rel=1e-4)
 
 
+def test_env_that_does_not_tell_how_an_episode_ended():
+    for episode in evaluate_goals(Still(), WithoutLastObservation(make_vec_env(ScriptedEnv, 2)), 4):
+        assert episode.episode_length == 10
+        assert episode.mean_distance == pytest.approx(33 / 5 / 9, rel=1e-4)
+
+
 def test_single_env_without_monitor():
     means = mean_of_episodes(evaluate_goals(Still(), ScriptedEnv(), 2))
     assert means["success_any"] == 1.0
@@ -73,14 +94,62 @@ def test_evaluate_goals_errors():
         evaluate_goals(Still(), ScriptedEnv(key="reached"), 1)
 
 
-def test_goal_eval_callback(tmp_path):
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_nan_in_an_evaluation(n_envs):
+    model = make_model()
+    model.actor.mu.weight.data[:] = np.nan
+    for tested in (model, model.policy):
+        with pytest.raises(ValueError, match=r"the weights `mu.weight` are not finite"):
+            evaluate_goals(tested, make_vec_env(ScriptedEnv, n_envs), 2)
+
+    class NaNActions(Still):
+        def predict(self, *args, **kwargs):
+            actions, state = super().predict(*args, **kwargs)
+            return np.full_like(actions, np.nan), state
+
+    with pytest.raises(ValueError, match="The policy gives actions that are NaN or infinite"):
+        evaluate_goals(NaNActions(), make_vec_env(ScriptedEnv, n_envs), 2)
+
+
+class Wrapper(VecEnvWrapper):
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        return self.venv.step_wait()
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda env: env,
+        lambda env: VecNormalize(env),
+        lambda env: Wrapper(VecMonitor(env)),
+        lambda env: env.envs[1],
+        lambda env: DummyVecEnv([ScriptedEnv, lambda: Monitor(env.envs[1].unwrapped)]),
+    ],
+)
+def test_goal_eval_callback_in_the_training_env(same):
+    env = make_vec_env(ScriptedEnv, 2)
+    model = make_model(Wrapper(env))
+    with pytest.raises(ValueError, match=r"`eval_env` is the env that the model is trained in.*Make another one"):
+        model.learn(20, callback=GoalEvalCallback(same(env), eval_freq=10))
+    assert model.num_timesteps == 0
+
+
+@pytest.mark.parametrize("key", ["is_success", "success"])
+def test_goal_eval_callback(tmp_path, key):
     model = make_model(make_vec_env(ScriptedEnv, 2))
     logged: list[tuple] = []
     logger = configure(None, [])
     logger.record = lambda key, value, *args, **kwargs: logged.append((key, value))  # type: ignore[method-assign]
     model.set_logger(logger)
     callback = GoalEvalCallback(
-        make_vec_env(ScriptedEnv, 2), n_eval_episodes=5, eval_freq=20, log_path=str(tmp_path), verbose=0
+        make_vec_env(ScriptedEnv, 2, env_kwargs=dict(key=key)),
+        n_eval_episodes=5,
+        eval_freq=20,
+        log_path=str(tmp_path),
+        verbose=0,
     )
     model.learn(128, callback=callback)
     values = dict(logged)
@@ -96,13 +165,24 @@ def test_goal_eval_callback(tmp_path):
     rows = list(csv.DictReader((tmp_path / "episodes.csv").open()))
     assert [int(row["timesteps"]) for row in rows] == [40] * 5 + [80] * 5 + [120] * 5
     assert {row["time_at_goal"] for row in rows} == {"3"}
-    assert (tmp_path / "evaluations.npz").exists()
+    with np.load(tmp_path / "evaluations.npz") as file:
+        assert file["successes"].tolist() == [[False] * 5] * 3
+
+
+def test_printed_evaluation_says_which_success(capsys):
+    model = make_model(make_vec_env(ScriptedEnv, 2), train_freq=5)
+    model.learn(20, callback=GoalEvalCallback(make_vec_env(ScriptedEnv, 2), n_eval_episodes=4, eval_freq=5))
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    measures = "success 100 % at any step, 0 % at the last step, time at goal 3.0 of 10 steps, episode reward 3.00"
+    assert first == f"Eval num_timesteps=10: {measures} (new best)"
+    assert second == f"Eval num_timesteps=20: {measures}"
+    assert rest == []
 
 
 def test_training_display():
-    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    console = Console(file=io.StringIO(), width=160, force_interactive=True, force_terminal=True)
     display = TrainingDisplay(console=console)
-    make_model(make_vec_env(ScriptedEnv, 2)).learn(96, callback=display)
+    model = make_model(make_vec_env(ScriptedEnv, 2)).learn(96, callback=display)
     assert list(display.successes) == [True] * len(display.successes) != []
     # Once more does no harm, and before the start neither
     display.stop()
@@ -110,5 +190,32 @@ def test_training_display():
     assert display.times_at_goal[0] == pytest.approx(0.3)
     assert 0.0 < display.accuracy <= 1.0
     text = console.file.getvalue()
-    for word in ("success", "100 %", "time at goal", "30 %", "contrastive accuracy", "steps/s", "left", "96/96"):
+    for word in ("success at any step", "100 %", "time at goal", "30 %", "categorical accuracy", "steps/s", "left", "96/96"):
         assert word in text, word
+    assert f"(chance {100 / model.batch_size:.2g} %)" in text
+
+
+def test_display_in_a_log_file(monkeypatch):
+    console = Console(file=io.StringIO(), width=40)
+    display = TrainingDisplay(console=console)
+    model = make_model(make_vec_env(ScriptedEnv, 2), train_freq=1, gradient_steps=1, compile=False)
+    model.learn(96, callback=display)
+    display.stop()
+    lines = console.file.getvalue().splitlines()
+    # At the start, for every tenth of the steps and at the end; none of them broken
+    assert [line.partition(" ")[0] for line in lines] == [f"{steps}/96" for steps in (*range(0, 96, 10), 96)]
+    assert "success at any step 100 %, time at goal 30 %, categorical accuracy " in lines[-1]
+    # In a long training, every minute: here each look at the clock takes ten seconds, and there are 100 rollouts
+    console.file = io.StringIO()
+    monkeypatch.setattr("sb3_deepcrl.common.callbacks.time", SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
+    model.learn(1_000_000, callback=[display, StopTrainingOnMaxEpisodes(10)])
+    display.stop()
+    assert 10 < len(console.file.getvalue().splitlines()) < 30
+
+
+def test_display_in_place_of_the_tables(tmp_path, capsys):
+    for replaces_tables in (False, True):
+        model = make_model(make_vec_env(ScriptedEnv, 2), verbose=1, tensorboard_log=str(tmp_path))
+        model.learn(96, callback=TrainingDisplay(replaces_tables=replaces_tables), log_interval=1)
+        assert ("| rollout/" in capsys.readouterr().out) != replaces_tables
+    assert len(list(tmp_path.glob("DeepCRL_*/events.out.tfevents.*"))) == 2

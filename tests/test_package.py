@@ -1,6 +1,8 @@
 import configparser
 import importlib
+import importlib.metadata
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sb3_deepcrl
+from sb3_deepcrl.common.startup import is_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +25,61 @@ def test_import_adds_nothing_heavy_to_stable_baselines3():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    names = {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"}
+    variables = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env={**variables, **environment}, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what libgomp says, which PyTorch has on Linux")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "found"),
+    [
+        (("-m", "sb3_deepcrl.analysis", "--help"), {}, "1000"),
+        (("-msb3_deepcrl.zoo.train", "--help"), {}, "1000"),
+        (("-m", "sb3_deepcrl.zoo.train", "--help"), {"GOMP_SPINCOUNT": "7"}, "7"),
+        (("-m", "sb3_deepcrl.analysis", "--help"), {"OMP_WAIT_POLICY": "active"}, "30000000000"),
+        # The user's own program
+        (("-c", "import sb3_deepcrl"), {}, None),
+    ],
+)
+def test_threads_of_commands_spin_briefly(arguments, environment, found):
+    environment |= {"OMP_DISPLAY_ENV": "verbose", "OMP_NUM_THREADS": "2"}
+    (count,) = set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", run_python(*arguments, **environment).stderr))
+    if found is None:
+        found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", run_python("-c", "import torch", **environment).stderr).group(1)
+    assert count == found
+
+
+def test_console_script_is_a_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/sb3-deepcrl", "train"])
+    assert is_command()
+    # While Python looks for the module of `python -m pytest tests`
+    monkeypatch.setattr(sys, "argv", ["-m", "tests"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest", "tests"])
+    assert not is_command()
+    for argv in ([], [""], ["-c"], ["script.py"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        assert not is_command()
+
+
+@pytest.mark.parametrize("notice", ["AdroitHandDoorDense-v1 was updated", "FetchReach-v4 was updated"])
+def test_of_the_notices_of_gymnasium_robotics_only_that_on_adroit_is_left_out(notice):
+    version = importlib.metadata.version("gymnasium-robotics")
+    code = (
+        "from farama_notifications import notifications; from sb3_deepcrl.envs.registration import import_gymnasium_robotics; "
+        f"notifications['gymnasium_robotics'] = {{{version!r}: {notice!r}}}; import_gymnasium_robotics(); "
+        f"assert notifications['gymnasium_robotics'] == {{{version!r}: {notice!r}}}"
+    )
+    assert run_python("-c", code).stderr.strip() == ("" if notice.startswith("Adroit") else notice)
+
+
+def test_version_of_the_command():
+    result = run_python("-c", "import sys; sys.argv[1:] = ['--version']; from sb3_deepcrl.zoo.cli import main; main()")
+    assert (result.stdout, result.stderr) == (f"sb3-deepcrl {sb3_deepcrl.__version__}\n", "")
 
 
 def test_rooms_import_downwards_only():

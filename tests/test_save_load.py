@@ -1,8 +1,10 @@
 import io
+import json
 import os
 import pickle
 import subprocess
 import sys
+import types
 import zipfile
 
 import numpy as np
@@ -114,6 +116,66 @@ def test_load_with_other_settings(trained, tmp_path):
     assert model.lr_schedule(1.0) == 0.0
 
 
+def saved_names(path) -> set[str]:
+    with zipfile.ZipFile(path) as file:
+        return set(json.loads(file.read("data")))
+
+
+# What RL Zoo gives to load models of another version of Python
+NO_SCHEDULES = dict(learning_rate=0.0, lr_schedule=lambda _: 0.0, clip_range=lambda _: 0.0)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_schedule_that_cannot_be_unpickled(tmp_path, monkeypatch, is_old):
+    module = types.ModuleType("gone")
+    exec("def schedule(progress): return 1e-3 * progress", module.__dict__)
+    monkeypatch.setitem(sys.modules, "gone", module)
+    model = make_model(learning_rate=module.schedule)
+    if is_old:
+        # Older versions saved it three times more
+        schedules = ("lr_schedule", "critic_lr_schedule", "ent_coef_lr_schedule")
+        model.__dict__.update(dict.fromkeys(schedules, module.schedule))
+        model.save(tmp_path / "model", include=schedules)
+    else:
+        model.save(tmp_path / "model")
+    assert ("lr_schedule" in saved_names(tmp_path / "model.zip")) == is_old
+    assert DeepCRL.load(tmp_path / "model").critic_lr_schedule(0.5) == 5e-4
+    monkeypatch.delitem(sys.modules, "gone")
+    with pytest.raises(ModuleNotFoundError):
+        DeepCRL.load(tmp_path / "model")
+    for custom_objects in (NO_SCHEDULES, dict(learning_rate=0.0)):
+        loaded = DeepCRL.load(tmp_path / "model", env=make_vec_env(GoalReachEnv, 2), custom_objects=custom_objects)
+        assert same_predictions(loaded, model)
+        loaded.learn(60)
+        assert [optimizer.param_groups[0]["lr"] for optimizer in loaded._optimizers()] == [0.0] * 3
+        assert same_predictions(loaded, model)
+        loaded.save(tmp_path / "again")
+        assert saved_names(tmp_path / "again.zip").isdisjoint({"lr_schedule", "critic_lr_schedule", "ent_coef_lr_schedule"})
+
+
+def test_what_is_given_in_custom_objects_is_used(trained, tmp_path):
+    make_model(depth=8, critic_depth=4).save(tmp_path / "model")
+    for policy_kwargs in ({}, dict(depth=8), dict(activation_fn=th.nn.Tanh)):
+        model = DeepCRL.load(tmp_path / "model", custom_objects=dict(policy_kwargs=policy_kwargs))
+        assert (model.depth, len(model.actor.tower.blocks), len(model.critic.g_encoder.blocks)) == (8, 2, 1)
+    assert isinstance(model.actor.tower.stem[2], th.nn.Tanh)
+    model = DeepCRL.load(tmp_path / "model", custom_objects=dict(train_freq=3, gradient_steps=2))
+    assert (model.train_freq.frequency, model.gradient_steps) == (3, 2)
+
+
+def test_load_what_was_saved_in_part(tmp_path):
+    model = make_model(depth=8, critic_depth=4)
+    model.save(tmp_path / "model")
+    # Those are needed, as in Stable-Baselines3
+    for name in saved_names(tmp_path / "model.zip") - {"observation_space", "action_space", "policy_class", "n_envs"}:
+        model.save(tmp_path / "part", exclude=[name])
+        loaded = DeepCRL.load(tmp_path / "part")
+        assert same_predictions(loaded, model), name
+        assert (loaded.depth, loaded.policy_kwargs["depth"], loaded.critic_depth) == (8, 8, 4), name
+    model.save(tmp_path / "part", exclude=["policy_kwargs", "_auto_settings"])
+    DeepCRL.load(tmp_path / "part", env=make_vec_env(GoalReachEnv, 2), depth=8, policy_kwargs=dict(width=16)).learn(40)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -123,6 +185,7 @@ def test_load_with_other_settings(trained, tmp_path):
         (dict(policy_kwargs=dict(repr_dim=3)), r"`repr_dim=8`.*`repr_dim=3`"),
         (dict(policy_kwargs=dict(norm="none")), r"`norm='layer'`.*`norm='none'`"),
         (dict(custom_objects=dict(depth=64)), r"`depth=4`.*`depth=64`"),
+        (dict(custom_objects=dict(policy_kwargs=dict(depth=64))), r"`depth=4`.*`depth=64`"),
     ],
 )
 def test_load_into_other_networks(trained, tmp_path, kwargs, message):

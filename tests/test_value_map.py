@@ -114,3 +114,11 @@ def test_plot(maze_env, tmp_path):
     ax.figure.savefig(tmp_path / "map.png")
     with pytest.raises(ValueError, match="lies in a wall"):
         plot_value_map(model, maze_env, goal=[3.9, 3.9])
+
+
+def test_a_bug_of_a_maze_is_not_taken_for_no_maze():
+    env = gym.make("PointMaze_UMaze-v3")
+    assert MazeMap.find(GoalReachEnv()) is None
+    env.unwrapped.maze._maze_map = [[1, 1], [1]]
+    with pytest.raises(ValueError, match="inhomogeneous"):
+        MazeMap.find(env)

@@ -1,8 +1,10 @@
 import csv
+import errno
 import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,31 +12,38 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
 import rl_zoo3
+import torch
 import yaml
+from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.callbacks import TrialEvalCallback
+from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL, GoalEvalCallback
 from sb3_deepcrl.analysis import plot_value_map
+from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.zoo import cli
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
-from sb3_deepcrl.zoo.checkpoints import find_model, sibling
+from sb3_deepcrl.zoo.checkpoints import find_model, num_timesteps, read_run_file, sibling
 from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
-from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run
+from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run, whole_number
 from sb3_deepcrl.zoo.value_map import env_of_run
-from tests.envs import GoalReachEnv
+from tests.envs import GoalReachEnv, add_package
 
 ROOT = Path(__file__).parent.parent
 ENV = "PointUMaze-v0"
@@ -95,7 +104,7 @@ def test_train_logs_what_the_zoo_reads(logs, run_folder):
 def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     model = DeepCRL.load(run_folder / f"{ENV}.zip")
     # All that the command line does not tell is as it was. The checkpoint's buffer is gone, the final model has one
-    train(tmp_path, "-i", str(run_folder), "-n", "2400")
+    train(tmp_path, "-i", str(run_folder), "-n", "8e2")
     folder = tmp_path / "deepcrl" / f"{ENV}_1"
     longer = DeepCRL.load(folder / f"{ENV}.zip")
     longer.load_replay_buffer(folder / "replay_buffer.pkl")
@@ -115,13 +124,17 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     with pytest.raises(SystemExit, match=r"was trained for 2400 steps already, of 2400 in all"):
         train(tmp_path, "-i", str(folder))
     assert not (tmp_path / "deepcrl" / f"{ENV}_2").exists()
+    # What is left of the run that was continued, whose number of steps holds for its checkpoints too
+    shutil.copy(run_folder / f"{ENV}.zip", folder / f"rl_model_{N_STEPS}_steps.zip")
+    train(tmp_path, "-i", str(folder / f"rl_model_{N_STEPS}_steps.zip"), "-params", "learning_starts:800")
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == 2400
 
 
 def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, capsys):
     path, steps = run_folder / f"rl_model_{EVERY}_steps.zip", EVERY
     for number in (1, 2):
         before = DeepCRL.load(path)._n_updates
-        train(tmp_path, "-i", str(path), "-n", str(steps + 128))
+        train(tmp_path, "-i", str(path), "-n", "128")
         assert f"No replay buffer of {path.name}: collecting 100 steps of random actions" in capsys.readouterr().out
         path = tmp_path / "deepcrl" / f"{ENV}_{number}" / f"{ENV}.zip"
         longer = DeepCRL.load(path)
@@ -132,7 +145,7 @@ def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, ca
         if number == 1:
             (path.parent / "replay_buffer.pkl").unlink()
     # With its replay buffer, a run that stopped in the warm-up would go on with it
-    train(tmp_path, "-i", str(path.parent), "-n", str(steps + 16))
+    train(tmp_path, "-i", str(path.parent), "-n", "16")
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_3" / f"{ENV}.zip").learning_starts == steps - 128 + 100
     with (path.parent / "episodes.csv").open() as file:
         assert [row["timesteps"] for row in csv.DictReader(file)] == [str(EVERY)] * 4
@@ -140,7 +153,7 @@ def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, ca
 
 def test_the_best_model_does_not_take_the_final_replay_buffer(run_folder, tmp_path, capsys):
     steps = DeepCRL.load(run_folder / "best_model.zip").num_timesteps
-    train(tmp_path, "-i", str(run_folder / "best_model.zip"), "-n", str(steps + 16))
+    train(tmp_path, "-i", str(run_folder / "best_model.zip"), "-n", "16")
     assert "No replay buffer of best_model.zip: collecting 100 steps" in capsys.readouterr().out
     longer = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
     assert (longer.num_timesteps, longer.learning_starts) == (steps + 16, steps + 100)
@@ -167,7 +180,7 @@ def test_the_best_model_goes_on(is_broken, run_folder, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
     # No evaluation before the end
-    train(tmp_path, "-i", str(folder), "-n", str(N_STEPS + 16), "--eval-episodes", "3")
+    train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
     message = "cannot be read" if is_broken else "have another number of episodes"
     assert message in capsys.readouterr().out
     assert seen == [-np.inf if is_broken else best]
@@ -212,7 +225,7 @@ def test_killed_while_saving(tmp_path):
     assert sibling(chosen, "replay_buffer").is_file()
     # Not written as a whole, and not needed
     (folder / "evaluations.npz").write_bytes(b"PK")
-    train(tmp_path, "-i", str(folder), "-n", str(models[chosen] + 80))
+    train(tmp_path, "-i", str(folder), "-n", "80")
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == models[chosen] + 80
 
 
@@ -221,6 +234,134 @@ class Interrupter(BaseCallback):
         if self.n_calls >= 50:
             raise KeyboardInterrupt
         return True
+
+
+class Signals(BaseCallback):
+    """Sends a signal to this process."""
+
+    numbers: ClassVar[list[int]] = []
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 50:
+            os.kill(os.getpid(), self.numbers[0])
+        return True
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGTERM], [signal.SIGINT] * 3])
+def test_signals_save_and_tell_how_to_go_on(numbers, tmp_path, monkeypatch, capsys):
+    def save_and_hear(model, path):
+        for number in numbers[1:]:
+            os.kill(os.getpid(), number)
+        save(model, path)
+
+    save = DeepCRL.save
+    monkeypatch.setattr(DeepCRL, "save", save_and_hear)
+    monkeypatch.setattr(Signals, "numbers", numbers)
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    args = ["--env", ENV, "--vec-env", "batch", "-n", "10000", "--eval-freq", "-1"]
+    with pytest.raises(SystemExit) as exit_info:
+        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+    assert exit_info.value.code == 128 + numbers[0]
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+    folder = tmp_path / "deepcrl" / f"{ENV}_1"
+    assert DeepCRL.load(folder / f"{ENV}.zip").num_timesteps == 200
+    (command,) = re.findall(r"200 env steps\. To go on from there: sb3-deepcrl train (.*)", capsys.readouterr().out)
+    train(tmp_path, *shlex.split(command), "-n", "400", "-params", "callback:[]")
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps >= 400
+
+
+def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
+    # As `nohup` does
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(Signals, "numbers", [signal.SIGHUP])
+    try:
+        args = ["--env", ENV, "--vec-env", "batch", "-n", "320", "--eval-freq", "-1"]
+        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 320
+
+
+def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "subproc"]
+    command += "-n 1000000 --eval-freq -1 --num-threads 1".split()
+    with subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        # The first line of the training
+        assert any(line.startswith("0/1,000,000 env steps") for line in process.stdout)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGHUP)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert "To go on from there: sb3-deepcrl train -i" in output
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+
+
+class FailingEnv(gym.Wrapper):
+    """An env with a bug that shows late."""
+
+    n_steps = 0
+
+    def step(self, action):
+        self.n_steps += 1
+        if self.n_steps > 50:
+            raise ZeroDivisionError("a bug of the env")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("algo", ["deepcrl", "sac"])
+def test_an_error_of_the_env_saves_and_keeps_its_traceback(algo, tmp_path):
+    args = ["--algo", algo, "--env", ENV, "-n", "10000", "--eval-freq", "-1"]
+    small = TINY if algo == "deepcrl" else ["-params", "n_envs:4", "policy_kwargs:dict(net_arch=[16])", "learning_starts:1000"]
+    with pytest.raises(ZeroDivisionError, match="a bug of the env") as error_info:
+        train(tmp_path, *args, *small, "env_wrapper:'tests.test_zoo.FailingEnv'")
+    assert error_info.traceback[-1].name == "step"
+    (note,) = error_info.value.__notes__
+    (command,) = re.findall(r"saved after 200 env steps. To go on from there: sb3-deepcrl train (.*)", note)
+    train(tmp_path, *shlex.split(command), "-n", "400", *small, "env_wrapper:None")
+    assert num_timesteps(tmp_path / algo / f"{ENV}_2" / f"{ENV}.zip") >= 400
+
+
+def test_what_cannot_be_saved_is_told(tmp_path, monkeypatch):
+    def fail(model, path):
+        raise OSError("No space left on device")
+
+    args = ["--env", ENV, "--vec-env", "batch", "-n", "10000", "--eval-freq", "-1", *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepCRL, "save", fail)
+        patch.setattr(DeepCRL, "train", lambda *args, **kwargs: 1 // 0)
+        with pytest.raises(ZeroDivisionError) as error_info:
+            train(tmp_path, *args)
+    assert error_info.value.__notes__ == ["The model could not be saved: OSError: No space left on device"]
+
+    def diverge(model, *args, **kwargs):
+        next(model.policy.parameters()).data.fill_(np.nan)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(DeepCRL, "train", diverge)
+    with pytest.raises(ZeroDivisionError) as error_info:
+        train(tmp_path, *args)
+    assert error_info.value.__notes__ == ["The model is not saved: its parameters are no finite numbers"]
+    assert not list(tmp_path.glob("*/*/*.zip"))
+
+
+@pytest.mark.parametrize("args", ["", "--log-interval 4", "--verbose 0"])
+def test_output_of_a_training_in_a_log_file(args, tmp_path, capsys):
+    arguments = ["--env", ENV, "--vec-env", "batch", "-n", "640", "--eval-freq", "320", "--eval-episodes", "2"]
+    train(tmp_path, *arguments, *args.split(), *TINY)
+    output = capsys.readouterr().out
+    lines = re.findall(r"^([\d,]+)/640 env steps, success at any step .* left .*$", output, flags=re.MULTILINE)
+    if args:
+        assert lines == []
+        assert ("rollout/" in output) == ("interval" in args)
+    else:
+        # Every tenth part
+        assert [int(line) for line in lines] == [*range(0, 640, 64), 640]
+        assert "| rollout/" not in output
+        assert re.search(r"categorical accuracy \d+ % \(chance 6\.2 %\)", output)
+    evaluations = re.findall(r"Eval num_timesteps=(\d+): success \d+ % at any step, \d+ % at the last step, time at", output)
+    assert evaluations == ["320", "640"]
+    assert "Success rate" not in output
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -294,7 +435,8 @@ def test_newest_complete_checkpoint(run_folder, tmp_path):
 def test_enjoy(which, logs, capsys):
     run("enjoy", ["--env", ENV, "-f", str(logs), "-n", "301", "--no-render", *which.split()])
     output = capsys.readouterr().out
-    assert re.search(r"Success rate: \d+\.\d+%", output)
+    assert re.search(r"Success at any step: \d+\.\d+%, at the last step: \d+\.\d+%", output)
+    assert "Success rate" not in output
     name = {"": ENV, "--load-best": "best_model", "--load-last-checkpoint": f"rl_model_{N_STEPS}_steps"}
     assert f"{name.get(which, f'rl_model_{EVERY}_steps')}.zip" in output
 
@@ -314,7 +456,7 @@ def test_record_video(logs, tmp_path):
     assert video.stat().st_size > 1000
 
 
-def test_plots(logs, tmp_path, capsys):
+def test_plots(logs, tmp_path, capsys, monkeypatch):
     common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
     # RL Zoo's plots of several runs need two
     for number in (1, 2):
@@ -330,6 +472,16 @@ def test_plots(logs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
     assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "all.pkl" / "value.png"))
+    assert "value.png': choose another place than " in capsys.readouterr().err
+
+    def fail(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        cli_main("value_map", "--env", ENV, "-f", str(logs))
 
 
 def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
@@ -574,9 +726,9 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
         assert (folder / "0.monitor.csv").read_text().splitlines()[1] == "r,l,t,is_success"
         assert (folder / "rl_model_vecnormalize_320_steps.pkl").is_file()
     run("enjoy", ["--env", env_id, "-f", str(tmp_path), "-n", "301", "--no-render"])
-    assert "Success rate: " in capsys.readouterr().out
+    assert "Success at any step: " in capsys.readouterr().out
     # The statistics of VecNormalize go on too
-    train(tmp_path, "-i", str(folder), "-n", "340")
+    train(tmp_path, "-i", str(folder), "-n", "10")
     assert f"Loading VecNormalize stats: {folder / env_id / 'vecnormalize.pkl'}" in capsys.readouterr().out
     models = []
 
@@ -591,19 +743,36 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
     assert models[0].get_vec_normalize_env().obs_rms["observation"].mean == pytest.approx(saved.mean)
     (folder / env_id / "vecnormalize.pkl").unlink()
     with pytest.raises(SystemExit, match=r"-i: .*vecnormalize\.pkl is missing"):
-        train(tmp_path, "-i", str(folder), "-n", "340")
+        train(tmp_path, "-i", str(folder), "-n", "10")
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1")
     assert "vecnormalize.pkl not found" in capsys.readouterr().err
 
 
-def test_plain_zoo_with_custom_envs(tmp_path):
-    (tmp_path / "custom_envs.py").write_text("import sb3_deepcrl.zoo\n")
-    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "deepcrl", "--env", ENV, "-n", "128"]
-    command += ["-conf", str(config_folder() / "deepcrl.yml"), "-f", str(tmp_path), "--eval-freq", "-1", "--num-threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([*command, *TINY], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 128
+def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
+    (folder / "custom_envs.py").write_text("import sb3_deepcrl.zoo\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", *args]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("conf, config", [([], "deepcrl"), (["-conf", "depth_sweep"], "depth_sweep")])
+def test_plain_zoo_with_custom_envs(conf, config, tmp_path):
+    args = f"--algo deepcrl --env {ENV} -f logs".split()
+    train_args = [*conf, *"-n 128 --eval-freq -1 --num-threads 1".split()]
+    output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *train_args, *TINY)
+    assert f"Loading hyperparameters from: {config_folder() / config}." in output
+    assert DeepCRL.load(tmp_path / "logs" / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 128
+    if not conf:
+        assert "Success rate: " in run_plain_zoo(tmp_path, ROOT, "rl_zoo3.enjoy", *args, "-n", "301", "--no-render")
+        # Reads the command line before it makes an env
+        run_plain_zoo(tmp_path, ROOT, "rl_zoo3.record_video", *args, "--help")
+
+
+def test_rl_zoos_own_algorithms_keep_their_configs():
+    args = ("sac", "Pendulum-v1", "logs")
+    assert ExperimentManager(None, *args).config == str(Path(rl_zoo3.__file__).parent / "hyperparams" / "sac.yml")
+    assert ExperimentManager(None, *args, config="json").config == "json"
 
 
 def test_installed_wheel_finds_its_configs(tmp_path):
@@ -624,7 +793,10 @@ def test_installed_wheel_finds_its_configs(tmp_path):
     result = subprocess.run(
         [*command, "--eval-freq", "-1", *TINY], cwd=work, env=environment, check=True, capture_output=True, text=True
     )
-    assert f"Loading hyperparameters from: {site / 'sb3_deepcrl' / 'zoo_configs' / 'deepcrl.yml'}" in result.stdout
+    loading = f"Loading hyperparameters from: {site / 'sb3_deepcrl' / 'zoo_configs' / 'deepcrl.yml'}"
+    assert loading in result.stdout
+    plain = f"rl_zoo3.train --algo deepcrl --env {ENV} -n 16 --eval-freq -1".split()
+    assert loading in run_plain_zoo(work, site, *plain, *TINY)
     assert (work / "logs" / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").is_file()
 
 
@@ -634,13 +806,21 @@ def test_default_configs():
     # RL Zoo's own file
     assert find_config(None, "sac", "Pendulum-v1") is None
     assert find_config("deepcrl-paper", "deepcrl", ENV) == str(config_folder() / "deepcrl-paper.yml")
-    assert find_config("some.module", "deepcrl", ENV) == "some.module"
+    assert find_config("json.decoder", "deepcrl", ENV) == "json.decoder"
 
 
 BAD = [
-    ("--env PointUMaz-v0", "--env: PointUMaz-v0 is no registered env, did you mean PointUMaze-v0?"),
+    ("--env PointUMaz-v0", "--env: Environment `PointUMaz` doesn't exist. Did you mean: `PointUMaze`?"),
+    ("--env nowhere:Reach-v0", "--env: 'nowhere:Reach-v0' cannot be found, as the module 'nowhere' cannot be imported"),
     ("--env Pendulum-v1", "`achieved_goal`, `desired_goal` missing"),
-    ("--env FetchReach-v4 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only"),
+    ("--env FetchReach-v4 --vec-env batch", "--vec-env batch: FetchReach-v4 is no task of this package"),
+    ("--env PointMaze_UMaze-v3 --vec-env batch", "--vec-env batch: PointMaze_UMaze-v3 is no task of this package"),
+    ("-n -5", "argument -n/--n-timesteps: must be at least 1, got -5"),
+    ("-n 0.5", "argument -n/--n-timesteps: must be a whole number, got 0.5"),
+    ("-n inf", "argument -n/--n-timesteps: must be a whole number, got inf"),
+    ("--save-freq often", "argument --save-freq: must be a whole number, got often"),
+    ("--eval-episodes 0", "argument --eval-episodes: must be at least 1, got 0"),
+    ("--n-eval-envs -1", "argument --n-eval-envs: must be at least 1, got -1"),
     ("-params dept:4", "`dept` is no hyperparameter, did you mean `depth`?"),
     ("-params depth:6", "`depth` must be a positive multiple of 4"),
     ("-params policy:'MultiInputPolcy'", "`policy: MultiInputPolcy` is unknown, did you mean `MultiInputPolicy`?"),
@@ -671,16 +851,19 @@ BAD = [
         "--algo sac -params replay_buffer_kwargs:dict(online_sampling=True)",
         "`replay_buffer_kwargs` has no `online_sampling`",
     ),
-    ("--algo sac -params policy_kwargs:dict(net_archh=[8]) buffer_size:2000", "unexpected keyword argument 'net_archh'"),
+    ("--algo sac -params policy_kwargs:dict(net_archh=[8])", "`policy_kwargs` has no `net_archh`, did you mean `net_arch`?"),
     (
         "--env FetchReach-v4 -params env_wrapper:{'gymnasium.wrappers.TimeLimit':{'max_step':3}}",
-        "error: `env_wrapper`: TimeLimit.__init__() got an unexpected keyword argument 'max_step'",
+        "`env_wrapper: gymnasium.wrappers.TimeLimit` has no `max_step`, did you mean `max_episode_steps`?",
     ),
-    ("--env-kwargs maez:'u'", "maez"),
-    ("-conf nowhere.yml", "-conf: there is no file nowhere.yml"),
-    ("-conf nowhere", "nowhere: ModuleNotFoundError: No module named 'nowhere'"),
+    ("--env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze'?"),
+    ("--env PointMaze_UMaze-v3 --env-kwargs mazemap:'u'", "it has no argument 'mazemap'. Did you mean 'maze_map'?"),
+    ("-conf nowhere.yml", "-conf: nowhere.yml is neither a file nor a Python module, nor one of the configs of this package"),
+    ("-conf depcrl", "which are deepcrl, deepcrl-paper, depth_sweep, sac, sac-dense, td3, tqc, did you mean `deepcrl`?"),
+    ("-conf no.where", "-conf: no.where is neither a file nor a Python module"),
+    ("-params callback:'subprocess.Popen'", "`callback: subprocess.Popen` is no callback"),
     ("-i nowhere.zip", "-i: nowhere.zip is neither a model (.zip) nor the folder of a run"),
-    ("--gym-packages nowhere", "--gym-packages: No module named 'nowhere'"),
+    ("--gym-packages nowhere", "the module 'nowhere' cannot be imported: No module named 'nowhere'"),
 ]
 
 
@@ -696,6 +879,125 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
     assert line.startswith("sb3-deepcrl train: error: ")
     assert line.strip().count("\n") == 0
     assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("number", ["1e2", "100", "1E2", "+100.0"])
+def test_whole_numbers_may_be_floats(number):
+    assert whole_number(True, None)(number) == 100
+    assert whole_number(True, -1)("-1") == -1
+    assert whole_number(False, None)("9007199254740993") == 9007199254740993
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("enjoy --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: add --no-render"),
+        ("record_video --env PointUMaze-v0", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
+        ("push_to_hub --env PointUMaze-v0 -orga me", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
+def test_without_a_screen(args, message, logs, monkeypatch, capsys):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    script, *flags = args.split()
+    with pytest.raises(SystemExit):
+        run(script, [*flags, "-f", str(logs)])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"sb3-deepcrl {script}: error: {message}")
+
+
+def test_nowhere_to_write(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    args = ["--env", ENV, "--vec-env", "batch", "-n", "16", "--eval-freq", "-1", *TINY]
+    with pytest.raises(SystemExit, match=rf"^sb3-deepcrl train: error: .*: choose another place than {file}$"):
+        train(file, *args)
+
+    def fail(error):
+        def save(*args):
+            raise error
+
+        monkeypatch.setattr(DeepCRL, "save", save)
+        train(tmp_path, *args)
+
+    with pytest.raises(SystemExit, match=r"^sb3-deepcrl train: error: .*No space left.*: free some space"):
+        fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    # Not of what the user gave: the traceback says where
+    with pytest.raises(PermissionError):
+        fail(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/dev/robot"))
+
+
+@pytest.mark.parametrize("command", ["sb3_deepcrl", "sb3_deepcrl.zoo.train"])
+def test_without_rl_zoo(command, tmp_path):
+    (tmp_path / "rl_zoo3.py").write_text("raise ModuleNotFoundError(\"No module named 'rl_zoo3'\")\n")
+    result = subprocess.run([sys.executable, "-m", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert """(No module named 'rl_zoo3'): install the extra "zoo", in a clone by `pip install -e ".[zoo]"`""" in line
+
+
+UNSAFE = [
+    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
+    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "`!!python/object/new:os.mkdir`"),
+    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
+    ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:os.mkdir ''}}", "`os.mkdir`"),
+    ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:this.s ''}}", "`this.s`"),
+    ("config.yml", "normalize: __import__('os').mkdir('{}')", "`normalize: __import__('os').mkdir('"),
+    ("config.yml", "policy_kwargs: 'dict(a=[os.mkdir(\"{}\") for _ in [1]])'", "`policy_kwargs: dict(a=[os.mkdir("),
+]
+
+
+@pytest.mark.parametrize("script", ["train", "enjoy", "value_map"])
+@pytest.mark.parametrize("name, line, told", UNSAFE)
+def test_the_files_of_a_run_execute_nothing(script, name, line, told, run_folder, tmp_path, capsys):
+    folder = tmp_path / "deepcrl" / f"{ENV}_1"
+    shutil.copytree(run_folder, folder)
+    target = tmp_path / "executed"
+    path = folder / ENV / name
+    # Keys and values in place of RL Zoo's OrderedDict
+    path.write_text(yaml.safe_dump(read_run_file(path)) + line.format(target) + "\n")
+    with pytest.raises(SystemExit) as exit_info:
+        if script == "train":
+            train(tmp_path, "-i", str(folder), "-n", "16")
+        else:
+            cli_main(script, "--env", ENV, "-f", str(tmp_path), *(["--no-render"] if script == "enjoy" else []))
+    assert exit_info.value.code not in (0, None)
+    message = f"{exit_info.value.code}{capsys.readouterr().err}"
+    assert f"{path} holds {told}" in message
+    assert "which is more than data" in message
+    assert not target.exists()
+
+
+def test_files_of_a_run_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "config.yml"
+    data = OrderedDict(
+        policy_kwargs={"activation_fn": torch.nn.ReLU, "optimizer_class": torch.optim.SGD, "net_arch": [8, 8]},
+        replay_buffer_class=HerReplayBuffer,
+        train_freq=(1, "episode"),
+        env_kwargs={"maze": ["#r#"], "nested": OrderedDict(a={"b": None, "c": (1.5, True)})},
+        normalize="{'norm_obs': True, 'gamma': -1 + 2 ** 0.5}",
+        monitor_kwargs="dict(info_keywords=('is_success',))",
+    )
+    path.write_text(yaml.dump(data))
+    assert read_run_file(path) == data
+    for text, message in {"a: [": "while parsing", "- 1": "must hold keys and values, got [1]"}.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read_run_file(path)
+
+
+def test_env_of_another_package(tmp_path, monkeypatch, capsys):
+    add_package(tmp_path, monkeypatch)
+    args = ["--env", "elsewhere:ElsewhereReach-v0", "-n", "32", "--eval-freq", "-1"]
+    train(tmp_path, *args, *TINY[:-2], "learning_starts:16", "buffer_size:4000")
+    folder = tmp_path / "deepcrl" / "ElsewhereReach-v0_1"
+    # As from a process that has not imported the package
+    add_package(tmp_path, monkeypatch)
+    train(tmp_path, "-i", str(folder), "-n", "16")
+    assert DeepCRL.load(tmp_path / "deepcrl" / "ElsewhereReach-v0_2" / "ElsewhereReach-v0.zip").num_timesteps == 48
+    add_package(tmp_path, monkeypatch)
+    run("enjoy", ["--env", "elsewhere:ElsewhereReach-v0", "-f", str(tmp_path), "-n", "21", "--no-render"])
+    assert "Success rate: " in capsys.readouterr().out
 
 
 def test_bad_config_has_no_traceback(tmp_path):
@@ -726,11 +1028,34 @@ def test_bad_config_file(text, message, tmp_path):
         train(tmp_path, "--env", ENV, "-conf", str(config))
 
 
-def test_an_error_inside_of_a_python_config_is_told_as_it_is(tmp_path):
+def test_an_error_inside_of_a_python_config_keeps_its_traceback(tmp_path):
     config = tmp_path / "my.py"
     config.write_text("hyperparams = dict(n_timesteps=1 + '1')\n")
-    with pytest.raises(SystemExit, match=r"my\.py: TypeError: unsupported operand"):
+    with pytest.raises(TypeError, match="unsupported operand"):
         train(tmp_path, "--env", ENV, "-conf", str(config))
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, RuntimeError, gym.error.ResetNeeded])
+def test_a_bug_in_an_env_keeps_its_traceback(error, tmp_path, monkeypatch):
+    def make_broken(size: int = 3):
+        raise error("a bug")
+
+    monkeypatch.setitem(gym.registry, "Broken-v0", EnvSpec("Broken-v0", make_broken))
+    with pytest.raises(error, match="a bug"):
+        train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "size:2")
+    # No folder of a run is left
+    assert not list(tmp_path.glob("*/Broken-v0_*"))
+    with pytest.raises(SystemExit, match=r"Broken-v0 cannot be made with .*'siez'. Did you mean 'size'\?"):
+        train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "siez:2")
+
+
+def test_a_bug_in_a_module_of_a_config_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("import nowhere_else\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for key, value in (("policy", "broken_module.Policy"), ("env_wrapper", {"broken_module.Wrapper": {}})):
+        entry = {"n_timesteps": 10, "policy": "MultiInputPolicy", key: value}
+        with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
+            check_hyperparams(entry, DeepCRL)
 
 
 def test_missing_model_ends_in_one_line(tmp_path, capsys):

@@ -4,7 +4,11 @@ The command ``python -m sb3_deepcrl.analysis``.
 
 import argparse
 import ast
-from collections.abc import Sequence
+import contextlib
+import errno
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +27,13 @@ from sb3_deepcrl.analysis.stitching import StitchingStudy
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.analysis.value_study import ValueMapStudy
 from sb3_deepcrl.analysis.walk import WalkStudy
+from sb3_deepcrl.common.errors import is_for_user
+from sb3_deepcrl.common.signals import stopped_by_signals
+from sb3_deepcrl.common.startup import end_start
+from sb3_deepcrl.envs.arguments import advice_for
 
+# What the system says where there is no place to write
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 STUDIES: dict[str, type[Study]] = {
     study.name: study
     for study in (
@@ -67,6 +77,66 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def number(text: str) -> float:
+    """
+    :param text: A number
+    :return: The same
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number such as 3e-4, got {text!r}") from None
+
+
+def whole_number(text: str) -> int:
+    """
+    :param text: A whole number, which may be written as 1e6
+    :return: The same
+    """
+    try:
+        # Not by way of a float, which may be another one
+        return int(text)
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            if float(text).is_integer():
+                return int(float(text))
+        raise argparse.ArgumentTypeError(f"expected a whole number such as 4 or 1e6, got {text!r}") from None
+
+
+# How to read values of a type
+READERS: dict[type, Callable[[str], Any]] = {int: whole_number, float: number, str: str}
+
+
+class Values(argparse.Action):
+    """
+    Several values, with spaces or commas between them.
+
+    :param reader: How to read one of them
+    :param choices: What each may be, anything by default
+    :param kwargs: Other arguments of ``argparse.Action``
+    """
+
+    def __init__(self, reader: Callable[[str], Any], choices: Sequence[str] | None = None, **kwargs: Any):
+        super().__init__(nargs="+", metavar=f"{{{','.join(choices)}}}" if choices else None, **kwargs)
+        self.reader, self.allowed = reader, choices
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """
+        :param parser: The parser
+        :param namespace: Where the values go
+        :param values: The arguments
+        :param option_string: The flag
+        """
+        texts = [text for value in values for text in value.split(",") if text]
+        for text in texts:
+            if self.allowed and text not in self.allowed:
+                raise argparse.ArgumentError(self, f"invalid choice: {text!r} (choose from {', '.join(self.allowed)})")
+        try:
+            setattr(namespace, self.dest, list(map(self.reader, texts)))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
 def add_option(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
     """
     :param parser: The parser
@@ -78,11 +148,11 @@ def add_option(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
     if isinstance(default, dict):
         kwargs.update(type=key_value, nargs="+", metavar="KEY:VALUE")
     elif isinstance(default, tuple):
-        kwargs.update(type=float)
+        kwargs.update(type=number)
     elif isinstance(default, list):
-        kwargs.update(type=type(default[0]), nargs="+")
+        kwargs.update(action=Values, reader=READERS[type(default[0])])
     else:
-        kwargs.setdefault("type", type(default))
+        kwargs["type"] = READERS[kwargs.get("type", type(default))]
     parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, **kwargs)
 
 
@@ -92,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     :param argv: Arguments, by default those of the command line
     """
+    end_start()
     parser = Parser(
         prog="python -m sb3_deepcrl.analysis",
         description="Studies of depth. Each trains what has not been trained yet and writes a report: Markdown, CSV, picture.",
@@ -107,27 +178,59 @@ def main(argv: Sequence[str] | None = None) -> None:
             type=Path,
             help="Markdown file to write (default: in the folder of the runs, named after study and env)",
         )
-        subparser.add_argument("--jobs", type=int, help="Number of runs side by side (default: the number of cores)")
-    args = vars(parser.parse_args(argv))
+        subparser.add_argument("--jobs", type=whole_number, help="Number of runs side by side (default: the number of cores)")
+        subparser.add_argument(
+            "--reuse-other-code",
+            action="store_true",
+            help="Take runs, and go on with half-done ones, that were made by other code of this package or other defaults",
+        )
+    argv = sys.argv[1:] if argv is None else list(argv)
+    check_study(parser, argv)
+    known, unknown = parser.parse_known_args(argv)
+    args = vars(known)
     study_class = STUDIES[args.pop("study")]
-    runs, output, jobs = args.pop("runs"), args.pop("output"), args.pop("jobs")
+    prog = f"{parser.prog} {study_class.name}"
+    if unknown:
+        options = [*(f"--{name.replace('_', '-')}" for name in args), "--help"]
+        parser.exit(2, f"{prog}: error: there is no option {unknown[0]!r}. {advice_for(unknown[0], options)}\n")
+    how = {name: args.pop(name) for name in ("runs", "output", "jobs", "reuse_other_code")}
     console = Console()
+    numbers: list[int] = []
     try:
         # Pairs from the command line become a dict
         settings: dict[str, Any] = {name: dict(value) if _is_pairs(value) else value for name, value in args.items()}
         study = study_class(**settings)
-        if jobs is not None and jobs < 1:
-            raise ValueError(f"`jobs` must be at least 1, got {jobs}")
-        report = study.run(runs, output, jobs, console)
-    except (ValueError, ChildProcessError) as error:
-        # What comes from the process of a run has its traceback as its cause
-        cause = f"{error.__cause__}\n" if isinstance(error.__cause__, RuntimeError) else ""
-        parser.exit(2, f"{cause}{parser.prog} {study_class.name}: error: {error}\n")
+        if how["jobs"] is not None and how["jobs"] < 1:
+            raise ValueError(f"`jobs` must be at least 1, got {how['jobs']}")
+        with stopped_by_signals() as numbers:
+            report = study.run(**how, console=console)
     except KeyboardInterrupt:
-        parser.exit(130, "Stopped. The same command goes on from the last evaluations.\n")
+        code = 128 + (numbers[0] if numbers else signal.SIGINT)
+        parser.exit(code, "Stopped. The same command goes on from the last evaluations.\n")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
+            advice = "make room, or use another folder. The same command goes on from the last evaluations"
+            parser.exit(2, f"{prog}: error: {error}: {advice}\n")
+        if not is_for_user(error):
+            error.add_note("The same command goes on from the last evaluations.")
+            raise
+        parser.exit(2, f"{prog}: error: {error}\n")
     assert report.path is not None
     console.print(Markdown(report.path.read_text()))
     console.print(f"Written to {report.path}")
+
+
+def check_study(parser: Parser, argv: Sequence[str]) -> None:
+    """
+    :param parser: The parser
+    :param argv: Arguments of the command line, of which the first one must be a study
+    """
+    name = argv[0] if argv else ""
+    if name in STUDIES or name in ("-h", "--help"):
+        return
+    if name and not name.startswith("-"):
+        parser.error(f"there is no study {name!r}. {advice_for(name, list(STUDIES))}")
+    parser.error(f"the first argument must be a study, got {name or 'none'}. {advice_for('', list(STUDIES))}")
 
 
 def _is_pairs(value: Any) -> bool:

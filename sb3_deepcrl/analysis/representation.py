@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
@@ -219,17 +218,6 @@ def choose_way(ways: Sequence[WayToGoal], maze: MazeMap | None) -> WayToGoal:
     return WayToGoal({key: values[:end] for key, values in nearest.observations.items()}, nearest.actions[:end], False)
 
 
-def maze_or_none(env: gym.Env) -> MazeMap | None:
-    """
-    :param env: An env
-    :return: Its maze, None if it has none
-    """
-    try:
-        return MazeMap.from_env(env)
-    except ValueError:
-        return None
-
-
 @dataclass
 class RepresentationStudy(ComparisonOfDepths):
     """
@@ -252,7 +240,9 @@ class RepresentationStudy(ComparisonOfDepths):
         """
         found: list[Episode] = []
         for env_id in dict.fromkeys((self.eval_env, self.env)):
-            maze = maze_or_none(make_single_env(env_id, self.env_kwargs))
+            single = make_single_env(env_id, self.env_kwargs)
+            maze = MazeMap.find(single)
+            single.close()
             for depth in sorted(self.depths, reverse=True):
                 run = self.seeds_of(self.make_run(depth=depth))[seed]
                 env = make_env(env_id, self.n_eval_episodes, EVAL_SEED, self.env_kwargs)

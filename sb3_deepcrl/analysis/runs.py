@@ -4,9 +4,8 @@ Training runs that can be stopped at any time, and many of them side by side.
 
 import contextlib
 import csv
-import difflib
+import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from multiprocessing import connection, get_context, parent_process, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -29,8 +29,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
@@ -39,11 +41,18 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_deepcrl.analysis.provenance import code, dependencies, machine, n_usable_cores, plain
+from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.deepcrl.deepcrl import HER_KWARGS
+from sb3_deepcrl.deepcrl.policies import SAC_POLICY_KWARGS
 from sb3_deepcrl.envs import BatchVecEnv, SuccessInfoWrapper
-from sb3_deepcrl.envs.registration import ENV_TABLE
+from sb3_deepcrl.envs.arguments import advice_for, arguments_of, arguments_of_env, checked_env_kwargs
+from sb3_deepcrl.envs.registration import ENV_TABLE, find_spec
 
 # Evaluation envs have their own seed, the same for all settings and training seeds
 EVAL_SEED = 10_000
@@ -52,6 +61,10 @@ ALGORITHMS = ("DeepCRL", "SAC+HER", "TQC+HER")
 TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy")
 # In the results of a run with learners, the model that acts
 COLLECTOR = "collector"
+# Arguments of an algorithm that a run sets itself
+OWN_ARGUMENTS = ("policy", "env", "seed", "device", "train_freq", "gradient_steps", "_init_setup_model")
+# What DeepCRL accepts, with a warning, from scripts for SAC with HER
+ACCEPTED = {"policy_kwargs": SAC_POLICY_KWARGS, "replay_buffer_kwargs": HER_KWARGS}
 # Time for a process to end by itself before it is killed
 SECONDS_TO_END = 5
 
@@ -103,21 +116,6 @@ class Run:
         return runs / f"{self.env}-{self.algorithm}-{digest}" / f"seed-{self.seed}"
 
 
-@contextlib.contextmanager
-def telling_env_kwargs(env_id: str, env_kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """
-    Tell what could not be made if an env does not know an argument.
-
-    :param env_id: Id of the env
-    :param env_kwargs: Arguments of the env
-    :raises ValueError: if it does not know one
-    """
-    try:
-        yield
-    except TypeError as error:
-        raise ValueError(f"{env_id} cannot be made with `env_kwargs` {env_kwargs}: {error}") from error
-
-
 def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: Mapping[str, Any] | None = None) -> VecEnv:
     """
     :param env_id: Id of the env
@@ -128,13 +126,13 @@ def make_env(env_id: str, n_envs: int, seed: int, env_kwargs: Mapping[str, Any] 
     :raises ValueError: if it does not know an argument
     """
     kwargs = dict(env_kwargs or {})
-    with telling_env_kwargs(env_id, kwargs):
-        if env_id in ENV_TABLE:
-            env = BatchVecEnv(env_id, n_envs, n_threads=th.get_num_threads(), **kwargs)
+    spec = find_spec(env_id)
+    with checked_env_kwargs(spec, kwargs):
+        if spec.id in ENV_TABLE:
+            env = BatchVecEnv(spec.id, n_envs, n_threads=th.get_num_threads(), **kwargs)
             env.seed(seed)
             return env
-        register_robotics()
-        return make_vec_env(env_id, n_envs, seed=seed, wrapper_class=SuccessInfoWrapper, env_kwargs=kwargs)
+        return make_vec_env(spec.id, n_envs, seed=seed, wrapper_class=SuccessInfoWrapper, env_kwargs=kwargs)
 
 
 def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
@@ -144,52 +142,58 @@ def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) ->
     :return: The env, not vectorised
     :raises ValueError: if it does not know an argument
     """
-    if env_id not in ENV_TABLE:
-        register_robotics()
     kwargs = dict(env_kwargs or {})
-    with telling_env_kwargs(env_id, kwargs):
-        return gym.make(env_id, **kwargs)
+    spec = find_spec(env_id)
+    with checked_env_kwargs(spec, kwargs):
+        return gym.make(spec.id, **kwargs)
 
 
-def register_robotics() -> None:
-    """Make the ids of gymnasium-robotics known."""
-    import gymnasium_robotics
-
-    gym.register_envs(gymnasium_robotics)
-
-
-def check_env_id(env_id: str) -> str:
+def check_env_id(env_id: str, gym_packages: Iterable[str] = ()) -> str:
     """
-    :param env_id: Id of an env
-    :return: The same
+    :param env_id: Id of an env, see :func:`~sb3_deepcrl.envs.registration.find_spec`
+    :param gym_packages: Modules that register envs
+    :return: The id without the module that it may name
     :raises ValueError: if there is no such env
     """
-    if env_id not in ENV_TABLE:
-        register_robotics()
-        try:
-            gym.spec(env_id)
-        except gym.error.Error as error:
-            raise ValueError(f"There is no env {env_id!r} ({error}): use an id such as PointU4Maze-v0") from None
-    return env_id
+    try:
+        return find_spec(env_id, gym_packages).id
+    except gym.error.Error as error:
+        raise ValueError(f"There is no env {env_id!r} ({error}): use an id such as PointU4Maze-v0") from None
 
 
-def check_hyperparams(hyperparams: Iterable[str], algorithm: str = "DeepCRL", option: str = "hyperparams") -> None:
+def check_hyperparams(hyperparams: Mapping[str, Any], algorithm: str = "DeepCRL", option: str = "hyperparams") -> None:
     """
-    :param hyperparams: Names of arguments of an algorithm
+    :param hyperparams: Arguments of an algorithm
     :param algorithm: One of ``ALGORITHMS``
     :param option: What holds them
-    :raises ValueError: if it has no such argument, or a run sets it itself
+    :raises ValueError: if it has no such argument, or a run sets it itself; the same of its policy and replay buffer
     """
-    own = ("self", "policy", "env", "seed", "device", "train_freq", "gradient_steps", "_init_setup_model")
-    known = [name for name in inspect.signature(algorithm_class(algorithm).__init__).parameters if name not in own]
-    for name in hyperparams:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            advice = f"Did you mean {near[0]!r}?" if near else f"Choose from: {', '.join(known)}"
-            raise ValueError(
-                f"`{option}` must be arguments of {algorithm.removesuffix('+HER')}, but {name!r} is none that can be set. "
-                f"{advice}"
-            )
+    checks = [("", [n for n in arguments_of(algorithm_class(algorithm)).names if n not in OWN_ARGUMENTS], hyperparams)]
+    for key, defaults in nested_arguments(algorithm).items():
+        checks.append((f"`{key}` in ", [*defaults, *ACCEPTED[key]], hyperparams.get(key) or {}))
+    for where, known, given in checks:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where}`{option}` must be a dict, got {given!r}")
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"{where}`{option}` must be arguments of {algorithm.removesuffix('+HER')}, but {name!r} is none that can "
+                    f"be set. {advice_for(name, known)}"
+                )
+
+
+def nested_arguments(algorithm: str) -> dict[str, dict[str, Any]]:
+    """
+    :param algorithm: One of ``ALGORITHMS``
+    :return: Arguments of its policy and of its replay buffer that have a default, with that
+    """
+    policy_class = algorithm_class(algorithm).policy_aliases["MultiInputPolicy"]
+    buffer_class = ContrastiveReplayBuffer if algorithm == "DeepCRL" else HerReplayBuffer
+    of_buffer = arguments_of(buffer_class).defaults
+    return {
+        "policy_kwargs": arguments_of(policy_class).defaults,
+        "replay_buffer_kwargs": {name: of_buffer[name] for name in of_buffer if name not in ("device", "n_envs")},
+    }
 
 
 def eval_env_of(env_id: str) -> str:
@@ -212,6 +216,21 @@ def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
     return {"train_freq": transitions_per_update // divisor, "gradient_steps": n_envs // divisor}
 
 
+def model_kwargs(run: Run) -> dict[str, Any]:
+    """
+    :param run: What is trained
+    :return: Arguments of its algorithm, but for policy and env
+    :raises ValueError: if there is no such algorithm
+    """
+    if run.algorithm not in ALGORITHMS:
+        raise ValueError(f"Unknown algorithm {run.algorithm!r}. Choose one of: {', '.join(ALGORITHMS)}")
+    settings = {**update_schedule(run.n_envs, run.transitions_per_update), "seed": run.seed, "device": "auto"}
+    if run.algorithm != "DeepCRL":
+        settings["replay_buffer_class"] = HerReplayBuffer
+    # Stable-Baselines3 writes into the dicts that it gets, which belong to the name of the run's folder
+    return {**settings, **with_modules(deepcopy(run.hyperparams))}
+
+
 def make_model(run: Run, env: VecEnv) -> OffPolicyAlgorithm:
     """
     :param run: What is trained
@@ -219,17 +238,8 @@ def make_model(run: Run, env: VecEnv) -> OffPolicyAlgorithm:
     :return: The untrained model
     :raises ValueError: if there is no such algorithm
     """
-    settings = {**update_schedule(run.n_envs, run.transitions_per_update), "seed": run.seed, "device": "auto"}
-    # Stable-Baselines3 writes into the dicts that it gets, which belong to the name of the run's folder
-    hyperparams = with_modules(deepcopy(run.hyperparams))
-    if run.algorithm == "DeepCRL":
-        return DeepCRL("MultiInputPolicy", env, **{**settings, **hyperparams})
-    if run.algorithm not in ALGORITHMS:
-        raise ValueError(f"Unknown algorithm {run.algorithm!r}. Choose one of: {', '.join(ALGORITHMS)}")
-    from stable_baselines3 import HerReplayBuffer
-
-    settings["replay_buffer_class"] = HerReplayBuffer
-    return algorithm_class(run.algorithm)("MultiInputPolicy", env, **{**settings, **hyperparams})
+    kwargs = model_kwargs(run)
+    return algorithm_class(run.algorithm)("MultiInputPolicy", env, **kwargs)
 
 
 def with_modules(hyperparams: Mapping[str, Any]) -> dict[str, Any]:
@@ -504,6 +514,113 @@ def is_complete(run: Run, runs: Path) -> bool:
     return bool(rows) and int(rows[-1]["timesteps"]) >= run.steps
 
 
+def arguments(run: Run) -> dict[str, Any]:
+    """
+    :param run: A run
+    :return: All that its models and envs are made with, defaults included, each under a name such as ``gamma``,
+        ``policy_kwargs.norm`` or ``eval_env.maze``
+    """
+    algorithm = algorithm_class(run.algorithm)
+    top = {**arguments_of(algorithm).defaults, "policy": "MultiInputPolicy", "n_envs": run.n_envs, **model_kwargs(run)}
+    found = {name: value for name, value in top.items() if name not in ("seed", "device", "_init_setup_model")}
+    for key, defaults in nested_arguments(run.algorithm).items():
+        # What is an argument of the algorithm too comes from there
+        own = {name: value for name, value in defaults.items() if name not in top}
+        found.update({f"{key}.{name}": value for name, value in {**own, **(found.pop(key) or {})}.items()})
+    for learner, hyperparams in run.learners.items():
+        found.update({f"learners.{learner}.{name}": value for name, value in hyperparams.items()})
+    for env, env_id, env_kwargs in (("env", run.env, run.env_kwargs), ("eval_env", run.eval_env, run.eval_kwargs)):
+        spec = find_spec(env_id)
+        values = {"id": env_id, "entry_point": spec.entry_point, **arguments_of_env(spec).defaults, **env_kwargs}
+        found.update({f"{env}.{name}": value for name, value in values.items()})
+    return {name: plain(value) for name, value in found.items()}
+
+
+def made_with(run: Run, model: OffPolicyAlgorithm) -> dict[str, Any]:
+    """
+    :param run: What is trained
+    :param model: Its model
+    :return: What the run is made with from now on
+    """
+
+    def in_use(name: str, value: Any) -> Any:
+        # A model that was loaded has brought its own
+        own = getattr(model, name, value)
+        return own if value != "auto" and isinstance(own, bool | int | float | str | None) else value
+
+    return {
+        "timesteps": model.num_timesteps,
+        **code(),
+        **machine(model),
+        "packages": dependencies(),
+        "arguments": {name: in_use(name, value) for name, value in arguments(run).items()},
+    }
+
+
+def _saved_records(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "run.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    return settings.get("made_with", [{"timesteps": 0}])
+
+
+def records_of(run: Run, runs: Path) -> list[dict[str, Any]]:
+    """
+    :param run: A run
+    :param runs: Folder of all runs
+    :return: What its steps so far were made with, see :func:`made_with`: one record, or several if it went on with other code
+        or on another machine. A run that was made before there were records has one with nothing but ``timesteps``.
+    """
+    folder = run.folder(runs)
+    if not any((folder / name).exists() for name in ("model.zip", "results.csv")):
+        return []
+    rows = results_of(run, runs)
+    end = int(rows[-1]["timesteps"]) if rows else math.inf
+    return [record for record in _saved_records(folder) if record["timesteps"] < end]
+
+
+def _comparable(record: Mapping[str, Any]) -> dict[str, str]:
+    values = {f"`{name}`": repr(value) for name, value in record["arguments"].items()}
+    return {**values, "the version of sb3_deepcrl": record["version"], "its source": record["source"]}
+
+
+def differences(run: Run, runs: Path) -> str:
+    """
+    :param run: A run
+    :param runs: Folder of all runs
+    :return: With what else it was made than there is now, in words; nothing if there is no difference, or it has not begun
+    """
+    records = records_of(run, runs)
+    if not all("source" in record for record in records):
+        return "unknown code, before runs recorded it"
+    now = _comparable({"arguments": arguments(run), **code()}) if records else {}
+    for record in records:
+        then = _comparable(record)
+        names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if names:
+            missing = "not there"
+            changes = [f"{name} was {then.get(name, missing)}, now {now.get(name, missing)}" for name in names]
+            return f"other code ({'; '.join(changes)})"
+    return ""
+
+
+def check_code(all_runs: Iterable[Run], runs: Path) -> None:
+    """
+    Check that runs were made with the code that is here, with the defaults that it has now.
+
+    :param all_runs: Some runs, which need not have begun
+    :param runs: Folder of all runs
+    :raises ValueError: if one was not
+    """
+    others = {run.folder(runs): found for run in all_runs if (found := differences(run, runs))}
+    if others:
+        folder, found = next(iter(others.items()))
+        more = f"; and {len(others) - 1} more of these runs with such code" if len(others) > 1 else ""
+        raise ValueError(
+            f"{folder} was made with {found}{more}. Use another folder (`runs`) to train anew, or `reuse_other_code` "
+            "(--reuse-other-code) to take what is there as it is and go on from it"
+        )
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
@@ -520,30 +637,35 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def train(run: Run, runs: Path, n_threads: int | None = None) -> None:
+def train(run: Run, runs: Path, n_threads: int | None = None, reuse_other_code: bool = False) -> None:
     """
     Train, from the last evaluation on if there was one.
 
     :param run: What to train
     :param runs: Folder of all runs
     :param n_threads: Number of threads, as it is by default
+    :param reuse_other_code: Whether what is there may have been made by other code than this
+    :raises ValueError: if it was, but may not
     """
     if n_threads is not None:
         th.set_num_threads(n_threads)
     folder = run.folder(runs)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        if not reuse_other_code:
+            check_code([run], runs)
         if not is_complete(run, runs):
             _train(run, runs)
 
 
 def _train(run: Run, runs: Path) -> None:
     folder = run.folder(runs)
-    (folder / "run.json").write_text(json.dumps(asdict(run), indent=2, default=str) + "\n")
     env = make_env(run.env, run.n_envs, run.seed, run.env_kwargs)
     rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     if (folder / "model.zip").exists():
         model = load_model(run, runs, env)
+        records = [record for record in _saved_records(folder) if record["timesteps"] < model.num_timesteps]
         model.load_replay_buffer(buffer_path(folder, model.num_timesteps))
         learners = {name: DeepCRL.load(learner_path(folder, name, model.num_timesteps)) for name in run.learners}
         # Not the random numbers of the beginning again
@@ -556,6 +678,11 @@ def _train(run: Run, runs: Path) -> None:
         model = make_model(run, env)
         # Envs are seeded with consecutive numbers: with those of the model, seeds 0 and 1 would share all envs but one
         env.seed(derived_seed(run.seed, 0))
+    record = made_with(run, model)
+    if not records or {**records[-1], "timesteps": record["timesteps"]} != record:
+        records.append(record)
+    with atomic_path(folder / "run.json", ".json") as path:
+        path.write_text(json.dumps({**asdict(run), "made_with": records}, indent=2, default=str) + "\n")
     model.learn(
         run.steps - model.num_timesteps,
         callback=[Learners(run, learners), Evaluations(run, folder, rows, learners)],
@@ -572,6 +699,7 @@ def train_all(
     train_function: Callable[[Run, Path, int | None], None] = train,
     console: Console | None = None,
     is_done: Callable[[Run, Path], bool] = is_complete,
+    reuse_other_code: bool = False,
 ) -> None:
     """
     Train all runs that are not complete, several side by side, each with an equal part of the processor's cores.
@@ -582,7 +710,13 @@ def train_all(
     :param train_function: How to train one
     :param console: Where to show the progress, the terminal by default
     :param is_done: Whether a run needs no training
+    :param reuse_other_code: Whether runs that are there may have been made by other code than this
+    :raises ValueError: if one was, but may not
     """
+    if reuse_other_code:
+        train_function = functools.partial(train_function, reuse_other_code=True)  # type: ignore[call-arg]
+    else:
+        check_code([run for seeds in runs_by_label.values() for run in seeds], runs)
     all_runs = [(label, run) for label, seeds in runs_by_label.items() for run in seeds]
     # A run that belongs to two settings is trained once
     by_folder = {run.folder(runs): (label, run) for label, run in reversed(all_runs) if not is_done(run, runs)}
@@ -590,7 +724,10 @@ def train_all(
     n_cores = n_usable_cores()
     jobs = max(1, min(jobs or n_cores, len(open_runs)))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    console = console or get_console()
+    is_live = console.is_interactive or console.is_jupyter
+    told: dict[Path, int] = {}
+    with Progress(*columns, console=console, disable=not is_live) as progress:
         total = progress.add_task("env steps", total=sum(run.steps for _, run in all_runs))
         bars = {
             run.folder(runs): progress.add_task(f"{label}, seed {run.seed}", total=run.steps, visible=False, start=False)
@@ -599,6 +736,7 @@ def train_all(
 
         def refresh() -> None:
             done = 0
+            lines = []
             for label, run in all_runs:
                 rows = results_of(run, runs)
                 steps = min(int(rows[-1]["timesteps"]), run.steps) if rows else 0
@@ -607,9 +745,20 @@ def train_all(
                     bar = bars[run.folder(runs)]
                     progress.start_task(bar)
                     last = f", time at goal {float(rows[-1]['time_at_goal']):.0f}" if rows else ""
-                    progress.update(bar, completed=steps, visible=True, description=f"{label}, seed {run.seed}{last}")
+                    description = f"{label}, seed {run.seed}{last}"
+                    progress.update(bar, completed=steps, visible=True, description=description)
+                    if told.get(run.folder(runs)) != steps:
+                        told[run.folder(runs)] = steps
+                        lines.append(f"{description}, {steps:,} of {run.steps:,} env steps")
             progress.update(total, completed=done)
+            if not is_live:
+                # Such as in a log file
+                elapsed = timedelta(seconds=int(progress.tasks[total].elapsed or 0))
+                for line in lines:
+                    console.print(f"{elapsed} {line}; {progress.tasks[total].percentage:.0f} % of all", highlight=False)
 
+        if not is_live:
+            console.print(f"{len(all_runs)} runs, {len(open_runs)} to train", highlight=False)
         refresh()
         if jobs == 1:
             with called_every_second(refresh):
@@ -679,9 +828,8 @@ def train_side_by_side(
             for name, (process, receiver) in list(running.items()):
                 if process.is_alive() and not receiver.poll():
                     continue
-                if (report := _receive(receiver)) is not None:
-                    error, text = report
-                    raise error from RuntimeError(text)
+                if (error := _receive(receiver)) is not None:
+                    raise error
                 process.join()
                 if process.exitcode != 0:
                     raise ChildProcessError(
@@ -698,10 +846,10 @@ def train_side_by_side(
             process.join()
 
 
-def _receive(receiver: Connection) -> Any:
+def _receive(receiver: Connection) -> Exception | None:
     """
     :param receiver: Where a process reports that has ended, or is about to
-    :return: The exception and its traceback as text, None if there is none
+    :return: The exception, None if there is none
     """
     try:
         return receiver.recv()
@@ -728,31 +876,27 @@ def _end(*_: Any) -> None:
 
 def _call_and_report(sender: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """
-    :param sender: Where to send an exception and its traceback as text
+    :param sender: Where to send an exception, with its traceback as a note unless what it says is for the user
     :param function: What to call
     :param arguments: Its arguments
     """
-    # Ctrl-C in a terminal comes here too, but it is the other process that stops this one
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals of a terminal, such as Ctrl-C, come here too, but it is the other process that stops this one
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         function(*arguments)
     except Exception as error:
-        text = traceback.format_exc()
+        notes = [] if is_for_user(error) else [traceback.format_exc()]
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
             # An exception that cannot be sent: what it says can
-            error = RuntimeError(text.splitlines()[-1])
-        sender.send((error, text))
-
-
-def n_usable_cores() -> int:
-    """
-    :return: Number of cores that this process may use
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in notes:
+            error.add_note(note)
+        sender.send(error)
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, str]]:

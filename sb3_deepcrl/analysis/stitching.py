@@ -54,7 +54,9 @@ def maze_of(env_id: str, env_kwargs: Mapping[str, Any]) -> tuple[Maze, int | Non
     :return: Its maze, and the largest distance between start and goal in training in cells, None without a limit
     :raises ValueError: if it is no maze of this package
     """
-    env = make_single_env(env_id, env_kwargs).unwrapped
+    made = make_single_env(env_id, env_kwargs)
+    made.close()
+    env = made.unwrapped
     if not isinstance(env, GoalEnv) or not isinstance(env.task.scene, Maze):
         raise ValueError(f"The study needs a maze of this package, got {env_id!r}: use PointUMazeStitch-v0, for instance")
     return env.task.scene, env.task_kwargs.get("stitching")
@@ -142,8 +144,8 @@ class StitchingStudy(ComparisonOfDepths):
         last = results_of(run, runs)[-1]["timesteps"]
         return [row for row in read_rows([folder / "stitching.csv"]) if row["timesteps"] == last]
 
-    def train_run(self, run: Run, runs: Path, n_threads: int | None = None) -> None:
-        super().train_run(run, runs, n_threads)
+    def train_run(self, run: Run, runs: Path, n_threads: int | None = None, reuse_other_code: bool = False) -> None:
+        super().train_run(run, runs, n_threads, reuse_other_code)
         rows: list[dict[str, Any]] = list(self.distance_rows(run, runs))
         model = load_model(run, runs)
         for distance in self._distances[len(rows) :]:

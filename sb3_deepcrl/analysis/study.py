@@ -3,38 +3,40 @@ What all studies are: settings, each trained with several seeds, and a report of
 """
 
 import ast
-import platform
+import math
 import shlex
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch as th
 from rich.console import Console
-from stable_baselines3.common.utils import get_device
 
 from sb3_deepcrl.analysis.runs import (
     Run,
+    check_code,
     check_env_id,
     check_hyperparams,
+    differences,
     eval_env_of,
     is_complete,
     load_model,
-    n_usable_cores,
+    records_of,
     results_of,
     train,
     train_all,
     write_rows,
 )
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_scores, interquartile_mean
-from sb3_deepcrl.common.acceleration import has_native_bfloat16
 from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.torch_layers import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.registration import ENV_TABLE
+from sb3_deepcrl.envs.arguments import check_env_kwargs
+from sb3_deepcrl.envs.registration import ENV_TABLE, find_spec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,14 +91,14 @@ class Report:
     figure: "Figure"
     path: Path | None = None
 
-    def markdown(self, command: str, figure_name: str, machine: str) -> str:
+    def markdown(self, command: str, figure_name: str, made_with: str) -> str:
         """
         :param command: The command that makes this report
         :param figure_name: File name of the picture
-        :param machine: What it was made on
+        :param made_with: What its runs were made with
         :return: The report as text
         """
-        lines = [f"# {self.title}", "", f"{command_sentence(command)} {machine}", ""]
+        lines = [f"# {self.title}", "", f"{command_sentence(command)} {made_with}", ""]
         columns = list(self.table[0])
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in self.table]
@@ -142,13 +144,23 @@ class Study(ABC):
     precision: str = option("auto", "Precision of the matrix products", choices=("float32", "bfloat16", "auto"))
     hyperparams: dict[str, Any] = option({}, "Other arguments of DeepCRL, e.g. energy:dot")
     env_kwargs: dict[str, Any] = option({}, "Arguments of both envs, e.g. cell_size:4.0")
+    gym_packages: list[str] = option(
+        None, "Modules to import, which register envs; --env panda_gym:PandaReach-v3 does it too", type=str, nargs="+"
+    )
 
     def __post_init__(self) -> None:
-        check_env_id(self.env)
+        packages = dict.fromkeys(self.gym_packages or [])
+        for name in ("env", "eval_env"):
+            if (env_id := getattr(self, name)) is not None:
+                setattr(self, name, check_env_id(env_id, packages))
+                # Processes that train find it by these
+                packages |= dict.fromkeys(env_id.split(":")[:-1])
+        self.gym_packages = list(packages) or None  # type: ignore[assignment]
         for name, default in defaults_of(self.env).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        check_env_id(self.eval_env)
+        for env_id in (self.env, self.eval_env):
+            check_env_kwargs(find_spec(env_id), self.env_kwargs)
         check_hyperparams(self.hyperparams)
         # Reports say what these are
         self.check_free({name: name for name in SHARED})
@@ -163,7 +175,7 @@ class Study(ABC):
                 raise ValueError(f"`{item.name}` holds a value twice: {value}")
         if not 0.0 < self.gamma <= 1.0:
             raise ValueError(f"`gamma` must be between 0 and 1, got {self.gamma}")
-        if not self.learning_rate > 0:
+        if not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}")
         if self.steps < self.n_evaluations:
             raise ValueError(f"`n_evaluations` must be at most the number of steps {self.steps}, got {self.n_evaluations}")
@@ -256,13 +268,15 @@ class Study(ABC):
         :return: What came out
         """
 
-    def train_run(self, run: Run, runs: Path, n_threads: int | None = None) -> None:
+    def train_run(self, run: Run, runs: Path, n_threads: int | None = None, reuse_other_code: bool = False) -> None:
         """
         :param run: What to train
         :param runs: Folder of all runs
         :param n_threads: Number of threads
+        :param reuse_other_code: Whether what is there may have been made by other code than this
         """
-        train(run, runs, n_threads)
+        check_env_id(run.env, self.gym_packages or ())
+        train(run, runs, n_threads, reuse_other_code)
 
     def is_complete(self, run: Run, runs: Path) -> bool:
         """
@@ -285,6 +299,7 @@ class Study(ABC):
         output: str | Path | None = None,
         jobs: int | None = None,
         console: Console | None = None,
+        reuse_other_code: bool = False,
     ) -> Report:
         """
         Train what has not been trained, and write the report: a Markdown file, a CSV file and a picture.
@@ -293,22 +308,29 @@ class Study(ABC):
         :param output: Path of the Markdown file; the others lie beside it. By default see :meth:`report_path`.
         :param jobs: Number of runs side by side, by default the number of cores
         :param console: Where to show the progress
+        :param reuse_other_code: Whether to take runs, and go on with half-done ones, that were made by other code of this
+            package or with other defaults than there are now. The report says so.
         :return: The report
+        :raises ValueError: If there are such runs and they may not be taken, or a file cannot be written
         """
         runs = Path(runs)
+        output = check_output(output, runs)
         runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
-        train_all(runs_by_label, runs, jobs, self.train_run, console, self.is_complete)
+        train_all(runs_by_label, runs, jobs, self.train_run, console, self.is_complete, reuse_other_code)
+        all_runs = [run for seeds in runs_by_label.values() for run in seeds]
+        if not reuse_other_code:
+            # It may have been edited meanwhile
+            check_code(all_runs, runs)
         results = {label: [results_of(run, runs) for run in seeds] for label, seeds in runs_by_label.items()}
         report = self.report(results, runs)
-        report.notes.append(self.training())
-        report.path = path = Path(output) if output else self.report_path(runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        report.notes += [self.training(), *notes_on_code(all_runs, runs)]
+        report.path = path = output or self.report_path(runs)
         write_rows(path.with_suffix(".csv"), report.rows)
         # The layout moves the ticks, whose labels it needs to know
         report.figure.draw_without_rendering()
         with atomic_path(path.with_suffix(".png"), ".png") as temporary:
             report.figure.savefig(temporary, format="png", dpi=150)
-        text = report.markdown(self.command(), path.with_suffix(".png").name, machine())
+        text = report.markdown(self.command(), path.with_suffix(".png").name, made_with(all_runs, runs))
         with atomic_path(path, ".md") as temporary:
             temporary.write_text(text)
         return report
@@ -417,16 +439,81 @@ def scores_by_depth(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int,
     return {depth: np.array([np.mean(seed) for seed in seeds.values()]) for depth, seeds in values.items()}
 
 
-def machine() -> str:
+def describe(record: Mapping[str, Any]) -> str:
     """
-    :return: What the runs were made on
+    :param record: What a part of a run was made with, see :func:`~sb3_deepcrl.analysis.runs.records_of`
+    :return: Code and machine in words
     """
-    gpu = f", {th.cuda.get_device_name()}" if th.cuda.is_available() else ""
-    precision = "bfloat16" if has_native_bfloat16(get_device("auto")) else "float32"
+    if "source" not in record:
+        return "unknown code on an unknown machine, before runs recorded both"
+    revision = f"revision {record['revision']}, " if record["revision"] else ""
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    gpu = f", {record['gpu']}" if record["gpu"] else ""
     return (
-        f"Machine: {platform.machine()}, {n_usable_cores()} cores{gpu}, torch {th.__version__}, where precision auto is "
-        f"{precision}."
+        f"sb3_deepcrl {record['version']} ({revision}source {record['source']}), {packages}, on {record['processor']}{gpu}, "
+        f"{record['cores']} cores, {record['threads']} thread{'s' if record['threads'] > 1 else ''} a run, precision "
+        f"{record['precision']}"
     )
+
+
+def made_with(all_runs: Sequence[Run], runs: Path) -> str:
+    """
+    :param all_runs: The runs of a report
+    :param runs: Folder of all runs
+    :return: Which code and machine they were made with, in words
+    """
+    counts = Counter("; then ".join(dict.fromkeys(map(describe, records_of(run, runs)))) for run in all_runs)
+    if len(counts) == 1:
+        return f"Made with {next(iter(counts))}."
+    return " ".join(f"{count} of {len(all_runs)} runs were made with {what}." for what, count in counts.items())
+
+
+def notes_on_code(all_runs: Sequence[Run], runs: Path) -> list[str]:
+    """
+    :param all_runs: The runs of a report
+    :param runs: Folder of all runs
+    :return: What their algorithms and envs were called with, and which of them the code of today would make otherwise
+    """
+    values: dict[str, dict[str, list[str]]] = {}
+    others: dict[str, list[str]] = {}
+    for run in all_runs:
+        for record in records_of(run, runs):
+            for name, value in record.get("arguments", {}).items():
+                prefix, _, last = name.partition(".")
+                group, key = (prefix, last) if prefix in ("env", "eval_env") else (run.algorithm, name)
+                found = values.setdefault(group, {}).setdefault(key, [])
+                if repr(value) not in found:
+                    found.append(repr(value))
+        if what := differences(run, runs):
+            others.setdefault(what, []).append(str(run.folder(runs).relative_to(runs)))
+    notes = []
+    for group, named in values.items():
+        words = [f"{key}={' or '.join(found)}" for key, found in named.items()]
+        notes.append(f"Arguments of {group}, defaults included: `{', '.join(words)}`.")
+    return notes + [f"Not with the code that wrote this report: {', '.join(of)}, with {what}." for what, of in others.items()]
+
+
+def check_output(output: str | Path | None, runs: Path) -> Path | None:
+    """
+    Find out before hours of training whether there is a place for what comes out of it.
+
+    :param output: Path of a Markdown file, None for one in the folder of the runs
+    :param runs: Folder of all runs
+    :return: The path
+    :raises ValueError: if there is none
+    """
+    path = None if output is None else Path(output)
+    if path is not None and (path.suffix != ".md" or path.is_dir()):
+        better = path / "report.md" if path.is_dir() else path.with_suffix(".md")
+        raise ValueError(f"`output` must be a Markdown file, whose name ends in .md, got '{path}': use '{better}'")
+    for name, folder in {"runs": runs, "output": runs if path is None else path.parent}.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"`{name}`: '{folder}' cannot be written to ({error.strerror}): choose another place") from None
+    return path
 
 
 def rows_of(results: Results, columns: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:

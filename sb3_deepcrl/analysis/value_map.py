@@ -44,6 +44,17 @@ class MazeMap:
         """
         if not isinstance(env, gym.Env):
             raise ValueError(f"A value map needs a single env, not a {type(env).__name__}: make one with `gym.make()`")
+        maze = cls.find(env)
+        if maze is None:
+            raise ValueError(f"{env} has no maze to draw: value maps need a maze env such as PointMaze_UMaze-v3")
+        return maze
+
+    @classmethod
+    def find(cls, env: gym.Env) -> "MazeMap | None":
+        """
+        :param env: An env, wrapped or not
+        :return: The map of its maze, None if it has none
+        """
         scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
         if isinstance(scene, Maze):
             n_rows, n_columns = scene.layout.shape
@@ -52,7 +63,7 @@ class MazeMap:
             return cls(np.array(walls), size, np.zeros(2), column_step=np.array([0.0, size]), row_step=np.array([size, 0.0]))
         maze = getattr(env.unwrapped, "maze", None)
         if maze is None:
-            raise ValueError(f"{env} has no maze to draw: value maps need a maze env such as PointMaze_UMaze-v3")
+            return None
         origin, next_column, next_row = (np.asarray(maze.cell_rowcol_to_xy(cell)) for cell in ((0, 0), (0, 1), (1, 0)))
         return cls(
             walls=np.array([[cell == 1 for cell in row] for row in maze.maze_map]),

@@ -152,7 +152,9 @@ class ValueMapStudy(ComparisonOfDepths):
     def __post_init__(self) -> None:
         self.goal = tuple(map(float, self.goal))
         super().__post_init__()
-        maze = MazeMap.from_env(self._env())
+        env = self._env()
+        maze = MazeMap.from_env(env)
+        env.close()
         if self.goal:
             check_goals(maze, [self.goal])
 
@@ -207,7 +209,9 @@ class ValueMapStudy(ComparisonOfDepths):
             f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, "
             "each with colors of its own. The circle is the start.",
         ]
-        return Report(f"Value maps on {self.env}", rows, table, notes, self._figure(shown, env, goal, scores, estimates))
+        figure = self._figure(shown, env, goal, scores, estimates)
+        env.close()
+        return Report(f"Value maps on {self.env}", rows, table, notes, figure)
 
     def _figure(
         self,

@@ -13,7 +13,6 @@ from sb3_deepcrl.analysis.statistics import interquartile_mean
 from sb3_deepcrl.analysis.study import ComparisonOfDepths, Report, Results, depth_colors, new_figure, option
 from sb3_deepcrl.analysis.value_map import MazeMap
 from sb3_deepcrl.envs.registration import ENV_TABLE
-from sb3_deepcrl.envs.scenes import Maze
 
 # What may happen in an episode, from good to bad
 CLASSES = ("walks", "goes over the wall", "stands", "falls at the goal", "falls on the way")
@@ -226,7 +225,7 @@ def maze_of(env_id: str, env_kwargs: dict[str, Any] | None = None) -> MazeMap | 
     :return: Its maze, None on the open field
     """
     env = make_single_env(env_id, env_kwargs)
-    maze = MazeMap.from_env(env) if isinstance(env.unwrapped.task.scene, Maze) else None  # type: ignore[attr-defined]
+    maze = MazeMap.find(env)
     env.close()
     return maze
 

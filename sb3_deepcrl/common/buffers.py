@@ -1,19 +1,24 @@
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from numpy.typing import ArrayLike
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 # ``remaining`` of a transition whose episode is still running
 RUNNING = -1
-# What a slot holds besides observations
-SLOT_ARRAYS = ("actions", "rewards", "dones", "timeouts", "remaining")
+# What a slot holds of the transition that starts there
+TRANSITION_ARRAYS = ("actions", "rewards", "dones", "timeouts")
+# Draws after which the transitions are looked up, because hardly any slot holds one
+MAX_DRAWS = 20
+EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
-def check_finite(values: dict[str, np.ndarray], env_indices: np.ndarray | None = None) -> None:
+def check_finite(values: Mapping[str, ArrayLike], env_indices: np.ndarray | None = None) -> None:
     """
     Check that what came from the envs are numbers.
 
@@ -22,6 +27,7 @@ def check_finite(values: dict[str, np.ndarray], env_indices: np.ndarray | None =
     :raises ValueError: naming the env and the key, if a value is NaN or infinite
     """
     for key, value in values.items():
+        value = np.asarray(value)
         if value.dtype.kind != "f" or np.isfinite(value).all():
             continue
         row = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
@@ -31,6 +37,15 @@ def check_finite(values: dict[str, np.ndarray], env_indices: np.ndarray | None =
             "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
             "`stable_baselines3.common.vec_env.VecCheckNan`"
         )
+
+
+def _in_order(name: str, shift: int = 0) -> Any:
+    """
+    :param name: Name of what the slots hold
+    :param shift: How many steps later than the transition it is
+    :return: A property that gives it in the order in which it was added
+    """
+    return property(lambda buffer: buffer._read_in_order(name, shift))
 
 
 class ContrastiveReplayBuffer(DictReplayBuffer):
@@ -47,7 +62,13 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     An episode that is still running can be sampled, with the states seen so far as its future. A transition that does
     not continue where the last one of its env ended starts a new episode (the desired goal may change within an
-    episode), so that resetting an env behind the buffer's back does not mix two episodes.
+    episode), so that resetting an env behind the buffer's back does not mix two episodes. One that is longer than the
+    buffer is truncated there and goes on as a new one.
+
+    ``observations``, ``next_observations``, ``actions``, ``rewards``, ``dones`` and ``timeouts`` are the newest ``size()``
+    transitions of each env, oldest first, of shape ``(size(), n_envs, ...)``: read-only copies, which are made when they
+    are asked for and kept until the next ``add``. ``pos`` is their number until old transitions are overwritten (``full``),
+    and 0 from then on, as the oldest one is always the first.
 
     :param buffer_size: Max number of states in the buffer, over all envs
     :param observation_space: Observation space, with the keys ``achieved_goal`` and ``desired_goal``
@@ -62,7 +83,12 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     :raises ValueError: if an argument is out of its range
     """
 
-    dones: np.ndarray
+    observations: dict[str, np.ndarray] = _in_order("observations")
+    next_observations: dict[str, np.ndarray] = _in_order("observations", shift=1)
+    actions: np.ndarray = _in_order("actions")
+    rewards: np.ndarray = _in_order("rewards")
+    dones: np.ndarray = _in_order("dones")
+    timeouts: np.ndarray = _in_order("timeouts")
 
     def __init__(
         self,
@@ -92,14 +118,14 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.buffer_size = max(buffer_size // n_envs, 1)
         n_slots = self.n_slots
         assert isinstance(self.obs_shape, dict)
-        self.observations = {
+        self._observations = {
             key: np.zeros((n_slots, n_envs, *shape), dtype=self._storage_dtype(observation_space[key]))
             for key, shape in self.obs_shape.items()
         }
-        self.actions = np.zeros((n_slots, n_envs, self.action_dim), dtype=self._maybe_cast_dtype(action_space.dtype))
-        self.rewards = np.zeros((n_slots, n_envs), dtype=np.float32)
-        self.dones = np.zeros((n_slots, n_envs), dtype=bool)
-        self.timeouts = np.zeros((n_slots, n_envs), dtype=bool)
+        self._actions = np.zeros((n_slots, n_envs, self.action_dim), dtype=self._maybe_cast_dtype(action_space.dtype))
+        self._rewards = np.zeros((n_slots, n_envs), dtype=np.float32)
+        self._dones = np.zeros((n_slots, n_envs), dtype=bool)
+        self._timeouts = np.zeros((n_slots, n_envs), dtype=bool)
         # Steps from a slot to the last state of its episode, RUNNING if it has not ended,
         # 0 where no transition starts (last states, the head, free slots)
         self.remaining = np.zeros((n_slots, n_envs), dtype=np.int32)
@@ -113,29 +139,36 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self._adding = False
         self._env_indices = np.arange(n_envs)
         self.on_device = on_device
-        self._forget_device_copy()
+        self._forget_copies()
 
-    def _forget_device_copy(self) -> None:
+    def _forget_copies(self) -> None:
         self._device_copy: dict[str, th.Tensor] = {}
         # Flat indices of the slots that were written since the copy was brought up to date
         self._written: list[np.ndarray] = []
+        # What was read in order since the last change
+        self._copies_in_order: dict[tuple[str, int], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # The file is the same for all devices
-        del state["_device_copy"], state["_written"]
+        del state["_device_copy"], state["_written"], state["_copies_in_order"]
         # Slots that were never used need no room in it
-        state["observations"] = {key: values[: self.n_used] for key, values in self.observations.items()}
-        state.update({name: state[name][: self.n_used] for name in SLOT_ARRAYS})
+        state["observations"] = {key: values[: self.n_used] for key, values in state.pop("_observations").items()}
+        state.update({name: state.pop(f"_{name}")[: self.n_used] for name in TRANSITION_ARRAYS})
+        state["remaining"] = self.remaining[: self.n_used]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Buffers of the first release do not have it, and hold all slots
-        self.__dict__.update({"on_device": False, **state})
-        self.observations = {key: self._with_all_slots(values) for key, values in self.observations.items()}
-        for name in SLOT_ARRAYS:
-            setattr(self, name, self._with_all_slots(getattr(self, name)))
-        self._forget_device_copy()
+        state = {"on_device": False, **state}
+        observations = state.pop("observations")
+        slots = {f"_{name}": state.pop(name) for name in TRANSITION_ARRAYS}
+        self.__dict__.update(state)
+        self._observations = {key: self._with_all_slots(values) for key, values in observations.items()}
+        for name, values in {**slots, "remaining": self.remaining}.items():
+            setattr(self, name, self._with_all_slots(values))
+        self._forget_copies()
+        self._count()
 
     def _with_all_slots(self, values: np.ndarray) -> np.ndarray:
         """Values of the slots that were used, followed by zeros for all others."""
@@ -156,15 +189,42 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         return self.buffer_size + 2
 
     @property
-    def next_observations(self) -> dict[str, np.ndarray]:  # type: ignore[override]
-        """Copy of the observations, shifted by one slot: what each transition led to."""
-        return {key: np.roll(obs, -1, axis=0) for key, obs in self.observations.items()}
+    def transition_bytes(self) -> int:
+        """Bytes of the observations of a transition."""
+        return sum(values[0, 0].nbytes for values in self._observations.values())
 
     def size(self) -> int:
         """
-        :return: The number of transitions that can be sampled, in the mean over the envs
+        :return: The number of transitions of each env that can be sampled, the smallest one of the envs
         """
-        return int(np.count_nonzero(self.remaining)) // self.n_envs
+        return int(np.count_nonzero(self.remaining, axis=0).min()) if self.full else self.pos
+
+    def _count(self) -> None:
+        """Set ``pos`` and ``full`` to what is stored. The oldest transition is always the first one."""
+        self.full = self.n_used == self.n_slots
+        self.pos = 0 if self.full else int(np.count_nonzero(self.remaining, axis=0).min())
+
+    def _read_in_order(self, name: str, shift: int) -> Any:
+        """
+        :param name: Name of what the slots hold
+        :param shift: How many steps later than the transition it is
+        :return: That of the newest ``size()`` transitions of each env, oldest first, read-only as nobody would store a change
+        """
+        if (name, shift) not in self._copies_in_order:
+            size = self.size()
+            indices = np.empty((size, self.n_envs), dtype=np.int64)
+            for env_idx in self._env_indices:
+                slots = np.flatnonzero(self.remaining[:, env_idx])
+                # The oldest ones are behind the head
+                slots = np.roll(slots, -np.searchsorted(slots, self.head[env_idx]))
+                indices[:, env_idx] = slots[len(slots) - size :] * self.n_envs + env_idx
+            stored = getattr(self, f"_{name}")
+            arrays = stored if isinstance(stored, dict) else {name: stored}
+            copies = {key: self._take(values, self._shift(indices, shift)) for key, values in arrays.items()}
+            for values in copies.values():
+                values.flags.writeable = False
+            self._copies_in_order[name, shift] = copies if stored is arrays else copies[name]
+        return self._copies_in_order[name, shift]
 
     def reset(self) -> None:
         """
@@ -175,7 +235,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.head[:] = 0
         self.episode_steps[:] = 0
         self.n_used = 0
-        self._forget_device_copy()
+        self._forget_copies()
 
     def add(  # type: ignore[override]
         self,
@@ -195,54 +255,48 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         :param reward: Rewards of shape ``(n_envs,)``
         :param done: Whether the episode ended, by termination or truncation, shape ``(n_envs,)``
         :param infos: Info dicts, one for each env
-        :raises ValueError: if a value is NaN or infinite, or if an episode is longer than the buffer;
-            nothing is stored then
+        :raises ValueError: if a value is NaN or infinite, except in the rewards, which are not needed; nothing is stored then
         """
         envs = self._env_indices
         obs = {key: np.asarray(obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
         next_obs = {key: np.asarray(next_obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
         done = np.asarray(done, dtype=bool)
         check_finite(obs)
-        check_finite({**next_obs, "action": np.asarray(action), "reward": np.asarray(reward)})
+        check_finite({**next_obs, "action": action})
 
         jumped = np.zeros(self.n_envs, dtype=bool)
         for key, value in obs.items():
             if key != "desired_goal":
-                stored = self.observations[key][self.head, envs]
+                stored = self._observations[key][self.head, envs]
                 jumped |= (stored != value.astype(stored.dtype)).reshape(self.n_envs, -1).any(axis=1)
-        too_long = np.flatnonzero((self.episode_steps >= self.buffer_size) & ~jumped)
-        if len(too_long) > 0:
-            raise ValueError(
-                f"The episode of env {too_long[0]} is longer than the {self.buffer_size} transitions that the replay buffer "
-                f"holds for each env: use `buffer_size` of at least {self.n_envs} envs x the length of an episode"
-            )
-
         self._adding = True
-        self._end_episodes(np.flatnonzero(jumped & (self.episode_steps > 0)))
+        if self._copies_in_order:
+            self._copies_in_order = {}
+        # An episode that is longer than the buffer would overwrite itself
+        too_long = self.episode_steps >= self.buffer_size
+        self._end_episodes(np.flatnonzero((jumped & (self.episode_steps > 0)) | too_long), truncated=True)
 
         slots = self.head.copy()
         if self._device_copy:
             self._written += [(slot % self.n_slots) * self.n_envs + envs for slot in (slots, slots + 1)]
         for key, value in obs.items():
-            self.observations[key][slots, envs] = value
-        self.actions[slots, envs] = np.asarray(action).reshape(self.n_envs, self.action_dim)
-        self.rewards[slots, envs] = reward
-        self.dones[slots, envs] = done
+            self._observations[key][slots, envs] = value
+        self._actions[slots, envs] = np.asarray(action).reshape(self.n_envs, self.action_dim)
+        self._rewards[slots, envs] = reward
+        self._dones[slots, envs] = done
         if self.handle_timeout_termination:
-            self.timeouts[slots, envs] = [info.get("TimeLimit.truncated", False) for info in infos]
+            self._timeouts[slots, envs] = [info.get("TimeLimit.truncated", False) for info in infos]
         self.remaining[slots, envs] = RUNNING
         self.episode_steps += 1
 
         self._advance(envs)
         for key, value in next_obs.items():
-            self.observations[key][self.head, envs] = value
+            self._observations[key][self.head, envs] = value
         self._end_episodes(np.flatnonzero(done))
         self._adding = False
 
-        self.pos += 1
-        if self.pos == self.buffer_size:
-            self.full = True
-            self.pos = 0
+        self.full = self.n_used == self.n_slots
+        self.pos = 0 if self.full else self.pos + 1
 
     def _advance(self, envs: np.ndarray) -> None:
         """Move the head of some envs to the next slot, from which no transition starts yet."""
@@ -250,12 +304,17 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.remaining[self.head[envs], envs] = 0
         self.n_used = max(self.n_used, int(self.head.max()) + 1)
 
-    def _end_episodes(self, envs: np.ndarray) -> None:
-        """Let the newest state of some envs be the last one of its episode."""
+    def _end_episodes(self, envs: np.ndarray, truncated: bool = False) -> None:
+        """Let the newest state of some envs be the last one of its episode, which goes on in the env if it is truncated."""
         for env_idx in envs:
             n_steps = self.episode_steps[env_idx]
             steps_to_end = np.arange(1, n_steps + 1)
-            self.remaining[(self.head[env_idx] - steps_to_end) % self.n_slots, env_idx] = steps_to_end
+            slots = (self.head[env_idx] - steps_to_end) % self.n_slots
+            self.remaining[slots, env_idx] = steps_to_end
+            if truncated:
+                # Not an actual timeout, but what the last state is worth does not change by us looking away
+                self._dones[slots[0], env_idx] = True
+                self._timeouts[slots[0], env_idx] = self.handle_timeout_termination
         self.episode_steps[envs] = 0
         if len(envs) > 0:
             self._advance(envs)
@@ -271,12 +330,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             # The newest state may be the last one of an episode that just ended
             self._advance(self._env_indices)
             self._adding = False
-        running = np.flatnonzero(self.episode_steps > 0)
-        # Not an actual timeout, but what the last state is worth does not change by us looking away
-        last = (self.head[running] - 1) % self.n_slots
-        self.dones[last, running] = True
-        self.timeouts[last, running] = self.handle_timeout_termination
-        self._end_episodes(running)
+        self._end_episodes(np.flatnonzero(self.episode_steps > 0), truncated=True)
+        self._copies_in_order = {}
+        self._count()
 
     def _sample_indices(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -288,7 +344,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         :raises ValueError: if the buffer is empty or ``gamma`` is not in [0, 1]
         """
         if self.n_used == 0:
-            raise ValueError("Cannot sample from an empty replay buffer: collect at least one transition first")
+            raise ValueError(EMPTY)
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"`gamma` must be between 0 and 1, got {self.gamma}")
         remaining = self.remaining.reshape(-1)
@@ -296,8 +352,16 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         horizon = remaining[indices].astype(np.int64)
         # Few slots hold no transition (about one an episode): draw again where one was hit
         rejected = np.flatnonzero(horizon == 0)
+        n_draws = 1
         while len(rejected) > 0:
-            indices[rejected] = np.random.randint(self.n_used * self.n_envs, size=len(rejected))
+            if n_draws < MAX_DRAWS:
+                indices[rejected] = np.random.randint(self.n_used * self.n_envs, size=len(rejected))
+            else:
+                stored = np.flatnonzero(remaining)
+                if len(stored) == 0:
+                    raise ValueError(EMPTY)
+                indices[rejected] = np.random.choice(stored, size=len(rejected))
+            n_draws += 1
             horizon[rejected] = remaining[indices[rejected]]
             rejected = rejected[horizon[rejected] == 0]
 
@@ -319,7 +383,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         """
         :return: States and actions on the device, as flat storage
         """
-        storage = {**self.observations, "action": self.actions}
+        storage = {**self._observations, "action": self._actions}
         copy = self._device_copy
         if not copy or copy["action"].device != th.empty(0, device=self.device).device:
             self._device_copy = {key: th.tensor(values, device=self.device).flatten(0, 1) for key, values in storage.items()}
@@ -361,15 +425,15 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         if self.on_device:
             copy = self._update_device_copy()
             rows, goal_rows = (th.as_tensor(i, device=self.device) for i in (indices, goal_indices))
-            on_device = {key: copy[key][rows] for key in self.observations if key != "desired_goal"}
+            on_device = {key: copy[key][rows] for key in self._observations if key != "desired_goal"}
             on_device["desired_goal"] = copy["achieved_goal"][goal_rows]
             return self._normalize_on_device(on_device, env), copy["action"][rows]
-        obs = {key: self._take(values, indices) for key, values in self.observations.items() if key != "desired_goal"}
-        obs["desired_goal"] = self._take(self.observations["achieved_goal"], goal_indices)
+        obs = {key: self._take(values, indices) for key, values in self._observations.items() if key != "desired_goal"}
+        obs["desired_goal"] = self._take(self._observations["achieved_goal"], goal_indices)
         normalized = self._normalize_obs(obs, env)
         assert isinstance(normalized, dict)
         observations = {key: self.to_torch(value, copy=False) for key, value in normalized.items()}
-        return observations, self.to_torch(self._take(self.actions, indices), copy=False)
+        return observations, self.to_torch(self._take(self._actions, indices), copy=False)
 
     def _normalize_on_device(self, obs: dict[str, th.Tensor], env: VecNormalize | None) -> dict[str, th.Tensor]:
         """What ``VecNormalize.normalize_obs`` does, without moving the observations."""
@@ -407,8 +471,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         :raises ValueError: if the buffer is empty
         """
         indices, goal_indices = self._sample_indices(batch_size)
-        dones = self._take(self.dones, indices) & ~self._take(self.timeouts, indices)
-        rewards = self._normalize_reward(self._take(self.rewards, indices).reshape(-1, 1), env)
+        dones = self._take(self._dones, indices) & ~self._take(self._timeouts, indices)
+        rewards = self._normalize_reward(self._take(self._rewards, indices).reshape(-1, 1), env)
         observations, actions = self._gather(indices, goal_indices, env)
         return DictReplayBufferSamples(
             observations=observations,

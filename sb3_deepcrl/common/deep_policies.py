@@ -35,7 +35,8 @@ from stable_baselines3.sac import policies as sac
 from stable_baselines3.td3 import policies as td3
 from torch import nn
 
-from sb3_deepcrl.common.torch_layers import Norm, ResidualTower, check_depth, check_positive_int
+from sb3_deepcrl.common.policies import CheckedPolicy, check_policy_kwargs
+from sb3_deepcrl.common.torch_layers import Norm, ResidualTower, check_depth, check_positive_int, make_activation
 
 
 def split_settings(names: Sequence[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -44,7 +45,7 @@ def split_settings(names: Sequence[str], settings: dict[str, Any]) -> dict[str, 
     :param settings: Arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`, each a value for all networks
         or a dict with one value for each of them
     :return: For each network the arguments of its tower
-    :raises ValueError: if such a dict has other keys than the names, or if a depth or a width is out of its range
+    :raises ValueError: if such a dict has other keys than the names, or if a value is out of its range
     """
     towers: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting, value in settings.items():
@@ -60,6 +61,8 @@ def split_settings(names: Sequence[str], settings: dict[str, Any]) -> dict[str, 
                 check_depth(towers[name][setting], label)
             elif setting == "width":
                 check_positive_int(towers[name][setting], label)
+            elif setting == "activation_fn":
+                make_activation(towers[name][setting])
     return towers
 
 
@@ -100,7 +103,7 @@ class DeepNetwork(BaseModel):
         return {**super()._get_constructor_parameters(), "tower_kwargs": self.tower_kwargs}
 
 
-class DeepPolicy(BasePolicy):
+class DeepPolicy(CheckedPolicy):
     """
     What the deep policies of all algorithms share. To be put before the policy of Stable-Baselines3 in the list of bases.
 
@@ -152,6 +155,7 @@ class DeepPolicy(BasePolicy):
                 f"`policy_kwargs` has `net_arch={net_arch}`, which deep policies do not use: "
                 "their networks are residual towers, set by `depth` and `width`"
             )
+        check_policy_kwargs(kwargs)
         # Needed by `_build()`, which the policies of Stable-Baselines3 call at the end of their constructors
         self.tower_settings = dict(
             depth=depth,
@@ -527,7 +531,7 @@ def import_contrib_policies() -> None:
     """
     try:
         importlib.import_module("sb3_deepcrl.common.deep_contrib_policies")
-    except Exception as error:  # of another release, whatever is missing: the user only wanted to import sb3-contrib
+    except (ImportError, AttributeError, TypeError) as error:  # of another release: the user only wanted to import sb3-contrib
         warnings.warn(f"No deep policies for sb3-contrib ({error}): they need `pip install 'sb3-contrib>=2.9'`")
 
 

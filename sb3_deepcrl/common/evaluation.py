@@ -10,6 +10,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
+from sb3_deepcrl.common.policies import check_actions
+
 
 @dataclass
 class GoalEpisode:
@@ -24,7 +26,7 @@ class GoalEpisode:
     :param time_at_goal: Number of steps at the goal (the paper's measure, section 4.1)
     :param time_at_goal_fraction: The same divided by the episode length
     :param mean_distance: Euclidean distance between achieved and desired goal, averaged over the steps, in their units
-        (with ``VecNormalize`` over all steps but the last one)
+        (with ``VecNormalize``, or without ``terminal_observation`` in the info dict, over all steps but the last one)
     """
 
     env_index: int
@@ -44,6 +46,16 @@ def mean_of_episodes(episodes: list[GoalEpisode]) -> dict[str, float]:
     """
     names = [field.name for field in fields(GoalEpisode) if field.name != "env_index"]
     return {name: float(np.mean([getattr(episode, name) for episode in episodes])) for name in names}
+
+
+def innermost_envs(env: VecEnv) -> set[int]:
+    """
+    :param env: Environment
+    :return: Identities of what is inside all wrappers: of the vectorised env, and of its envs where they are in this process
+    """
+    base = env.unwrapped
+    envs = [single.unwrapped for single in base.envs] if isinstance(base, DummyVecEnv) else []
+    return {id(each) for each in (base, *envs)}
 
 
 class GoalEpisodeRecorder:
@@ -71,9 +83,10 @@ class GoalEpisodeRecorder:
         """
         :param locals_: Local variables of ``evaluate_policy``
         :param globals_: Its global variables
-        :raises ValueError: if the info dict tells nothing about success
+        :raises ValueError: if the info dict tells nothing about success, or if the action is NaN or infinite
         """
         index, info, done = locals_["i"], locals_["info"], bool(locals_["done"])
+        check_actions(locals_["actions"][index], locals_["observations"], locals_["model"])
         success = info.get("is_success", info.get("success"))
         if success is None:
             raise ValueError(
@@ -87,6 +100,9 @@ class GoalEpisodeRecorder:
             # What VecNormalize gave may be clipped
             original = observations if self.vec_normalize is None else self.vec_normalize.get_original_obs()
             distances.append(self._distance(original, index))
+        elif info.get("terminal_observation") is None:
+            # A simulator that does not tell how the episode ended: do without it
+            distances = distances or [np.nan]
         elif self.vec_normalize is None:
             distances.append(self._distance(info["terminal_observation"]))
         elif not distances:
@@ -124,7 +140,8 @@ def evaluate_goals(
     :param n_eval_episodes: Number of episodes
     :param deterministic: Whether to use deterministic or stochastic actions
     :return: One row for each episode
-    :raises ValueError: if the number of episodes is not positive or the env does not report success
+    :raises ValueError: if the number of episodes is not positive, if the env does not report success,
+        or if an action is NaN or infinite
     """
     if n_eval_episodes < 1:
         raise ValueError(f"`n_eval_episodes` must be at least 1, got {n_eval_episodes}")
@@ -138,7 +155,8 @@ class GoalEvalCallback(EvalCallback):
     """
     Callback for evaluating a goal-conditioned agent: what :class:`~stable_baselines3.common.callbacks.EvalCallback` does,
     and the measures of :class:`GoalEpisode`, logged as ``eval/success_any``, ``eval/success_last``,
-    ``eval/time_at_goal`` (steps), ``eval/time_at_goal_fraction`` and ``eval/mean_distance``.
+    ``eval/time_at_goal`` (steps), ``eval/time_at_goal_fraction`` and ``eval/mean_distance``. ``eval/success_rate``, and
+    ``successes`` in ``evaluations.npz``, are Stable-Baselines3's names of the success at the last step.
 
     If there is a ``log_path``, each episode becomes a row of ``episodes.csv`` in that folder.
 
@@ -207,15 +225,41 @@ class GoalEvalCallback(EvalCallback):
             csv.writer(file).writerows([header, *rows])
         self._has_rows = True
 
+    def _init_callback(self) -> None:
+        if innermost_envs(self.training_env) & innermost_envs(self.eval_env):
+            raise ValueError(
+                "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
+                "Make another one"
+            )
+        super()._init_callback()
+
     def _on_step(self) -> bool:
-        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
+        is_due = self.eval_freq > 0 and self.n_calls % self.eval_freq == 0
+        if is_due:
             # An evaluation that was interrupted leaves nothing behind
             self._recorder = GoalEpisodeRecorder(self.eval_env)
-        return super()._on_step()
+        best_mean_reward, verbose = self.best_mean_reward, self.verbose
+        # The parent prints success at the last step as "Success rate"
+        self.verbose = 0
+        try:
+            continue_training = super()._on_step()
+        finally:
+            self.verbose = verbose
+        if is_due and verbose >= 1:
+            means = self.last_means
+            print(
+                f"Eval num_timesteps={self.num_timesteps}: success {100 * means['success_any']:.0f} % at any step, "
+                f"{100 * means['success_last']:.0f} % at the last step, time at goal {means['time_at_goal']:.1f} of "
+                f"{means['episode_length']:.0f} steps, episode reward {means['episode_reward']:.2f}"
+                + (" (new best)" if self.best_mean_reward > best_mean_reward else "")
+            )
+        return continue_training
 
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
-        super()._log_success_callback(locals_, globals_)
         self._recorder(locals_, globals_)
+        if locals_["done"]:
+            # The parent reads `is_success` only
+            self._is_success_buffer.append(self._recorder.episodes[-1].success_last)
         # The parent dumps the logger before it gives the control back
         if len(self._recorder.episodes) == self.n_eval_episodes:
             self._log_episodes(self._recorder.episodes)

@@ -1,6 +1,8 @@
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from numbers import Integral, Real
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -22,7 +24,7 @@ def check_depth(depth: int, name: str = "depth") -> int:
     :return: The number of residual blocks, ``depth / 4``
     :raises ValueError: if ``depth`` is not a positive multiple of 4
     """
-    if isinstance(depth, bool) or not isinstance(depth, Integral) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
+    if not is_integer(depth) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
         if isinstance(depth, Real) and depth > 0:
             below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK
             fix = f"use {below or LAYERS_PER_BLOCK}" + (f" or {below + LAYERS_PER_BLOCK}" if below else "")
@@ -49,6 +51,33 @@ def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+def make_module(make: Callable[..., Any], args: tuple[Any, ...], wanted: str) -> nn.Module:
+    """
+    :param make: What the user chose: a class, or a function that makes a module
+    :param args: Arguments to pass to it
+    :param wanted: What it must be, for the error message
+    :return: The module
+    :raises ValueError: if it does not make one of these arguments
+    """
+    module, reason = None, None
+    try:
+        module = make(*args)
+    except TypeError as error:
+        reason = error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{wanted}, got {make!r}") from reason
+    return module
+
+
+def make_activation(activation_fn: Callable[[], nn.Module]) -> nn.Module:
+    """
+    :param activation_fn: Class of the activation, or another function without arguments that makes one
+    :return: The activation
+    :raises ValueError: if it makes none
+    """
+    return make_module(activation_fn, (), "`activation_fn` must be the class of an activation, such as `th.nn.ReLU`")
+
+
 def make_norm(norm: Norm, width: int) -> nn.Module:
     """
     :param norm: ``"layer"`` for LayerNorm, ``"none"`` for the identity, or what makes the module from the number of features
@@ -57,7 +86,7 @@ def make_norm(norm: Norm, width: int) -> nn.Module:
     :raises ValueError: if ``norm`` is none of those
     """
     if callable(norm):
-        return norm(width)
+        return make_module(norm, (width,), '`norm` must be "layer", "none", or a class such as `th.nn.RMSNorm`')
     if norm == "layer":
         # Epsilon of the reference code (Flax), PyTorch's default is 1e-5
         return nn.LayerNorm(width, eps=1e-6)
@@ -76,7 +105,7 @@ def dense_layer(in_dim: int, width: int, activation_fn: type[nn.Module], norm: N
     :param norm: See :func:`make_norm`
     :return: The three modules, in order
     """
-    return [lecun_uniform_(nn.Linear(in_dim, width)), make_norm(norm, width), activation_fn()]
+    return [lecun_uniform_(nn.Linear(in_dim, width)), make_norm(norm, width), make_activation(activation_fn)]
 
 
 class ResidualBlock(nn.Module):
@@ -150,7 +179,7 @@ def parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[fl
         return 1.0 / n_blocks, False
     if residual_scale == "learnable":
         return 1.0 / n_blocks, True
-    if isinstance(residual_scale, (int, float)) and not isinstance(residual_scale, bool) and residual_scale > 0:
+    if isinstance(residual_scale, Real) and not isinstance(residual_scale, bool) and 0 < residual_scale < math.inf:
         return float(residual_scale), False
     raise ValueError(f'`residual_scale` must be a positive number, "1/N" or "learnable", got {residual_scale!r}')
 
@@ -191,6 +220,7 @@ class ResidualTower(nn.Module):
         super().__init__()
         n_blocks = check_depth(depth)
         check_positive_int(width, "width")
+        check_bool(residual, "residual")
         scale, learn_scale = parse_residual_scale(residual_scale, n_blocks)
         self.output_dim = width if output_dim is None else output_dim
         self.stem = nn.Sequential(*dense_layer(input_dim, width, activation_fn, norm))
@@ -247,6 +277,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def is_integer(value: Any) -> bool:
+    """
+    :param value: What the user gave
+    :return: Whether it is an integer, of Python or NumPy
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_positive_int(value: int, name: str) -> int:
     """
     :param value: The number to check
@@ -254,6 +292,34 @@ def check_positive_int(value: int, name: str) -> int:
     :return: The same number
     :raises ValueError: if it is not a positive integer
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+    if not is_integer(value) or value < 1:
+        fix = f": use {int(value)}" if isinstance(value, float) and value >= 1 and float(value).is_integer() else ""
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}{fix}")
+    return value
+
+
+def check_number(value: float, name: str, maximum: float = math.inf) -> float:
+    """
+    :param value: The number to check
+    :param name: What it is called in the error message
+    :param maximum: The largest that it may be
+    :return: The same number
+    :raises ValueError: if it is not a finite number between 0 and the maximum
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if not is_number or not 0 <= value <= maximum:
+        wanted = f"be between 0 and {maximum:g}" if maximum < math.inf else "not be negative" if is_number else "be a number"
+        raise ValueError(f"`{name}` must {wanted}, got {value!r}")
+    return value
+
+
+def check_bool(value: bool, name: str) -> bool:
+    """
+    :param value: What the user chose
+    :param name: What it is called in the error message
+    :return: The same value
+    :raises ValueError: if it is neither True nor False
+    """
+    if value not in (True, False):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}")
     return value

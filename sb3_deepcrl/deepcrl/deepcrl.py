@@ -3,17 +3,19 @@ import inspect
 import io
 import json
 import math
+import os
 import pathlib
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -30,6 +32,7 @@ from stable_baselines3.common.type_aliases import (
     TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_deepcrl.common.acceleration import (
@@ -52,8 +55,9 @@ from sb3_deepcrl.common.losses import (
     info_nce,
     rowwise_energy,
 )
+from sb3_deepcrl.common.policies import check_class, check_dict
 from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.torch_layers import ResidualTower, check_positive_int, frozen
+from sb3_deepcrl.common.torch_layers import ResidualTower, check_bool, check_number, check_positive_int, frozen, is_integer
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, threads_of_kernel
 from sb3_deepcrl.deepcrl.policies import (
     GOAL_KEY,
@@ -76,6 +80,12 @@ ARCHITECTURE = dict(depth=16, actor_depth=None, critic_depth=None, width=256, re
 # Keyword arguments that only HerReplayBuffer knows
 HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
 
+# Keyword arguments of the replay buffer that DeepCRL passes itself
+REPLAY_BUFFER_ARGUMENTS = ("buffer_size", "device", "gamma", "optimize_memory_usage")
+
+# Follow from the learning rates: not saved, and not read from older files, which hold them
+SCHEDULES = ("lr_schedule", "critic_lr_schedule", "ent_coef_lr_schedule")
+
 # A train() call holds no more sampled transitions than that at a time, in bytes
 MAX_SAMPLE_BYTES = 2**28
 
@@ -95,13 +105,95 @@ UPDATE_METRICS = (
 )
 
 
+def hold_the_same(achieved: spaces.Space, desired: spaces.Space) -> bool:
+    """
+    :param achieved: Space of the achieved goals
+    :param desired: Space of the desired goals
+    :return: Whether the networks can take the one for the other; bounds and type of the numbers do not matter
+    """
+    as_they_are = (spaces.Box, spaces.MultiBinary)
+    if isinstance(achieved, as_they_are) and isinstance(desired, as_they_are):
+        return achieved.shape == desired.shape
+    if isinstance(achieved, spaces.MultiDiscrete) and isinstance(desired, spaces.MultiDiscrete):
+        return np.array_equal(achieved.nvec, desired.nvec) and np.array_equal(achieved.start, desired.start)
+    return achieved == desired
+
+
+def as_float(value: Any) -> float:
+    """
+    :param value: A number, or a text that holds one
+    :return: The number, NaN if it is none
+    """
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def parse_ent_coef(ent_coef: str | float) -> tuple[float, bool]:
+    """
+    :param ent_coef: See :class:`DeepCRL`
+    :return: The (initial) entropy coefficient and whether it is learned
+    :raises ValueError: if it is neither a number nor "auto"
+    """
+    if ent_coef == "auto":
+        return 1.0, True
+    learned = isinstance(ent_coef, str) and ent_coef.startswith("auto_")
+    value = as_float(str(ent_coef).removeprefix("auto_") if learned else ent_coef)
+    if not 0.0 <= value < math.inf or (learned and value == 0.0):
+        raise ValueError(
+            '`ent_coef` must be a number that is not negative, "auto" to learn it, or "auto_0.1" to start with 0.1, '
+            f"got {ent_coef!r}"
+        )
+    return value, learned
+
+
+def check_learning_rate(learning_rate: float | Schedule, name: str) -> None:
+    """
+    :param learning_rate: What the user gave
+    :param name: What it is called in the error message
+    :raises ValueError: if it is neither a number that can be a learning rate nor a schedule that starts with one
+    """
+    rate = learning_rate(1.0) if callable(learning_rate) else learning_rate
+    if isinstance(rate, str) or not 0.0 <= as_float(rate) < math.inf:
+        returned = f", which returns {rate!r} at 1" if callable(learning_rate) else ""
+        raise ValueError(
+            f"`{name}` must be a number that is not negative, or a function of the remaining progress (from 1 to 0) that "
+            f"returns one, got {learning_rate!r}{returned}"
+        )
+
+
+def make_schedule(learning_rate: float | Schedule) -> FloatSchedule:
+    """
+    :param learning_rate: A number, be it one of NumPy, or a schedule
+    :return: The schedule
+    """
+    return FloatSchedule(learning_rate if callable(learning_rate) else float(learning_rate))
+
+
+def own_schedule(name: str) -> property:
+    """
+    :param name: Attribute with the learning rate of one optimizer, None if it has none of its own
+    :return: Property with its schedule. It follows from other attributes when it is read, as the user may replace them.
+    """
+
+    def get_schedule(model: "DeepCRL") -> Schedule:
+        learning_rate = getattr(model, name)
+        return model.lr_schedule if learning_rate is None else make_schedule(learning_rate)
+
+    def set_schedule(model: "DeepCRL", schedule: Schedule) -> None:
+        setattr(model, name, schedule)
+
+    return property(get_schedule, set_schedule, doc=f"Schedule of ``{name}``, or ``lr_schedule`` where it is None.")
+
+
 def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
     """
     Check that an env is one that DeepCRL can learn.
 
     :param observation_space: Observation space of the env
     :param action_space: Action space of the env
-    :raises ValueError: if it is not goal-conditioned, if the spaces of the two goals differ, or if the actions are
+    :raises ValueError: if it is not goal-conditioned, if the two goals are not of the same form, or if the actions are
         not continuous
     """
     found = list(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else []
@@ -114,13 +206,7 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
         )
     assert isinstance(observation_space, spaces.Dict)
     achieved, desired = observation_space["achieved_goal"], observation_space["desired_goal"]
-    same_box = (
-        isinstance(achieved, spaces.Box)
-        and isinstance(desired, spaces.Box)
-        and achieved.shape == desired.shape
-        and achieved.dtype.kind == desired.dtype.kind
-    )
-    if achieved != desired and not same_box:
+    if not hold_the_same(achieved, desired):
         raise ValueError(
             "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabelled with what was "
             f"achieved, got {achieved} and {desired}. Let the env give both in the same form"
@@ -130,6 +216,22 @@ def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) ->
             f"DeepCRL only supports continuous actions (`spaces.Box`), but the action space is {action_space}. "
             "Use an env with continuous actions, or an algorithm for discrete ones, such as DQN with HerReplayBuffer"
         )
+
+
+def longest_episode(env: VecEnv) -> int | None:
+    """
+    :param env: Any envs
+    :return: Number of steps of their longest episode, None if they do not tell
+    """
+    # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
+    name = "_max_episode_steps"
+    try:
+        # The processes of SubprocVecEnv die of `get_attr` with a name that they do not know
+        lengths = env.get_attr(name) if env.has_attr(name) else []
+        return max((int(length) for length in lengths if length is not None), default=None)
+    except Exception:
+        # VecEnvs of simulators raise all kinds of errors and may return anything
+        return None
 
 
 class DeepCRL(OffPolicyAlgorithm):
@@ -145,7 +247,8 @@ class DeepCRL(OffPolicyAlgorithm):
     and usually ``observation``. ``compute_reward`` is not needed.
 
     :param policy: The policy model to use (``MultiInputPolicy``)
-    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param env: The environment to learn from (can be the id of one, also of gymnasium-robotics, and of another package
+        that it names: ``"panda_gym:PandaReach-v3"``)
     :param learning_rate: learning rate of the Adam optimizers, it can be a function of the current progress remaining
         (from 1 to 0)
     :param buffer_size: size of the replay buffer, over all envs
@@ -226,6 +329,8 @@ class DeepCRL(OffPolicyAlgorithm):
     actor: Actor
     critic: ContrastiveCritic
     replay_buffer: ContrastiveReplayBuffer | None
+    critic_lr_schedule = own_schedule("critic_learning_rate")
+    ent_coef_lr_schedule = own_schedule("ent_coef_learning_rate")
 
     def __init__(
         self,
@@ -274,6 +379,7 @@ class DeepCRL(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        check_dict(policy_kwargs, "policy_kwargs")
         architecture: dict[str, Any] = dict(
             depth=depth,
             actor_depth=actor_depth,
@@ -282,6 +388,8 @@ class DeepCRL(OffPolicyAlgorithm):
             repr_dim=repr_dim,
             energy=energy,
         )
+        if isinstance(env, str):
+            env = self.find_spec(env).id
         super().__init__(
             policy,
             env,
@@ -298,7 +406,7 @@ class DeepCRL(OffPolicyAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
-            policy_kwargs=self._merge_policy_kwargs(architecture, policy_kwargs or {}),
+            policy_kwargs=dict(policy_kwargs or {}),
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -318,12 +426,13 @@ class DeepCRL(OffPolicyAlgorithm):
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.ent_coef_optimizer: th.optim.Adam | None = None
-        self.depth = self.policy_kwargs["depth"]
-        self.actor_depth = self.policy_kwargs["actor_depth"]
-        self.critic_depth = self.policy_kwargs["critic_depth"]
-        self.width = self.policy_kwargs["width"]
-        self.repr_dim = self.policy_kwargs["repr_dim"]
-        self.energy = self.policy_kwargs["energy"]
+        merged = self._merge_policy_kwargs(architecture, self.policy_kwargs)
+        self.depth = merged["depth"]
+        self.actor_depth = merged["actor_depth"]
+        self.critic_depth = merged["critic_depth"]
+        self.width = merged["width"]
+        self.repr_dim = merged["repr_dim"]
+        self.energy = merged["energy"]
         self.contrastive_loss = contrastive_loss
         self.logsumexp_coef = logsumexp_coef
         self.random_goals = random_goals
@@ -340,7 +449,12 @@ class DeepCRL(OffPolicyAlgorithm):
         ]
         # Whether the last rollout stopped before its transition was stored
         self._rollout_interrupted = False
+        # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
+        self._missing_steps = 0
         self._warned_of_clipped_goals = False
+        self._warned_of_few_transitions = False
+        # Number of timesteps at the last dump of the logger
+        self._logged_timesteps: int | None = None
 
         # Whether the residual blocks are compiled, None if nobody has tried
         self._compiled: bool | None = None
@@ -348,12 +462,34 @@ class DeepCRL(OffPolicyAlgorithm):
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
         self._graphed_update: GraphedFunction | None = None
 
+        check_class(self.policy_class, DeepCRLPolicy, "policy", 'leave it at "MultiInputPolicy"')
         if self.env is not None:
             check_spaces(self.observation_space, self.action_space)
+        elif _init_setup_model:
+            raise ValueError(
+                f"`env={env}`, but the networks are made for the spaces of an env: give one. To predict with a model that was "
+                "saved, `DeepCRL.load(path)` needs none"
+            )
 
         if _init_setup_model:
+            self._check_settings()
+            if self.n_envs > 1 and getattr(self.train_freq, "unit", None) == TrainFrequencyUnit.EPISODE:
+                raise ValueError(
+                    f"`train_freq={train_freq}` counts episodes, which needs a single env, got {self.n_envs}: count steps"
+                )
             self._check_buffer_size()
             self._setup_model()
+
+    @staticmethod
+    def find_spec(env_id: str) -> EnvSpec:
+        """
+        Find the env that an id names. The package puts :func:`~sb3_deepcrl.envs.registration.find_spec` in its place, which
+        knows more of them.
+
+        :param env_id: The id
+        :return: The specification of the env
+        """
+        return gym.spec(env_id)
 
     @staticmethod
     def _merge_policy_kwargs(architecture: dict[str, Any], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -371,6 +507,11 @@ class DeepCRL(OffPolicyAlgorithm):
                 )
         return {**architecture, **policy_kwargs}
 
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        if policy_name not in self.policy_aliases:
+            raise ValueError(f'Policy {policy_name} unknown: use "MultiInputPolicy"')
+        return super()._get_policy_from_name(policy_name)
+
     def _check_settings(self) -> None:
         """
         Check what the user can set in the constructor, in ``load()`` or as an attribute.
@@ -378,27 +519,81 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if a value is out of its range
         """
         check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
-        if not isinstance(self.gradient_steps, Integral) and self.gradient_steps != "auto":
-            raise ValueError(f'`gradient_steps` must be an integer or "auto", got {self.gradient_steps!r}')
+        for name in ("gamma", "random_goals"):
+            check_number(getattr(self, name), name, maximum=1.0)
+        check_number(self.logsumexp_coef, "logsumexp_coef")
+        parse_ent_coef(self.ent_coef)
+        if self.target_entropy != "auto" and not math.isfinite(as_float(self.target_entropy)):
+            raise ValueError(
+                '`target_entropy` must be a finite number, or "auto" for minus half the dimension of the actions, '
+                f"got {self.target_entropy!r}"
+            )
+        for name in ("learning_rate", "critic_learning_rate", "ent_coef_learning_rate"):
+            if name == "learning_rate" or getattr(self, name) is not None:
+                check_learning_rate(getattr(self, name), name)
+        self._check_rollout_settings()
+        self._check_acceleration_settings()
+        self._check_unsupported_settings()
+
+    def _check_rollout_settings(self) -> None:
+        """
+        Check what says how transitions are collected, stored, sampled and logged.
+
+        :raises ValueError: if a value is out of its range
+        """
+        for name, value in (
+            ("buffer_size", self.buffer_size),
+            ("batch_size", self.batch_size),
+            ("stats_window_size", self._stats_window_size),
+        ):
+            check_positive_int(value, name)
         if self.batch_size < 2:
             raise ValueError(
                 f"`batch_size` must be at least 2, got {self.batch_size}: the negatives of the contrastive loss are the "
                 "other rows of the minibatch"
             )
-        for name, value in (("gamma", self.gamma), ("random_goals", self.random_goals)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must be between 0 and 1, got {value}")
+        check_number(self.learning_starts, "learning_starts")
+        if self.gradient_steps != "auto" and (not is_integer(self.gradient_steps) or self.gradient_steps < -1):
+            raise ValueError(
+                f'`gradient_steps` must be an integer or "auto", got {self.gradient_steps!r}: -1 means as many as there were '
+                "steps, 0 none"
+            )
+        if self.train_freq != "auto":
+            self._convert_train_freq()
+        if self.action_noise is not None and not isinstance(self.action_noise, ActionNoise):
+            raise ValueError(
+                f"`action_noise` must be an ActionNoise, such as `NormalActionNoise(mean, sigma)`, got {self.action_noise!r}"
+            )
+        check_dict(self.replay_buffer_kwargs, "replay_buffer_kwargs")
+        # Python's random generator takes none of NumPy's integers
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**32):
+            raise ValueError(f"`seed` must be None or a Python integer from 0 to 2**32 - 1, got {self.seed!r}")
+        if self.tensorboard_log is not None and not isinstance(self.tensorboard_log, (str, os.PathLike)):
+            raise ValueError(f"`tensorboard_log` must be the path of a folder or None, got {self.tensorboard_log!r}")
+
+    def _check_acceleration_settings(self) -> None:
+        """
+        Check what says how the networks run.
+
+        :raises ValueError: if a value is out of its range
+        """
         check_switch(self.compile, "compile")
         check_switch(self.cuda_graph, "cuda_graph")
         check_choice(self.precision, PRECISIONS, "precision")
+        check_bool(self.checkpoint_activations, "checkpoint_activations")
         if self.contrastive_chunk_size is not None:
             check_positive_int(self.contrastive_chunk_size, "contrastive_chunk_size")
         if self.cuda_graph is True and self.device.type != "cuda":
             raise ValueError(
                 f'`cuda_graph=True` needs a GPU, but the device is {self.device}: leave it at "auto", which is off there'
             )
-        if self.logsumexp_coef < 0.0:
-            raise ValueError(f"`logsumexp_coef` must not be negative, got {self.logsumexp_coef}")
+
+    def _check_unsupported_settings(self) -> None:
+        """
+        Check what SAC knows and DeepCRL does not.
+
+        :raises ValueError: if it is asked for
+        """
         if self.n_steps != 1:
             raise ValueError(
                 f"`n_steps` must be 1, got {self.n_steps}: contrastive RL bootstraps from no return, so that there are no "
@@ -422,22 +617,16 @@ class DeepCRL(OffPolicyAlgorithm):
         :raises ValueError: if it does not
         """
         assert self.env is not None
-        # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
-        name = "_max_episode_steps"
-        lengths = [length for length in (self.env.get_attr(name) if self.env.has_attr(name) else []) if length is not None]
-        if lengths and self.buffer_size // self.n_envs < max(lengths):
+        longest = longest_episode(self.env)
+        if longest is not None and self.buffer_size // self.n_envs < longest:
             raise ValueError(
                 f"`buffer_size={self.buffer_size}` leaves {self.buffer_size // self.n_envs} transitions for each of the "
-                f"{self.n_envs} envs, less than one episode of {max(lengths)} steps, within which goals are drawn: "
-                f"use at least {self.n_envs * max(lengths)}"
+                f"{self.n_envs} envs, less than one episode of {longest} steps, within which goals are drawn: "
+                f"use at least {self.n_envs * longest}"
             )
 
     def _setup_lr_schedule(self) -> None:
-        super()._setup_lr_schedule()
-        self.critic_lr_schedule, self.ent_coef_lr_schedule = (
-            self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
-            for learning_rate in (self.critic_learning_rate, self.ent_coef_learning_rate)
-        )
+        self.lr_schedule = make_schedule(self.learning_rate)
 
     def _setup_replay_buffer_class(self) -> None:
         """
@@ -445,6 +634,11 @@ class DeepCRL(OffPolicyAlgorithm):
 
         :raises ValueError: if the user asks for a class whose samples hold no future goals
         """
+        if self.replay_buffer_class is not None and not isinstance(self.replay_buffer_class, type):
+            raise ValueError(
+                "`replay_buffer_class` must be ContrastiveReplayBuffer or a subclass of it, got "
+                f"{self.replay_buffer_class!r}, which is no class: leave it out"
+            )
         is_her = self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, HerReplayBuffer)
         ignored = [name for name in HER_KWARGS if name in self.replay_buffer_kwargs]
         if is_her or ignored:
@@ -457,11 +651,12 @@ class DeepCRL(OffPolicyAlgorithm):
             self.replay_buffer_kwargs = {
                 name: value for name, value in self.replay_buffer_kwargs.items() if name not in HER_KWARGS
             }
-        if "gamma" in self.replay_buffer_kwargs:
-            raise ValueError(
-                f"`replay_buffer_kwargs` has `gamma={self.replay_buffer_kwargs['gamma']}`, but the replay buffer takes the "
-                "`gamma` of DeepCRL: set that one"
-            )
+        for name in REPLAY_BUFFER_ARGUMENTS:
+            if name in self.replay_buffer_kwargs:
+                raise ValueError(
+                    f"`replay_buffer_kwargs` has `{name}={self.replay_buffer_kwargs[name]}`, but the replay buffer takes the "
+                    f"`{name}` of DeepCRL: set that one"
+                )
         if self.replay_buffer_class is None or is_her:
             self.replay_buffer_class = ContrastiveReplayBuffer
         elif not issubclass(self.replay_buffer_class, ContrastiveReplayBuffer):
@@ -469,6 +664,18 @@ class DeepCRL(OffPolicyAlgorithm):
                 f"`replay_buffer_class` must be ContrastiveReplayBuffer or a subclass of it, got "
                 f"{self.replay_buffer_class.__name__}, whose samples hold no goals that were reached later: leave it out"
             )
+
+    def _convert_train_freq(self) -> None:
+        train_freq = self.train_freq if isinstance(self.train_freq, (tuple, list)) else (self.train_freq, "step")
+        frequency = train_freq[0] if len(train_freq) == 2 else None
+        if not is_integer(frequency) or frequency < 1:
+            raise ValueError(
+                '`train_freq` must be a positive integer, one with a unit, like (5, "step") or (2, "episode"), or "auto", '
+                f"got {self.train_freq!r}"
+            )
+        if not isinstance(self.train_freq, TrainFreq):
+            self.train_freq = (int(frequency), train_freq[1])  # type: ignore[assignment]
+        super()._convert_train_freq()
 
     def _setup_train_freq(self) -> None:
         """
@@ -486,11 +693,16 @@ class DeepCRL(OffPolicyAlgorithm):
             # The length of an episode is not known here
             n_steps = self.train_freq.frequency if self.train_freq.unit == TrainFrequencyUnit.STEP else 1
             self.gradient_steps = max(1, round(n_steps * self.n_envs / TRANSITIONS_PER_GRADIENT_STEP))
+        self._convert_train_freq()
 
     def _setup_model(self) -> None:
         self._check_settings()
         self._setup_replay_buffer_class()
         self._setup_train_freq()
+        # In a loaded model the one or the other may have been replaced or left out
+        self.policy_kwargs = {**{name: getattr(self, name) for name in ARCHITECTURE}, **self.policy_kwargs}
+        for name in ARCHITECTURE:
+            setattr(self, name, self.policy_kwargs[name])
         super()._setup_model()
         assert self.replay_buffer is not None
         self.replay_buffer.gamma = self.gamma
@@ -499,23 +711,14 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.target_entropy == "auto":
             self.target_entropy = -0.5 * float(np.prod(self.action_space.shape))  # type: ignore[arg-type]
         else:
-            # Force conversion
-            # this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
 
-        if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
-            # Initial value of ent_coef when learned
-            init_value = 1.0
-            if "_" in self.ent_coef:
-                init_value = float(self.ent_coef.split("_")[1])
-                assert init_value > 0.0, "The initial value of ent_coef must be greater than 0"
-            self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
+        ent_coef, learned = parse_ent_coef(self.ent_coef)
+        if learned:
+            self.log_ent_coef = th.log(th.ones(1, device=self.device) * ent_coef).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.ent_coef_lr_schedule(1))
         else:
-            # Force conversion to float
-            # this will throw an error if a malformed string (different from 'auto')
-            # is passed
-            self.ent_coef_tensor = th.tensor(float(self.ent_coef), device=self.device)
+            self.ent_coef_tensor = th.tensor(ent_coef, device=self.device)
         self._setup_acceleration()
 
     def _setup_acceleration(self, n_updates: int = 0) -> None:
@@ -533,6 +736,8 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.compile is True or (self.compile == "auto" and compile_pays(self.device, n_updates * depth)):
             # Tried once, so that there is one warning where it fails
             if self._compiled is None:
+                if self.verbose >= 1:
+                    print("Compiling the networks: the first time takes a while")
                 self._compiled = compile_blocks(self.policy)
         elif self.compile is False:
             uncompile_blocks(self.policy)
@@ -606,6 +811,7 @@ class DeepCRL(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._check_settings()
+        self._setup_train_freq()
         assert self.env is not None, "You must set the environment before calling learn()"
         self._check_buffer_size()
         assert self.replay_buffer is not None
@@ -621,6 +827,7 @@ class DeepCRL(OffPolicyAlgorithm):
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
+        self._logged_timesteps = None
         with self._normalization_kept_on_error():
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
             last_obs, self._last_obs = self._last_obs, None
@@ -642,27 +849,58 @@ class DeepCRL(OffPolicyAlgorithm):
         Put the running statistics of VecNormalize back if a value from the env is not a number: it is in them already.
         """
         vec_normalize = self._vec_normalize_env
-        statistics = None if vec_normalize is None else deepcopy((vec_normalize.obs_rms, vec_normalize.ret_rms))
+        # There is no `obs_rms` where observations are not normalised
+        attributes = {} if vec_normalize is None else vars(vec_normalize)
+        names = attributes.keys() & {"obs_rms", "ret_rms"}
+        statistics = deepcopy({name: attributes[name] for name in names})
         try:
             yield
         except ValueError:
-            if vec_normalize is not None and statistics is not None:
-                vec_normalize.obs_rms, vec_normalize.ret_rms = statistics
+            attributes.update(statistics)
             raise
 
-    def collect_rollouts(self, *args, **kwargs) -> RolloutReturn:
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # Some envs, or an episode, may go beyond the end
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, train_freq: TrainFreq, *args: Any, **kwargs: Any
+    ) -> RolloutReturn:
         """
         Collect experiences and store them into the replay buffer,
         see :meth:`~stable_baselines3.common.off_policy_algorithm.OffPolicyAlgorithm.collect_rollouts`.
 
+        The last rollout of ``learn()`` ends with it. What it is shorter than ``train_freq``, the first one of the next
+        ``learn()`` is longer, so that the ratio of updates to steps does not depend on how a training is divided.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each step
+        :param train_freq: How much experience to collect
+        :param args: Other positional arguments of that method
+        :param kwargs: Other keyword arguments of that method
         :return: How much was collected and whether to go on
-        :raises ValueError: if a value from the env is NaN or infinite
+        :raises ValueError: if a value from the env, or an action, is NaN or infinite
         """
+        missing_steps, self._missing_steps = self._missing_steps, 0
+        n_short = 0
+        n_left = (self._total_timesteps - self.num_timesteps) / env.num_envs
+        if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
+            n_wanted = train_freq.frequency + missing_steps
+            n_steps = n_wanted if n_left >= n_wanted else math.ceil(n_left)
+            n_short = n_wanted - n_steps
+            train_freq = TrainFreq(n_steps, train_freq.unit)
         # Stays true when a callback, an exception or Ctrl-C stops the rollout
         self._rollout_interrupted = True
         with self._normalization_kept_on_error():
-            rollout = super().collect_rollouts(*args, **kwargs)
+            rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
         self._rollout_interrupted = not rollout.continue_training
+        if n_short > 0 and rollout.continue_training and self.gradient_steps >= 0:
+            self._missing_steps = n_short
+            if train_freq.frequency <= missing_steps:
+                # Their updates were done at the end of the last learn()
+                self._missing_steps = missing_steps - train_freq.frequency
+                return rollout._replace(continue_training=False)
         return rollout
 
     def _store_transition(
@@ -674,11 +912,22 @@ class DeepCRL(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
+        # VecEnvs of simulators return them as numbers, lists or tensors
+        dones = np.asarray(dones, dtype=bool).reshape(-1)
         # The replay buffer checks the last observation of an episode, but does not see the first one of the next
         if dones.any():
             first_obs = self._original_obs(new_obs)
-            check_finite({key: value[dones] for key, value in first_obs.items()}, np.flatnonzero(dones))
+            check_finite({key: np.asarray(value)[dones] for key, value in first_obs.items()}, np.flatnonzero(dones))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def dump_logs(self) -> None:
+        """
+        Write log data, unless there is nothing new: where episodes of several envs end at the same step, once for all.
+        """
+        if self._logged_timesteps == self.num_timesteps and not self.logger.name_to_value:
+            return
+        self._logged_timesteps = self.num_timesteps
+        super().dump_logs()
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -702,16 +951,20 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.ent_coef_optimizer is not None:
             set_learning_rate(self.ent_coef_optimizer, self.ent_coef_lr_schedule(self._current_progress_remaining))
 
+        self._warn_of_few_transitions(batch_size)
         self.replay_buffer.gamma = self.gamma
-        transition_bytes = sum(values[0, 0].nbytes for values in self.replay_buffer.observations.values())
-        steps_at_once = max(1, MAX_SAMPLE_BYTES // (transition_bytes * batch_size))
+        steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         metrics: list[th.Tensor] = []
         update = self._update_with_kernel if has_kernel(self.actor.tower, self.critic.sa_encoder) else self._update
+        clipped: list[th.Tensor] = []
+        watch_goals = self._may_clip_goals()
         graph_key = None if self._graphed_update is None else self._graph_key()
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
             observations, actions = self.replay_buffer.sample_contrastive(n_steps * batch_size, env=self._vec_normalize_env)
-            self._warn_of_clipped_goals(observations[GOAL_KEY])
+            if watch_goals:
+                limit = self._vec_normalize_env.clip_obs  # type: ignore[union-attr]
+                clipped.append((observations[GOAL_KEY].abs() >= limit).float().mean())
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {key: values[rows] for key, values in observations.items()}
@@ -723,21 +976,59 @@ class DeepCRL(OffPolicyAlgorithm):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
+        means = th.stack(metrics).mean(dim=0)
+        if watch_goals:
+            means = th.cat((means, th.stack(clipped).mean(dim=0, keepdim=True)))
         # The only time that the host waits for the device
-        for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
+        values = means.tolist()
+        if watch_goals:
+            self._warn_of_clipped_goals(values.pop())
+        for name, value in zip(names, values, strict=True):
             self.logger.record(f"train/{name}", value)
 
-    def _warn_of_clipped_goals(self, goals: th.Tensor) -> None:
+    def _warn_of_few_transitions(self, batch_size: int) -> None:
+        """
+        Warn once if rows of a minibatch must be the same transition: the negatives of a row are then its positive.
+
+        :param batch_size: Number of transitions in a minibatch
+        """
+        assert self.replay_buffer is not None
+        rows = self.replay_buffer.buffer_size if self.replay_buffer.full else self.replay_buffer.pos
+        n_transitions = rows * self.replay_buffer.n_envs
+        if n_transitions >= batch_size or self._warned_of_few_transitions:
+            return
+        self._warned_of_few_transitions = True
+        if self.replay_buffer.full:
+            remedy = f"`buffer_size` of at least {batch_size}"
+        else:
+            remedy = f"`learning_starts` of at least {self.num_timesteps + batch_size - n_transitions}"
+        warnings.warn(
+            f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer, so that negatives "
+            f"of the contrastive loss are copies of its positives: use {remedy}, or a smaller `batch_size`"
+        )
+
+    def _may_clip_goals(self) -> bool:
+        """
+        :return: Whether to find out if VecNormalize clips the goals: only what it normalises is clipped, and its statistics
+            need the goals of a few episodes
+        """
+        vec_normalize = self._vec_normalize_env
+        return (
+            not self._warned_of_clipped_goals
+            and vec_normalize is not None
+            and vec_normalize.norm_obs
+            and GOAL_KEY in (vec_normalize.norm_obs_keys or ())
+            and self.n_envs + self._episode_num > 2
+        )
+
+    def _warn_of_clipped_goals(self, fraction: float) -> None:
         """
         Warn once if VecNormalize makes the goals useless, as it does when the desired goal never changes: its variance
         is zero then, and all other goals end at the limits.
 
-        :param goals: Normalised goals
+        :param fraction: Fraction of the coordinates of the normalised goals that are at the limits
         """
-        vec_normalize = self._vec_normalize_env
-        if vec_normalize is None or self._warned_of_clipped_goals:
-            return
-        if (goals.abs() >= vec_normalize.clip_obs).float().mean() > 0.5:
+        if fraction > 0.5:
             self._warned_of_clipped_goals = True
             warnings.warn(
                 "VecNormalize clips most of the relabelled goals, because the env's own `desired_goal` varies too little: "
@@ -868,7 +1159,8 @@ class DeepCRL(OffPolicyAlgorithm):
         """
         Return a trained model.
 
-        :param total_timesteps: The total number of samples (env steps) to train on
+        :param total_timesteps: The total number of samples (env steps) to train on, rounded up to a multiple of the number
+            of envs, or to whole episodes if ``train_freq`` counts them
         :param callback: callback(s) called at every step with state of the algorithm.
         :param log_interval: for off-policy algos, the number of episodes before logging.
         :param tb_log_name: the name of the run for TensorBoard logging
@@ -876,7 +1168,7 @@ class DeepCRL(OffPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich.
         :return: the trained model
         :raises ValueError: if a value from the env is NaN or infinite (naming the env and the key),
-            or if an episode is longer than the replay buffer
+            except in the rewards, which are not needed
         """
         return super().learn(
             total_timesteps=total_timesteps,
@@ -934,9 +1226,10 @@ class DeepCRL(OffPolicyAlgorithm):
             or if ``kwargs`` ask for other networks than the stored ones
         """
         stored, auto_settings = cls._stored_settings(path, custom_objects)
+        custom_objects = {**dict.fromkeys(SCHEDULES), **(custom_objects or {})}
         asked = dict(kwargs.pop("policy_kwargs", None) or {})
         for name in ARCHITECTURE:
-            for source in (custom_objects or {}, kwargs):
+            for source in (custom_objects.get("policy_kwargs") or {}, custom_objects, kwargs):
                 if name in source:
                     asked[name] = source[name]
             kwargs.pop(name, None)
@@ -949,6 +1242,7 @@ class DeepCRL(OffPolicyAlgorithm):
                     f"The model in {path} was saved with `{name}={found!r}`, so that it cannot be loaded with "
                     f"`{name}={value!r}`: leave `{name}` out, or train a new model"
                 )
+        auto_settings = [name for name in auto_settings if name not in custom_objects]
         for name in auto_settings:
             kwargs.setdefault(name, "auto")
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
@@ -978,19 +1272,25 @@ class DeepCRL(OffPolicyAlgorithm):
                 file.seek(0)
             else:
                 file.close()
-        if "logsumexp_coef" not in data:
+        # What only DeepCRL has; the user may have excluded one of them
+        if not {"contrastive_loss", "logsumexp_coef", "random_goals"} & data.keys():
             saved_by = data.get("policy_class", {}).get("__module__", "unknown")
             raise ValueError(
                 f"{path} was not saved by DeepCRL, but by an algorithm whose policy is in `{saved_by}`: "
                 "load it with that algorithm"
             )
-        stored = json_to_data(json.dumps({"policy_kwargs": data["policy_kwargs"]}), custom_objects).get("policy_kwargs", {})
+        # The architecture stands in attributes of its own, whatever is done with `policy_kwargs`
+        policy_kwargs, architecture = (
+            {name: data[name] for name in names if name in data} for names in (("policy_kwargs",), ARCHITECTURE)
+        )
+        stored = json_to_data(json.dumps(policy_kwargs), custom_objects).get("policy_kwargs") or {}
+        stored = {**stored, **json_to_data(json.dumps(architecture))}
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(DeepCRLPolicy).parameters.items()
             if parameter.default is not inspect.Parameter.empty
         }
-        return {**defaults, **stored}, data["_auto_settings"]
+        return {**defaults, **stored}, data.get("_auto_settings", [])
 
     def save(
         self,
@@ -1060,7 +1360,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        return super()._excluded_save_params() + ["actor", "critic", "_compiled", "_flat", "_graphed_update"]  # noqa: RUF005
+        return [*super()._excluded_save_params(), "actor", "critic", *SCHEDULES, "_compiled", "_flat", "_graphed_update"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]

@@ -4,15 +4,16 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_deepcrl.common.acceleration import GraphBackend, GraphedFunction
 from sb3_deepcrl.common.losses import ENERGIES, check_choice, rowwise_energy, squashed_gaussian
-from sb3_deepcrl.common.torch_layers import ResidualTower, check_depth, check_positive_int, lecun_uniform_
+from sb3_deepcrl.common.policies import CheckedPolicy, check_policy_kwargs
+from sb3_deepcrl.common.torch_layers import ResidualTower, check_bool, check_depth, check_positive_int, lecun_uniform_
 
 # Range of the log standard deviation before squashing
 LOG_STD_MAX = 2
@@ -46,7 +47,7 @@ def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict
     return spaces.Dict(state), spaces.Dict({GOAL_KEY: observation_space.spaces[GOAL_KEY]})
 
 
-class Actor(BasePolicy):
+class Actor(CheckedPolicy):
     """
     Actor of DeepCRL: a residual tower from state and goal to a squashed diagonal Gaussian.
 
@@ -220,7 +221,7 @@ class ContrastiveCritic(BaseModel):
         return rowwise_energy(state_action, self.encode_goal(obs), self.energy).unsqueeze(1)
 
 
-class DeepCRLPolicy(BasePolicy):
+class DeepCRLPolicy(CheckedPolicy):
     """
     Policy class (with both actor and critic) for DeepCRL.
 
@@ -278,6 +279,20 @@ class DeepCRLPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         **sac_kwargs: Any,
     ):
+        check_policy_kwargs(
+            dict(
+                features_extractor_class=features_extractor_class,
+                features_extractor_kwargs=features_extractor_kwargs,
+                optimizer_class=optimizer_class,
+                optimizer_kwargs=optimizer_kwargs,
+            )
+        )
+        if features_extractor_class in (FlattenExtractor, NatureCNN):
+            raise ValueError(
+                f"`features_extractor_class={features_extractor_class.__name__}` does not know Dict observations: "
+                "use `CombinedExtractor` or a class of your own"
+            )
+        check_bool(normalize_images, "normalize_images")
         super().__init__(
             observation_space,
             action_space,

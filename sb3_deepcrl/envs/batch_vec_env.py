@@ -14,6 +14,7 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
 from sb3_deepcrl.envs.goal_env import GoalEnv
+from sb3_deepcrl.envs.registration import find_spec
 from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation, Transition
 from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, check_task_arguments, refuse_setting
@@ -26,15 +27,20 @@ ABSORBED_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker)
 class EnvView:
     """
     One environment of a ``BatchVecEnv`` as ``get_attr``, ``set_attr`` and ``env_method`` see it: what belongs to it alone is
-    here, everything else is looked up in the task that all of them share.
+    here, everything else is looked up in the task that all of them share. It is made where it is needed: if the vectorized
+    environment kept it, the two would keep each other alive.
 
     :param vec_env: The vectorized environment
     :param index: Index of the environment
+    :param attributes: What was set on this environment, to be kept by the vectorized one
     """
 
-    def __init__(self, vec_env: "BatchVecEnv", index: int):
+    __slots__ = ("__dict__", "_index", "_vec_env")
+
+    def __init__(self, vec_env: "BatchVecEnv", index: int, attributes: dict[str, Any]):
         self._vec_env = vec_env
         self._index = index
+        self.__dict__ = attributes
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -86,6 +92,7 @@ class EnvView:
 
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
+        self._vec_env.simulation.check_open()
         self._vec_env.simulation.goals[self._index] = self._vec_env.task.check_goal(goal, f" of env {self._index}")
 
     def render(self) -> np.ndarray | None:
@@ -196,7 +203,7 @@ class BatchVecEnv(VecEnv):
 
         self.task = GoalTask(**arguments)
         self.simulation = Simulation(self.task, n_envs, n_threads)
-        self._views = [EnvView(self, i) for i in range(n_envs)]
+        self._attributes: list[dict[str, Any]] = [{} for _ in range(n_envs)]
         self._lengths = np.zeros(n_envs, dtype=np.int64)
         self._returns = np.zeros(n_envs, dtype=np.float64)
         self._start_time = time.time()
@@ -214,6 +221,11 @@ class BatchVecEnv(VecEnv):
         read: list[tuple[dict[str, Any], int | None, dict[str, Any]]] = []
         for i, env_fn in enumerate(env_fns):
             env = env_fn()
+            if not isinstance(env.unwrapped, GoalEnv):
+                raise ValueError(
+                    f"Env {i} is a {type(env.unwrapped).__name__}. BatchVecEnv steps this package's GoalEnv only: use "
+                    "DummyVecEnv."
+                )
             spec, limit, writer = env.spec, None, None
             layer = env
             while isinstance(layer, gym.Wrapper):
@@ -228,10 +240,7 @@ class BatchVecEnv(VecEnv):
                 if isinstance(layer, Monitor):
                     writer, self._info_keywords = layer.results_writer, layer.info_keywords
                 layer = layer.env
-            if not isinstance(layer, GoalEnv):
-                raise ValueError(
-                    f"Env {i} is a {type(layer).__name__}. BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv."
-                )
+            assert isinstance(layer, GoalEnv)
             read.append((layer.task_kwargs, limit, {"render_mode": layer.render_mode, **layer.render_arguments}))
             if read[-1] != read[0]:
                 raise ValueError(f"Env {i} differs from env 0: {read[-1]} is not {read[0]}. All of them must be alike.")
@@ -319,8 +328,11 @@ class BatchVecEnv(VecEnv):
         for i, row in zip(indices.tolist(), _rows(measures), strict=True):
             self.reset_infos[i] = row
 
+    def _views(self, indices: VecEnvIndices) -> list[EnvView]:
+        return [EnvView(self, i, self._attributes[i]) for i in self._get_indices(indices)]
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return [getattr(self._views[i], attr_name) for i in self._get_indices(indices)]
+        return [getattr(view, attr_name) for view in self._views(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
@@ -349,8 +361,8 @@ class BatchVecEnv(VecEnv):
             return
         if attr_name != "goal" and (hasattr(EnvView, attr_name) or hasattr(self.task, attr_name)):
             refuse_setting(attr_name, "max_episode_steps", "goal")
-        for i in chosen:
-            setattr(self._views[i], attr_name, value)
+        for view in self._views(chosen):
+            setattr(view, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
@@ -359,10 +371,10 @@ class BatchVecEnv(VecEnv):
         if method_name == "set_wrapper_attr":
             # What all environments share is set once, not in one after the other
             return self._set_wrapper_attrs(chosen, *method_args, **method_kwargs)
-        return [getattr(self._views[i], method_name)(*method_args, **method_kwargs) for i in chosen]
+        return [getattr(view, method_name)(*method_args, **method_kwargs) for view in self._views(chosen)]
 
     def _set_wrapper_attrs(self, indices: list[int], name: str, value: Any, *, force: bool = True) -> list[bool]:
-        exists = force or all(self._views[i].has_wrapper_attr(name) for i in indices)
+        exists = force or all(view.has_wrapper_attr(name) for view in self._views(indices))
         if exists:
             self.set_attr(name, value, indices)
         return [exists for _ in indices]
@@ -416,10 +428,10 @@ def _own_spec(env_id: str) -> EnvSpec:
     :return: Its specification
     :raises ValueError: If it is no environment of this package
     """
-    spec = gym.spec(env_id)
+    spec = find_spec(env_id)
     if spec.entry_point != f"{GoalEnv.__module__}:{GoalEnv.__name__}":
         raise ValueError(
-            f"{env_id!r} is no environment of this package, so it has no batched simulation. "
+            f"{env_id!r} is no environment of this package, such as 'PointUMaze-v0', so it has no batched simulation. "
             "Use make_vec_env with DummyVecEnv or SubprocVecEnv."
         )
     return spec

@@ -5,33 +5,71 @@ Since MuJoCo 3.12 ``mujoco.mjtJoint.mjJNT_SLIDE == np.int32(2)`` is false, as th
 integers. gymnasium-robotics 1.4.2 compares them in this order, so its Fetch, Hand and kitchen environments stop with an
 AssertionError when they are made. The maze environments are not affected.
 
-To remove it, delete this file and its name in ``sb3_deepcrl.envs``.
+To remove it, delete this file, its name in ``sb3_deepcrl.envs`` and its call in ``sb3_deepcrl``.
 """
 
+import importlib
+import importlib.util
+import sys
 import types
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 REPAIRED_ENUM = "mjtJoint"
+FAULTY_MODULE = "gymnasium_robotics.utils.mujoco_utils"
 
 
 def patch_gymnasium_robotics() -> bool:
     """
-    Make the environments of gymnasium-robotics run on new versions of MuJoCo. Call it once before ``gym.make``::
-
-        import gymnasium_robotics
-        from sb3_deepcrl.envs import patch_gymnasium_robotics
-
-        patch_gymnasium_robotics()
-        env = gym.make("FetchPush-v4")
+    Make the environments of gymnasium-robotics run on new versions of MuJoCo. Importing ``sb3_deepcrl`` sees to it, see
+    :func:`patch_gymnasium_robotics_on_import`.
 
     It tests for the fault itself, not for a version, and changes nothing where there is none. Neither MuJoCo nor the files of
     gymnasium-robotics are changed: one module of the latter sees plain integers in place of the enum.
 
     :return: Whether the fault was there and is now repaired
     """
+    return _patch(importlib.import_module(FAULTY_MODULE))
+
+
+def patch_gymnasium_robotics_on_import() -> None:
+    """
+    Do what :func:`patch_gymnasium_robotics` does as soon as somebody imports gymnasium-robotics, or now if it is imported
+    already: whoever makes the environments, by whichever call and in whichever process, finds them repaired. It imports
+    nothing itself.
+    """
+    if FAULTY_MODULE in sys.modules:
+        _patch(sys.modules[FAULTY_MODULE])
+    else:
+        sys.meta_path.insert(0, _PatchingFinder())
+
+
+class _PatchingFinder(MetaPathFinder):
+    """Lets the other finders find the faulty module, and patches it once it has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != FAULTY_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: types.ModuleType) -> None:
+                execute(module)
+                _patch(module)
+
+            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+def _patch(mujoco_utils: Any) -> bool:
     import mujoco
     import numpy as np
-    from gymnasium_robotics.utils import mujoco_utils
 
     slide = mujoco.mjtJoint.mjJNT_SLIDE
     if slide == np.int32(int(slide)):

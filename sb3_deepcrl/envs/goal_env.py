@@ -71,6 +71,7 @@ class GoalEnv(gym.Env, EzPickle):
 
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
+        self.simulation.check_open()
         self.simulation.goals[0] = self.task.check_goal(goal)
 
     def __getattr__(self, name: str) -> Any:

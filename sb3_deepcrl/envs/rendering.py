@@ -32,7 +32,8 @@ class TaskRenderer:
         try:
             self.renderer = mujoco.Renderer(task.model, height, width)
         except Exception as error:
-            raise RuntimeError(f"MuJoCo could not open a rendering context. {HEADLESS_HINT}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"MuJoCo could not open a rendering context ({reason}). {HEADLESS_HINT}") from error
         self.data = mujoco.MjData(task.model)
         self.camera = mujoco.MjvCamera()
         self.follow_id = mujoco.mj_name2id(task.model, mujoco.mjtObj.mjOBJ_BODY, task.robot.follow_body)

@@ -45,7 +45,7 @@ class Simulation:
         self.task = task
         self.n_envs = n_envs
         # Not persistent: one MjData a thread, instead of one an environment, stays in the cache and was faster for every robot
-        self.batch = Batch(task.model, n_envs, n_threads)
+        self._batch: Batch | None = Batch(task.model, n_envs, n_threads)
         self.generators: list[np.random.Generator] = [seeding.np_random()[0] for _ in range(n_envs)]
         #: Goals in metres, shape (n_envs, goal_dim)
         self.goals = np.zeros((n_envs, task.robot.goal_dim), dtype=np.float32)
@@ -59,9 +59,15 @@ class Simulation:
         self._warnings = self.batch.warning[:, :, 1]
         self._observation = np.zeros((n_envs, task.robot.observation_dim), dtype=np.float32)
         self._running = False
-        self._closed = False
         # Numbers that chose start and goal of a fixed goal; NaN where they are still to be drawn
         self._fixed = np.full((n_envs, task.scene.n_uniform), np.nan)
+
+    @property
+    def batch(self) -> Batch:
+        """The simulations themselves, as long as the environments are open."""
+        self.check_open()
+        assert self._batch is not None
+        return self._batch
 
     def _derive_home(self) -> dict[str, np.ndarray]:
         """
@@ -97,9 +103,8 @@ class Simulation:
         :return: Observations and measures of these environments
         :raises RuntimeError: If the environments are closed
         """
-        self.check_open()
+        batch, task = self.batch, self.task
         self._running = True
-        task = self.task
         draw = task.draw([self.generators[i] for i in indices])
         if task.goal_mode == "fixed":
             kept = self._fixed[indices]
@@ -113,13 +118,13 @@ class Simulation:
                     drawn[k] = value
                     exact[k] |= given is starts
         qpos, qvel = task.start_states(draw, start, exact)
-        self.batch.state[indices] = self._fresh_row
+        batch.state[indices] = self._fresh_row
         self._state["qpos"][indices] = qpos
         self._state["qvel"][indices] = qvel
         self._warnings[indices] = 0
         self.goals[indices] = goal
         if task.robot.derived_fields and not self._home_derived:
-            self.batch.forward(indices, stage=int(mujoco.mjtStage.mjSTAGE_VEL))
+            batch.forward(indices, stage=int(mujoco.mjtStage.mjSTAGE_VEL))
         state = {
             name: self._home_derived[name][: len(indices)] if name in self._home_derived else values[indices]
             for name, values in self._state.items()
@@ -139,14 +144,13 @@ class Simulation:
         :raises ValueError: If the shape is wrong or an action is not finite
         :raises RuntimeError: If no episode runs, i.e. before the first reset and after ``close``
         """
-        self.check_open()
+        batch, task = self.batch, self.task
         if not self._running:
             raise RuntimeError("No episode is running. Call reset() before the first step().")
-        task = self.task
         self._state["ctrl"][:] = task.robot.control(np.clip(self._check_actions(actions), -1.0, 1.0))
         failed: np.ndarray | list[int] = []
         try:
-            self.batch.step(nstep=task.frame_skip, stage=int(task.robot.derived_stage))
+            batch.step(nstep=task.frame_skip, stage=int(task.robot.derived_stage))
         except SimulationError as error:
             failed = error.ids
         observation = task.robot.observation(self._state)
@@ -191,14 +195,16 @@ class Simulation:
         return data
 
     def close(self) -> None:
-        """Refuse every further reset and step."""
-        self._closed = True
+        """End the threads and free the simulations. Whatever needs them is refused from then on."""
+        self._batch = None
+        # Views of its memory, which would keep it alive
+        self._state, self._warnings = {}, np.zeros((0, 0))
 
     def check_open(self) -> None:
         """
         :raises RuntimeError: If the environments are closed
         """
-        if self._closed:
+        if self._batch is None:
             raise RuntimeError("The environment is closed, it cannot be used any more. Make a new one.")
 
     def _check_actions(self, actions: np.ndarray) -> np.ndarray:

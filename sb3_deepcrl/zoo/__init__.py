@@ -7,19 +7,24 @@ file ``custom_envs.py`` with the line ``import sb3_deepcrl.zoo`` where you call 
 the command line.
 """
 
-import gymnasium as gym
+import functools
+from typing import Any
 
 try:
     from rl_zoo3 import ALGOS
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 except ImportError as error:
-    raise ImportError(f'RL Zoo cannot be imported ({error}): install it with `pip install "sb3_deepcrl[zoo]"`') from error
+    # With the name of this package `python -m` prints the line alone
+    message = f'RL Zoo cannot be imported ({error}): install the extra "zoo", in a clone by `pip install -e ".[zoo]"`'
+    raise ImportError(message, name=__name__) from None
 
-import gymnasium_robotics
+import rl_zoo3.exp_manager as rl_zoo3_manager
 from gymnasium.envs.registration import WrapperSpec, registry
 
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs import patch_gymnasium_robotics, register_envs
+from sb3_deepcrl.envs import register_envs
+from sb3_deepcrl.envs.registration import import_gymnasium_robotics
+from sb3_deepcrl.zoo.config import find_config
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 
 MAZES = "gymnasium_robotics.envs.maze"
@@ -32,12 +37,30 @@ def register() -> None:
     HYPERPARAMS_SAMPLER["deepcrl"] = sample_deepcrl_params
     HYPERPARAMS_CONVERTER["deepcrl"] = convert_deepcrl_params
     register_envs()
-    gym.register_envs(gymnasium_robotics)
-    patch_gymnasium_robotics()
+    import_gymnasium_robotics()
+    find_configs()
     for spec in registry.values():
         # These mazes report `success`. Wrapped here, inside of Monitor, the success rate is in its file too
         if str(spec.entry_point).startswith(MAZES) and SUCCESS_INFO not in spec.additional_wrappers:
             spec.additional_wrappers = (*spec.additional_wrappers, SUCCESS_INFO)
+
+
+def find_configs() -> None:
+    """
+    Let RL Zoo find the configs of this package by their names, and without one where it has none, whoever runs it: its own
+    scripts look into its own folder only. See :func:`~sb3_deepcrl.zoo.config.find_config`.
+    """
+    manager_class = getattr(rl_zoo3_manager, "ExperimentManager", None)
+    # Without it the module of RL Zoo is being imported, by a script that trains nothing: `train` imports this one first
+    if manager_class is None or hasattr(original := manager_class.__init__, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, args: Any, algo: str, env_id: str, *positional: Any, **kwargs: Any) -> None:
+        kwargs["config"] = find_config(kwargs.get("config"), algo, env_id)
+        original(self, args, algo, env_id, *positional, **kwargs)
+
+    manager_class.__init__ = init
 
 
 register()

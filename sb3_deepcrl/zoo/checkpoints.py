@@ -1,15 +1,116 @@
+import ast
 import json
 import re
+import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import torch as th
 import yaml
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_deepcrl.zoo.callbacks import replay_buffers
-from sb3_deepcrl.zoo.config import ConfigError
+from sb3_deepcrl.zoo.config import PYTHON_KEYS, ConfigError
 
 CHECKPOINT = re.compile(r"(?P<prefix>.+)_(?P<steps>\d+)_steps")
+# Classes that a config may name
+CONFIG_CLASSES = (th.nn.Module, th.optim.Optimizer, BaseBuffer, gym.Wrapper, VecEnvWrapper)
+# Functions that text in a config may call, and what else it may be made of
+DATA_FUNCTIONS = {"dict", "list", "tuple", "float", "int"}
+DATA_NODES = (
+    *(ast.Expression, ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Call, ast.keyword, ast.Name, ast.Attribute),
+    *(ast.UnaryOp, ast.BinOp, ast.unaryop, ast.operator, ast.expr_context),
+)
+
+
+class RunLoader(yaml.SafeLoader):
+    """
+    Reads the ``args.yml`` and ``config.yml`` of a run, in the place of the unsafe loader of RL Zoo: nothing in them is
+    executed. Beyond plain data there may be what RL Zoo writes, which is ``OrderedDict``, tuples, names of classes that have
+    been imported, and Python text that calls none of them.
+    """
+
+    def get_single_data(self) -> Any:
+        """
+        :return: What is in the file
+        :raises ConfigError: if it is more than data
+        """
+        data = super().get_single_data()
+        for key in PYTHON_KEYS if isinstance(data, dict) else ():
+            if isinstance(data.get(key), str) and not is_data(data[key]):
+                self.refuse(f"`{key}: {data[key]}`")
+        return data
+
+    def refuse(self, what: str) -> Any:
+        """
+        :param what: Something in the file that could execute code
+        :raises ConfigError: always
+        """
+        raise ConfigError(
+            f"{self.name} holds {what}, which is more than data and could execute anything: write plain data in its place, if "
+            "you trust the run"
+        )
+
+    def construct_class(self, name: str, node: yaml.Node) -> type:
+        """
+        :param name: Name of a class with its module
+        :param node: Where it stands
+        :return: The class
+        :raises ConfigError: if it is none that a config may name
+        """
+        module, _, attribute = name.rpartition(".")
+        found = getattr(sys.modules.get(module), attribute, None)
+        if isinstance(found, type) and issubclass(found, CONFIG_CLASSES):
+            return found
+        return self.refuse(f"`{name}`")
+
+
+RunLoader.add_constructor(
+    "tag:yaml.org,2002:python/object/apply:collections.OrderedDict",
+    lambda loader, node: OrderedDict(*loader.construct_sequence(node, deep=True)),
+)
+RunLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
+RunLoader.add_multi_constructor("tag:yaml.org,2002:python/name:", RunLoader.construct_class)
+RunLoader.add_multi_constructor(
+    "tag:yaml.org,2002:python/", lambda loader, suffix, node: loader.refuse(f"`!!python/{suffix}`")
+)
+
+
+def is_data(text: str) -> bool:
+    """
+    :param text: Python text of a config, such as ``dict(net_arch=[64], activation_fn=nn.ReLU)``
+    :return: Whether evaluating it calls nothing but constructors of plain data
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
+    except SyntaxError:
+        # Evaluating it will say so
+        return True
+    return all(isinstance(node, DATA_NODES) for node in nodes) and all(
+        isinstance(node.func, ast.Name) and node.func.id in DATA_FUNCTIONS for node in nodes if isinstance(node, ast.Call)
+    )
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """
+    :param path: ``args.yml`` or ``config.yml`` of a run
+    :return: What is in it
+    :raises ConfigError: if it cannot be read, or is more than data
+    """
+    try:
+        with path.open() as file:
+            data = yaml.load(file, Loader=RunLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} cannot be read: it must hold keys and values, got {data!r}")
+    return dict(data)
 
 
 def sibling(model_path: Path, kind: str) -> Path:
@@ -86,6 +187,5 @@ def saved_env_kwargs(config: Path) -> dict[str, Any]:
     :return: Arguments of its env
     """
     path = config / "args.yml"
-    # Written by RL Zoo as OrderedDict, and read by it like this
-    args = yaml.load(path.read_text(), Loader=yaml.UnsafeLoader) if path.is_file() else {}
+    args = read_run_file(path) if path.is_file() else {}
     return args.get("env_kwargs") or {}

@@ -1,4 +1,6 @@
 import difflib
+import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -8,9 +10,9 @@ from typing import Any
 
 import rl_zoo3.exp_manager
 import yaml
-from rl_zoo3.utils import get_class_by_name, get_wrapper_class
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -19,6 +21,7 @@ from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.deepcrl import HER_KWARGS
 from sb3_deepcrl.deepcrl.policies import SAC_POLICY_KWARGS, DeepCRLPolicy
+from sb3_deepcrl.envs.arguments import arguments_of
 
 # What RL Zoo itself takes out of a config
 ZOO_KEYS = {
@@ -78,10 +81,44 @@ def find_config(config: str | None, algo: str, env_id: str) -> str | None:
     for suffix in ("", ".yml", ".py"):
         if (path := config_folder() / f"{config}{suffix}").is_file():
             return str(path)
-    if config.endswith((".yml", ".yaml", ".py")):
-        names = ", ".join(sorted(path.name for path in config_folder().glob("*.*")))
-        raise ConfigError(f"-conf: there is no file {config}. Configs of this package: {names}")
+    names = sorted(path.stem for path in config_folder().glob("*.*"))
+    if config.endswith((".yml", ".yaml", ".py")) or not is_module(config):
+        raise ConfigError(
+            f"-conf: {config} is neither a file nor a Python module, nor one of the configs of this package, which are "
+            f"{', '.join(names)}{suggestion(config, names)}"
+        )
     return config
+
+
+def is_module(name: str) -> bool:
+    """
+    :param name: Name of a Python module
+    :return: Whether there is one
+    """
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        # There is no package that it could be in, or it is no name at all
+        return False
+
+
+def check_config_file(config: str, env_id: str) -> None:
+    """
+    :param config: A config
+    :param env_id: Id of the env
+    :raises ConfigError: if it is a YAML file that cannot be read, or whose entry for the env has no keys
+    """
+    if not config.endswith((".yml", ".yaml")):
+        return
+    try:
+        entries = yaml.safe_load(Path(config).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{config}: {error}") from None
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{config} must have entries by env, such as `{env_id}:` or `default:`, got {entries!r}")
+    entry = entries.get(env_id, entries.get("default", {}))
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{config}: the entry of {env_id} must have keys, such as `n_timesteps`, got {entry!r}")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -209,20 +246,57 @@ def check_names(hyperparams: dict[str, Any], algo_class: type[BaseAlgorithm]) ->
     policy = hyperparams["policy"]
     if not isinstance(policy, str) or ("." not in policy and policy not in algo_class.policy_aliases):
         raise ConfigError(f"`policy: {policy}` is unknown{suggestion(str(policy), algo_class.policy_aliases)}")
+    if "." in policy:
+        load_class("policy", policy)
+    elif not issubclass(algo_class, DeepCRL):
+        policy_class = arguments_of(algo_class.policy_aliases[policy])
+        if not policy_class.takes_others:
+            check_keys(hyperparams, "policy_kwargs", policy_class.names)
+    for key in ("env_wrapper", "vec_env_wrapper", "callback"):
+        entries = hyperparams.get(key) or []
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if isinstance(entry, dict) and len(entry) != 1:
+                raise ConfigError(f"`{key}: {entry}` must have one class with its arguments: check the indentation")
+            name, kwargs = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
+            if not isinstance(name, str):
+                # A Python config may have the class itself, or a callback
+                continue
+            found = load_class(key, name)
+            if key == "callback" and not (isinstance(found, type) and issubclass(found, BaseCallback)):
+                raise ConfigError(f"`callback: {name}` is no callback: it must be a subclass of {BaseCallback.__name__}")
+            known = arguments_of(found)
+            if not known.takes_others:
+                check_keys({f"{key}: {name}": kwargs}, f"{key}: {name}", known.names)
+
+
+def is_missing(error: Exception, module: str) -> bool:
+    """
+    :param error: What the import of a module has raised
+    :param module: Its name
+    :return: Whether there is no such module, and not something wrong in it
+    """
+    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+
+
+def load_class(key: str, name: str) -> Any:
+    """
+    :param key: Key of a config
+    :param name: Module and name of a class
+    :return: The class
+    :raises ConfigError: if there is none of that name. What goes wrong in its module is raised as it is.
+    """
+    module_name, _, class_name = name.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"`{key}: {name}` cannot be imported: write its module too, such as `my_module.{name}`")
     try:
-        key = "policy"
-        if "." in policy:
-            get_class_by_name(policy)
-        for key in ("env_wrapper", "vec_env_wrapper"):
-            get_wrapper_class(hyperparams, key)
-        key = "callback"
-        callbacks = hyperparams.get(key) or []
-        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-            name = next(iter(callback)) if isinstance(callback, dict) else callback
-            if isinstance(name, str):
-                get_class_by_name(name)
-    except (ImportError, AttributeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"`{key}: {hyperparams[key]}` cannot be imported: {error}") from None
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        if not is_missing(error, module_name):
+            raise
+        raise ConfigError(f"`{key}: {name}` cannot be imported: {error}") from None
+    if not hasattr(module, class_name):
+        raise ConfigError(f"`{key}: {name}` cannot be imported: module {module_name} has no `{class_name}`")
+    return getattr(module, class_name)
 
 
 def check_keys(hyperparams: dict[str, Any], key: str, known: Iterable[str]) -> None:

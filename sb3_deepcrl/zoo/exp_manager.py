@@ -1,4 +1,6 @@
+import contextlib
 import os
+import shlex
 import shutil
 import zipfile
 from collections import OrderedDict
@@ -9,22 +11,34 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import yaml
+import torch as th
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
+from sb3_contrib.common.vec_env import AsyncEval
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_deepcrl.common.callbacks import TrainingDisplay
+from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.common.evaluation import GoalEvalCallback
 from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.common.signals import uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
+from sb3_deepcrl.envs.arguments import checked_env_kwargs
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, replay_buffers, reports_goals
-from sb3_deepcrl.zoo.checkpoints import CHECKPOINT, run_config, sibling
-from sb3_deepcrl.zoo.config import DEEPCRL_SCHEDULES, ConfigError, argument_names, check_hyperparams, find_config
+from sb3_deepcrl.zoo.checkpoints import CHECKPOINT, read_run_file, run_config, sibling
+from sb3_deepcrl.zoo.config import (
+    DEEPCRL_SCHEDULES,
+    ConfigError,
+    argument_names,
+    check_config_file,
+    check_hyperparams,
+    is_missing,
+)
 
 # Envs that report `is_success`: these packages, see `sb3_deepcrl.zoo`
 SUCCESS_REPORTED_BY = ("sb3_deepcrl.envs", "gymnasium_robotics.envs.maze", "gymnasium_robotics.envs.fetch")
@@ -61,7 +75,7 @@ class GoalExperimentManager(ExperimentManager):
         is_batch = vec_env_type == "batch"
         kwargs.update(
             vec_env_type="dummy" if is_batch else vec_env_type,
-            config=find_config(config, algo, env_id),
+            config=config,
             trial_id=trial_id,
         )
         super().__init__(args, algo, env_id, *positional, **kwargs)
@@ -69,6 +83,8 @@ class GoalExperimentManager(ExperimentManager):
             self.vec_env_class = BatchVecEnv
         # Whether this process has created the folder of the run
         self.has_folder = False
+        # Whether the training was interrupted
+        self.is_stopped = False
         # A run of DeepCRL goes on with its own config, where it has one and the user asks for no other
         model_path = Path(self.trained_agent)
         self.resumes = self.continue_training and algo == "deepcrl"
@@ -83,11 +99,10 @@ class GoalExperimentManager(ExperimentManager):
         """
         try:
             return super().setup_experiment()
-        except Exception as error:
+        except BaseException as error:
             if self.has_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
-            # The last two: what constructors say of arguments that they do not know
-            if isinstance(error, ValueError | AssertionError | gym.error.Error | TypeError | RuntimeError):
+            if is_for_user(error) and not isinstance(error, ConfigError):
                 raise ConfigError(f"{type(error).__name__}: {error}") from error
             raise
 
@@ -117,23 +132,24 @@ class GoalExperimentManager(ExperimentManager):
             # For RL Zoo the first trial is as good as none
             trial = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = {**trial, **(self.custom_hyperparams or {})}
+        check_config_file(self.config, self.env_name.gym_id)
         try:
             hyperparams, saved_hyperparams = super().read_hyperparameters()
         except ConfigError:
             raise
         except Exception as error:
-            if isinstance(error, TypeError | AttributeError) and self.config.endswith((".yml", ".yaml")):
-                message = f"the entry of {self.env_name.gym_id} must have keys, such as `n_timesteps` ({error})"
-                raise ConfigError(f"{self.config}: {message}") from error
+            if error.args == ("hyperparams",) or getattr(error, "name", None) == "hyperparams":
+                raise ConfigError(f"{self.config} has no `hyperparams`, which must be a dict with an entry by env") from None
             # A Python config may raise anything
+            if not is_for_user(error) and not is_missing(error, self.config):
+                raise
             raise ConfigError(f"{self.config}: {type(error).__name__}: {error}") from error
         return self._checked(hyperparams, self.config), saved_hyperparams
 
     def _read_resumed_config(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         path = folder / "config.yml"
         print(f"Loading hyperparameters from: {path}")
-        # Written by RL Zoo as OrderedDict, and read by it like this
-        hyperparams = dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader))
+        hyperparams = read_run_file(path)
         hyperparams.update(self.custom_hyperparams or {})
         if self.env_kwargs:
             hyperparams["env_kwargs"] = self.env_kwargs
@@ -157,9 +173,10 @@ class GoalExperimentManager(ExperimentManager):
         :raises ConfigError: if there is no such study or trial
         """
         try:
-            return super().load_trial(storage, study_name, trial_id, convert)
+            params = super().load_trial(storage, study_name, trial_id, convert=False)
         except (KeyError, IndexError, ValueError, OSError) as error:
             raise ConfigError(f"--trial-id: no trial {trial_id} of study {study_name!r} in {storage} ({error})") from None
+        return HYPERPARAMS_CONVERTER[self.algo](params) if convert else params
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
@@ -188,16 +205,11 @@ class GoalExperimentManager(ExperimentManager):
         :param eval_env: Whether is it an environment used for evaluation or not
         :param no_log: Do not log training when doing hyperparameter optim
         :return: the vectorized environment, with appropriate wrappers
-        :raises ConfigError: if the env or a wrapper does not take an argument
+        :raises ValueError: if the env does not take an argument
         """
-        try:
+        env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
+        with checked_env_kwargs(gym.spec(self.env_name.gym_id), env_kwargs):
             return super().create_envs(n_envs, eval_env, no_log or self.optimize_hyperparameters)
-        except TypeError as error:
-            env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
-            sources = [f"`env_kwargs: {env_kwargs}`"] if env_kwargs else []
-            wrappers = {"env_wrapper": self.env_wrapper, "vec_env_wrapper": self.vec_env_wrapper}
-            sources += [f"`{key}`" for key, wrapper in wrappers.items() if wrapper is not None]
-            raise ConfigError(f"{' or '.join(sources) or self.env_name.gym_id}: {error}") from error
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         if not self.resumes:
@@ -219,13 +231,18 @@ class GoalExperimentManager(ExperimentManager):
 
     def create_callbacks(self) -> None:
         """Create the callbacks that the command line asks for."""
-        needs_env = not self.optimize_hyperparameters and (self.eval_freq > 0 or self.show_progress)
+        # Unless the user asks for the tables of Stable-Baselines3
+        takes_display = not self.optimize_hyperparameters and self.verbose == 1 and self.log_interval == -1
+        asks_env = self.algo != "deepcrl" and (takes_display or self.show_progress)
+        needs_env = not self.optimize_hyperparameters and (self.eval_freq > 0 or asks_env)
         # One is enough to see what to display
         n_eval_envs = self.n_eval_envs if self.eval_freq > 0 else 1
         eval_env = self.create_envs(n_eval_envs, eval_env=True) if needs_env else None
-        has_goals = eval_env is not None and reports_goals(eval_env)
-        if self.show_progress:
-            self.callbacks.append(TrainingDisplay() if has_goals else ProgressBarCallback())
+        has_goals = self.algo == "deepcrl" if eval_env is None else reports_goals(eval_env)
+        if has_goals and (takes_display or self.show_progress):
+            self.callbacks.append(TrainingDisplay(replaces_tables=takes_display))
+        elif self.show_progress:
+            self.callbacks.append(ProgressBarCallback())
         if self.save_freq > 0:
             # Account for the number of parallel environments
             self.save_freq = max(self.save_freq // self.n_envs, 1)
@@ -272,8 +289,8 @@ class GoalExperimentManager(ExperimentManager):
         )
         if self.n_timesteps <= model.num_timesteps:
             raise ConfigError(
-                f"-n: {model_path} was trained for {model.num_timesteps} steps already, of {self.n_timesteps} in all: "
-                "give a larger number, it counts from the start of the run"
+                f"-i: {model_path} was trained for {model.num_timesteps} steps already, of {self.n_timesteps} in all: "
+                "give the number of further steps with -n"
             )
         warmup = hyperparams.get("learning_starts", argument_names(DeepCRL)["learning_starts"])
         buffer_path = sibling(model_path, "replay_buffer")
@@ -335,44 +352,82 @@ class GoalExperimentManager(ExperimentManager):
     def learn(self, model: BaseAlgorithm) -> None:
         """
         Train the model. A run that is continued does the steps that are left of ``n_timesteps``, and its counters and
-        schedules go on.
+        schedules go on. If an error ends the training, the model is saved as it is, and the error tells how to go on.
 
         :param model: an initialized RL model
         """
-        try:
-            if self.resumes:
-                self._learn_the_rest(model)
-            else:
-                super().learn(model)
-        finally:
-            # RL Zoo ends the first callback only
-            for callback in self.callbacks:
-                if isinstance(callback, TrainingDisplay):
-                    callback.stop()
-                elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
-                    callback.pbar.close()
-
-    def _learn_the_rest(self, model: BaseAlgorithm) -> None:
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {"callback": self.callbacks}
         # As RL Zoo does: the default at -1, no log below
         if self.log_interval != -1:
             kwargs["log_interval"] = self.log_interval if self.log_interval > -1 else None
+        if self.algo == "ars" and self.n_envs > 1:
+            kwargs["async_eval"] = AsyncEval([lambda: self.create_envs(1, no_log=True)] * self.n_envs, model.policy)
+        before, n_timesteps = model.num_timesteps, self.n_timesteps
+        if self.resumes:
+            n_timesteps -= before
+            kwargs["reset_num_timesteps"] = False
         try:
-            model.learn(self.n_timesteps - model.num_timesteps, callback=self.callbacks, reset_num_timesteps=False, **kwargs)
+            model.learn(n_timesteps, **kwargs)
         except KeyboardInterrupt:
             # The model is saved as it is
-            pass
+            self.is_stopped = True
+        except Exception as error:
+            if model.num_timesteps != before:
+                self._save_after(error, model)
+            raise
         finally:
-            assert model.env is not None
-            model.env.close()
+            with uninterrupted():
+                # A training that is interrupted leaves them open, and RL Zoo those of the evaluations
+                for callback in self.callbacks:
+                    if isinstance(callback, EvalCallback):
+                        # Their processes may have got the signal too
+                        with contextlib.suppress(EOFError, OSError):
+                            callback.eval_env.close()
+                    elif isinstance(callback, TrainingDisplay):
+                        callback.stop()
+                    elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+                        callback.pbar.close()
+
+    def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
+        """
+        :param error: What ended the training. Notes of it tell where the model is, below the traceback
+        :param model: The model
+        """
+        if not all(bool(th.isfinite(parameter).all()) for parameter in model.policy.parameters()):
+            error.add_note("The model is not saved: its parameters are no finite numbers")
+            return
+        try:
+            self.save_trained_model(model)
+        except Exception as saving_error:
+            error.add_note(f"The model could not be saved: {type(saving_error).__name__}: {saving_error}")
+        else:
+            error.add_note(self._how_to_go_on(model))
+
+    def _how_to_go_on(self, model: BaseAlgorithm) -> str:
+        # Other algorithms don't know what they were trained on
+        env = "" if self.algo == "deepcrl" else f"--algo {self.algo} --env {self.env_name.gym_id} "
+        return (
+            f"Stopped and saved after {model.num_timesteps:,} env steps. To go on from there: "
+            f"sb3-deepcrl train {env}-i {shlex.quote(self.save_path)}"
+        )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """
         Save trained model optionally with its replay buffer and ``VecNormalize`` statistics, the model last: if there is
-        one, all that belongs to it is there too.
+        one, all that belongs to it is there too. No signal interrupts it.
 
         :param model: The model
         """
+        with uninterrupted():
+            self._save(model)
+        if self.is_stopped:
+            print(self._how_to_go_on(model))
+        assert model.env is not None
+        # The processes of the envs may have got the signal too
+        with contextlib.suppress(EOFError, OSError):
+            model.env.close()
+
+    def _save(self, model: BaseAlgorithm) -> None:
         if not isinstance(model, DeepCRL):
             super().save_trained_model(model)
             return

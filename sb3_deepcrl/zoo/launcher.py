@@ -4,22 +4,31 @@ Runs RL Zoo's scripts with DeepCRL registered. Each has a module of its name in 
 
 import argparse
 import contextlib
-import difflib
+import errno
 import importlib
 import io
+import math
+import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
 import gymnasium as gym
+import numpy as np
 import yaml
+from gymnasium.envs.registration import EnvSpec
+from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, StoreDict, get_model_path
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn, VecEnvWrapper
 
+from sb3_deepcrl.common.signals import stopped_by_signals
+from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.zoo.checkpoints import find_model, run_config
+from sb3_deepcrl.envs.registration import ENTRY_POINT, find_spec
+from sb3_deepcrl.zoo.checkpoints import RunLoader, find_model, num_timesteps, read_run_file, run_config
 from sb3_deepcrl.zoo.config import ConfigError
 
 ArgumentParser = argparse.ArgumentParser
@@ -38,6 +47,16 @@ PLOTS = ("plot_train", "plot_from_file", "all_plots")
 DEFAULT_ENV = "PointMaze_UMaze-v3"
 # In place of RL Zoo's defaults
 DEFAULTS = {"--algo": "deepcrl", "--env": DEFAULT_ENV, "--folder": "logs"}
+# Flags of numbers that are at least 1, or the default, which may stand for something else
+COUNTS = {"-n", "--eval-episodes", "--n-eval-envs", "--n-envs", "--n-trials", "--max-total-trials", "--n-evaluations"}
+HELP = {
+    "--vec-env": "VecEnv type, batch: native threads, for the tasks of sb3_deepcrl",
+    "-n": "Number of timesteps, with -i of further ones (default: those of the config, with -i what is left of the run)",
+}
+# Envs whose pictures are made by MuJoCo
+MUJOCO_ENVS = ("sb3_deepcrl.envs", "gymnasium_robotics.envs", "gymnasium.envs.mujoco")
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 # Arguments of a run that do not hold for its continuation, or are in its config already
 NOT_RESUMED = {
     "conf_file",
@@ -74,6 +93,28 @@ class CheckedStoreDict(StoreDict):
         setattr(namespace, self.dest, merged)
 
 
+def whole_number(is_count: bool, default: int | None) -> Callable[[str], int]:
+    """
+    :param is_count: Whether it must be at least 1
+    :param default: The default, which is allowed in any case
+    :return: The ``type`` of an option for whole numbers, which may be written as ``1e5``
+    """
+
+    def convert(text: str) -> int:
+        try:
+            # Large ones are exact as they are
+            number = int(text) if text.strip("+-").isdigit() else float(text)
+        except ValueError:
+            number = math.nan
+        if not float(number).is_integer():
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text}")
+        if is_count and number < 1 and number != default:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        return int(number)
+
+    return convert
+
+
 class ZooArgumentParser(ArgumentParser):
     """
     Takes the place of ``argparse.ArgumentParser`` in RL Zoo's scripts: other defaults, more choices, and one line for each
@@ -86,6 +127,8 @@ class ZooArgumentParser(ArgumentParser):
     script: ClassVar[str]
     #: Where the plots go
     figure: ClassVar[Path | None] = None
+    #: What the user gave, empty before it is parsed
+    parsed: ClassVar[argparse.Namespace] = argparse.Namespace()
 
     def __init__(self, *args: Any, **kwargs: Any):
         # The script has its parser now; argparse itself refers to its class by this name
@@ -106,7 +149,10 @@ class ZooArgumentParser(ArgumentParser):
             kwargs["action"] = CheckedStoreDict
         if "--vec-env" in names:
             kwargs["choices"] = [*kwargs["choices"], "batch"]
-            kwargs["help"] = "VecEnv type, batch: native threads, for the tasks of sb3_deepcrl"
+        if kwargs.get("type") is int:
+            kwargs["type"] = whole_number(not COUNTS.isdisjoint(names), kwargs.get("default"))
+        for name in names if self.script == "train" else ():
+            kwargs["help"] = HELP.get(name, kwargs.get("help"))
         for name, default in DEFAULTS.items():
             if name in names and kwargs.get("nargs") is None and self.script not in PLOTS:
                 kwargs.update(default=default, required=False)
@@ -125,14 +171,26 @@ class ZooArgumentParser(ArgumentParser):
             elif self.script == "train":
                 if parsed.trained_agent:
                     parsed = self._resume(parsed, args, namespace)
-                check_env(parsed.env, parsed.gym_packages)
+                spec = find_env(parsed.env, parsed.gym_packages)
+                # A run that is continued finds it by these
+                parsed.gym_packages = list(dict.fromkeys([*parsed.gym_packages, *parsed.env.split(":")[:-1]]))
+                parsed.env = spec.id
+                if parsed.vec_env == "batch" and spec.entry_point != ENTRY_POINT:
+                    raise ConfigError(
+                        f"--vec-env batch: {spec.id} is no task of this package, which alone can be stepped in batches: leave "
+                        "it out, or choose one of them, such as --env PointUMaze-v0"
+                    )
             else:
-                check_env(parsed.env.gym_id, getattr(parsed, "gym_packages", []))
+                spec = find_env(parsed.env.gym_id, getattr(parsed, "gym_packages", []))
+                parsed.env = EnvironmentName(spec.id)
                 # RL Zoo downloads to a folder of this name what is not there
                 if "rl-trained-agents" not in parsed.folder:
                     self._check_model(parsed)
+                if not parsed.no_render:
+                    check_screen(self.script, spec)
         except ConfigError as error:
             self.error(str(error))
+        type(self).parsed = parsed
         return parsed
 
     def _resume(self, parsed: argparse.Namespace, args: Any, namespace: Any) -> argparse.Namespace:
@@ -146,12 +204,15 @@ class ZooArgumentParser(ArgumentParser):
         """
         model_path = find_model(parsed.trained_agent)
         config = run_config(Path(model_path))
+        n_more = parsed.n_timesteps
         if config is not None:
-            # Written by RL Zoo as OrderedDict, and read by it like this
-            saved = dict(yaml.load(config.joinpath("args.yml").read_text(), Loader=yaml.UnsafeLoader))
-            if saved["algo"] == "deepcrl":
+            saved = read_run_file(config / "args.yml")
+            if saved.get("algo") == "deepcrl":
                 self.set_defaults(**{key: value for key, value in saved.items() if key not in NOT_RESUMED})
                 parsed = super().parse_args(args, namespace)
+        if n_more > 0 and parsed.algo == "deepcrl":
+            # For a run of DeepCRL it is the number in all from here on
+            parsed.n_timesteps = num_timesteps(Path(model_path)) + n_more
         parsed.trained_agent = model_path
         return parsed
 
@@ -175,21 +236,40 @@ class ZooArgumentParser(ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def check_env(env_id: str, gym_packages: Sequence[str]) -> None:
+def find_env(env_id: str, gym_packages: Sequence[str]) -> EnvSpec:
     """
     :param env_id: Id of an env
     :param gym_packages: Modules that register envs
-    :raises ConfigError: if it is not registered
+    :return: Its specification
+    :raises ConfigError: if there is none
     """
-    for module in gym_packages:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"--gym-packages: {error}") from None
-    if env_id not in gym.registry:
-        matches = difflib.get_close_matches(env_id, gym.registry, n=1)
-        hint = f"did you mean {matches[0]}?" if matches else "import the package that has it with `--gym-packages`"
-        raise ConfigError(f"--env: {env_id} is no registered env, {hint}")
+    try:
+        return find_spec(env_id, gym_packages)
+    except gym.error.Error as error:
+        raise ConfigError(f"--env: {error}") from None
+
+
+def check_screen(script: str, spec: EnvSpec) -> None:
+    """
+    Check that MuJoCo has something to draw on: without a screen it aborts the process, or says little.
+
+    :param script: Name of the script
+    :param spec: Specification of an env
+    :raises ConfigError: if it has nothing
+    """
+    has_screen = sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    if has_screen or not str(spec.entry_point).startswith(MUJOCO_ENVS):
+        return
+    if script == "enjoy":
+        raise ConfigError(
+            f"there is no screen to show {spec.id} on: add --no-render, or make a video by "
+            f"`MUJOCO_GL=egl sb3-deepcrl record_video --env {spec.id}`"
+        )
+    if os.environ.get("MUJOCO_GL", "").lower() in ("", "glfw"):
+        raise ConfigError(
+            f"without a screen the pictures of {spec.id} need MUJOCO_GL=egl (Debian: libegl1) or MUJOCO_GL=osmesa "
+            f"(libosmesa6) in front of the command: `MUJOCO_GL=egl sb3-deepcrl {script} ...`"
+        )
 
 
 class PredictionDeepCRL(DeepCRL):
@@ -210,6 +290,63 @@ class PredictionDeepCRL(DeepCRL):
 PredictionDeepCRL.__name__ = DeepCRL.__name__
 
 
+class SuccessRecorder(VecEnvWrapper):
+    """
+    Records of the first env, whose episodes RL Zoo counts, whether they reach the goal at any step.
+
+    :param venv: The env
+    :param successes: Where to put it, an entry for each episode
+    """
+
+    def __init__(self, venv: VecEnv, successes: list[bool]):
+        super().__init__(venv)
+        self.successes = successes
+        self.is_success = False
+
+    def reset(self) -> VecEnvObs:
+        """
+        :return: The first observations
+        """
+        self.is_success = False
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        :return: Observations, rewards, dones and infos
+        """
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.is_success |= bool(infos[0].get("is_success"))
+        if dones[0]:
+            self.successes.append(self.is_success)
+            self.is_success = False
+        return observations, rewards, dones, infos
+
+
+@contextlib.contextmanager
+def successes_named() -> Iterator[None]:
+    """
+    Let RL Zoo's ``enjoy`` say that its success rate is the one at the last step of the episodes, beside the one at any step.
+    """
+    enjoy = importlib.import_module("rl_zoo3.enjoy")
+    create_test_env = enjoy.create_test_env
+    successes: list[bool] = []
+
+    def create_recorded_env(*args: Any, **kwargs: Any) -> VecEnv:
+        return SuccessRecorder(create_test_env(*args, **kwargs), successes)
+
+    def print_named(text: str, *values: Any) -> None:
+        if text.startswith("Success rate: "):
+            rate = text.removeprefix("Success rate: ")
+            text = f"Success at any step: {100 * np.mean(successes):.2f}%, at the last step: {rate}"
+        print(text, *values)
+
+    with (
+        patch.object(enjoy, "create_test_env", create_recorded_env),
+        patch.object(enjoy, "print", print_named, create=True),
+    ):
+        yield
+
+
 def hub_metadata(*args: Any) -> dict[str, Any]:
     """
     :param args: Names of algorithm and env, mean and standard deviation of the reward
@@ -219,14 +356,17 @@ def hub_metadata(*args: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def zoo_replaced(script: str) -> Iterator[None]:
+def zoo_replaced(script: str) -> Iterator[type[ZooArgumentParser]]:
     """
     What RL Zoo's scripts find in place of its own, for the time of the ``with`` statement.
 
     :param script: Name of the script
+    :return: The parser of its arguments
     """
     parser_class: type[ZooArgumentParser] = type("ZooArgumentParser", (ZooArgumentParser,), {"script": script})
     with contextlib.ExitStack() as stack:
+        # It reads the files of runs with it
+        stack.enter_context(patch.object(yaml, "UnsafeLoader", RunLoader))
         stack.enter_context(patch.object(argparse, "ArgumentParser", parser_class))
         if script == "train":
             from sb3_deepcrl.zoo.callbacks import make_trial_callback
@@ -243,12 +383,30 @@ def zoo_replaced(script: str) -> Iterator[None]:
             )
         else:
             stack.enter_context(patch.dict(ALGOS, deepcrl=PredictionDeepCRL))
+        if script == "enjoy":
+            stack.enter_context(successes_named())
         if script == "push_to_hub":
             hub = importlib.import_module("huggingface_sb3.push_to_hub")
             if not hasattr(hub, "generate_metadata"):
                 # The name that RL Zoo 2.9.2 imports is gone in release 3.2 of what it asks for
                 stack.enter_context(patch.object(hub, "generate_metadata", hub_metadata, create=True))
-        yield
+        yield parser_class
+
+
+def how_to_write(error: OSError, parsed: argparse.Namespace) -> str | None:
+    """
+    :param error: An error of the operating system
+    :param parsed: Arguments of the command line
+    :return: What to do, if the disk is full or what the user gave is no place to write to; None for any other error
+    """
+    if error.errno in NO_SPACE:
+        return "free some space or choose another disk. What was saved before is whole, `train -i` goes on from it"
+    if error.errno in NOT_WRITABLE and isinstance(error.filename, str):
+        path = Path(error.filename).absolute()
+        for given in (Path(value).absolute() for value in vars(parsed).values() if value and isinstance(value, str | Path)):
+            if path.is_relative_to(given) or given.is_relative_to(path):
+                return f"choose another place than {given}"
+    return None
 
 
 def save_figures(path: Path) -> None:
@@ -270,17 +428,39 @@ def run(script: str, argv: Sequence[str] | None = None) -> None:
 
     :param script: Name of the script
     :param argv: Arguments of the command line, ``sys.argv`` by default
-    :raises SystemExit: with one line, if something that the user gave cannot be used
+    :raises SystemExit: with one line, if something that the user gave cannot be used; with 128 and the number of a signal, if
+        one has stopped the training
     """
+    end_start()
     argv = sys.argv[1:] if argv is None else list(argv)
     module, function = SCRIPTS[script]
-    # Nothing but the script itself shall find what is replaced below
-    importlib.import_module("rl_zoo3.exp_manager" if function is None else module)
-    with patch.object(sys, "argv", [f"sb3-deepcrl {script}", *argv]), zoo_replaced(script):
+    try:
+        # Nothing but the script itself shall find what is replaced below
+        importlib.import_module("rl_zoo3.exp_manager" if function is None else module)
+    except ModuleNotFoundError as error:
+        sys.exit(f'sb3-deepcrl {script}: error: {error}: install the extra "zoo", in a clone by `pip install -e ".[zoo]"`')
+    numbers: list[int] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", [f"sb3-deepcrl {script}", *argv]))
+        parser_class = stack.enter_context(zoo_replaced(script))
+        if script == "train":
+            # Elsewhere there is nothing to save
+            numbers = stack.enter_context(stopped_by_signals())
         try:
             if function is None:
                 runpy.run_module(module, run_name="__main__")
             else:
                 getattr(importlib.import_module(module), function)()
-        except ConfigError as error:
+        except (ConfigError, gym.error.DependencyNotInstalled) as error:
             sys.exit(f"sb3-deepcrl {script}: error: {error}")
+        except OSError as error:
+            if (advice := how_to_write(error, parser_class.parsed)) is None:
+                raise
+            sys.exit(f"sb3-deepcrl {script}: error: {error}: {advice}")
+        except KeyboardInterrupt:
+            # Before the training or after it
+            if not numbers:
+                raise
+    if numbers:
+        # As shells do
+        sys.exit(128 + numbers[0])

@@ -5,17 +5,21 @@ Draws what a model of a run has learned: its value over the maze, for one goal, 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
+import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
+from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.zoo.checkpoints import saved_env_kwargs
-from sb3_deepcrl.zoo.launcher import DEFAULT_ENV
+from sb3_deepcrl.envs.registration import find_spec
+from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
+from sb3_deepcrl.zoo.launcher import DEFAULT_ENV, how_to_write
 
 
 def env_of_run(config: Path, env_id: str) -> tuple[VecEnv, gym.Env]:
@@ -25,7 +29,8 @@ def env_of_run(config: Path, env_id: str) -> tuple[VecEnv, gym.Env]:
     :return: One env with the arguments, wrappers and ``VecNormalize`` statistics of the run, and the same without statistics
     :raises ValueError: if the model sees something else than what the env gives, but for statistics
     """
-    hyperparams, stats_path = get_saved_hyperparams(str(config), test_mode=True)
+    with patch.object(yaml, "UnsafeLoader", RunLoader):
+        hyperparams, stats_path = get_saved_hyperparams(str(config), test_mode=True)
     for key in ("frame_stack", "vec_env_wrapper"):
         if hyperparams.get(key):
             raise ValueError(f"the run has `{key}: {hyperparams[key]}`: what its model sees cannot be placed on a map")
@@ -60,17 +65,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
     try:
+        args.env = EnvironmentName(find_spec(args.env.gym_id).id)
         _, model_path, log_path = get_model_path(args.exp_id, args.folder, "deepcrl", args.env, args.load_best)
         vec_env, env = env_of_run(Path(log_path) / args.env, args.env.gym_id)
         maze = MazeMap.from_env(env)
         # The first free cell is the end of a corridor in most mazes
         goal = maze.centers(*np.argwhere(~maze.walls)[0]) if args.goal is None else np.array(args.goal)
         plot_value_map(DeepCRL.load(model_path, env=vec_env, buffer_size=1), env, goal, seed=0, ax=ax)
-    except (AssertionError, ValueError, gym.error.Error) as error:
+        vec_env.close()
+    except Exception as error:
+        if not is_for_user(error):
+            raise
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     ax.set_title(f"{args.env.gym_id}: learned value and policy")
     output = args.output or Path(log_path) / "value.png"
-    figure.savefig(output, dpi=150)
+    try:
+        figure.savefig(output, dpi=150)
+    except OSError as error:
+        if (advice := how_to_write(error, args)) is None:
+            raise
+        parser.exit(2, f"{parser.prog}: error: {error}: {advice}\n")
     print(f"Value over the maze: {output}")
 
 

@@ -1,0 +1,43 @@
+"""
+What the commands of this package do before PyTorch is loaded. Programs that import the package are left as they are.
+"""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+# How long the threads of OpenMP spin before they sleep. On busy cores those that spin keep away the others for which they
+# wait, on idle ones threads that sleep at once are slow. libgomp, which PyTorch has on Linux, counts rounds (by default
+# 300,000), LLVM's and Intel's, on macOS and Windows, milliseconds (by default 200).
+SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+# Whoever sets one of these has chosen
+CHOICES = (*SPINNING, "OMP_WAIT_POLICY", "KMP_LIBRARY")
+MESSAGE = "Loading PyTorch ..."
+
+
+def is_command() -> bool:
+    """
+    :return: Whether this process is ``sb3-deepcrl`` or ``python -m sb3_deepcrl...``
+    """
+    program = sys.argv[0] if sys.argv else ""
+    if program != "-m":
+        return Path(program).stem == "sb3-deepcrl"
+    # Python has not found the module yet, whose parent this package is. It leaves its name out of `argv`
+    return sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith("sb3_deepcrl.")
+
+
+def start_command() -> None:
+    """Set what OpenMP reads when it is loaded, also in processes that this one starts, and give a sign of life."""
+    if not any(name in os.environ for name in CHOICES):
+        os.environ.update(SPINNING)
+    if sys.stderr.isatty():
+        print(MESSAGE, end="\r", file=sys.stderr, flush=True)
+
+
+def end_start() -> None:
+    """Take the sign of life away, and let each line be seen at once where there is no terminal."""
+    if sys.stderr.isatty():
+        print(" " * len(MESSAGE), end="\r", file=sys.stderr, flush=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
