@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from update import PASSES, flops_per_second
 
 from sb3_deepcrl import DeepCRL
-from sb3_deepcrl.common.block_kernel import load_kernel
+from sb3_deepcrl.common.tower_kernel import load_kernel
 from sb3_deepcrl.envs import BatchVecEnv
 
 TRANSITIONS_PER_UPDATE = 40

@@ -2,123 +2,131 @@ import math
 
 import pytest
 import torch as th
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_deepcrl.common.losses import (
-    CONTRASTIVE_LOSSES,
-    ENERGIES,
-    contrastive_metrics,
-    info_nce,
-    logsumexp_penalty,
-    pairwise_energy,
-    rowwise_energy,
-    squashed_gaussian,
-)
+from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ENERGIES, info_nce, rowwise_energy, squashed_gaussian
+from sb3_deepcrl.common.tower_kernel import load_kernel
+
+FUSED = [False, pytest.param(True, marks=pytest.mark.skipif(load_kernel() is None, reason="no AVX2 or no compiler"))]
+
+
+def pairwise_energy(x, y, energy="norm"):
+    """Of all pairs of rows, by definition."""
+    return th.stack([rowwise_energy(x, goal.expand_as(x), energy) for goal in y], dim=1)
+
+
+def reference(x, y, energy="norm", contrastive_loss="forward", logsumexp_coef=0.1):
+    """Loss, its gradients and the metrics, by the textbook and autograd in float64."""
+    x, y = (value.detach().double().requires_grad_() for value in (x, y))
+    logits = pairwise_energy(x, y, energy)
+    losses = []
+    for matrix in {"forward": [logits], "backward": [logits.T], "symmetric": [logits, logits.T]}[contrastive_loss]:
+        penalty = matrix.logsumexp(dim=1).square().mean()
+        losses.append(F.cross_entropy(matrix, th.arange(len(x))) + logsumexp_coef * penalty)
+    loss = sum(losses) / len(losses)
+    others = logits[~th.eye(len(x), dtype=th.bool)]
+    accuracy = (logits.argmax(dim=1) == th.arange(len(x))).double().mean()
+    metrics = [accuracy, logits.diagonal().mean(), others.mean(), logits.logsumexp(dim=1).mean()]
+    return [loss.detach(), *th.autograd.grad(loss, (x, y)), *(metric.detach() for metric in metrics)]
+
+
+def outcome(x, y, *args, **kwargs):
+    x, y = (value.detach().requires_grad_() for value in (x, y))
+    loss, metrics = info_nce(x, y, *args, **kwargs)
+    # The loss is one of several
+    return [loss.detach(), *th.autograd.grad(loss + 0.0 * loss.square(), (x, y)), *metrics]
 
 
 @pytest.mark.parametrize(
     ("energy", "expected"),
-    [
-        ("norm", [[-5.0, -1.0], [-math.sqrt(20.0), 0.0]]),
-        ("squared", [[-25.0, -1.0], [-20.0, 0.0]]),
-        ("dot", [[0.0, 0.0], [4.0, 1.0]]),
-        ("cosine", [[0.0, 0.0], [4 / 5, 1.0]]),
-    ],
+    [("norm", [-5.0, -2.0]), ("squared", [-25.0, -4.0]), ("dot", [0.0, 3.0]), ("cosine", [0.0, 1.0])],
 )
 def test_energies_by_hand(energy, expected):
     x = th.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=th.float64)
-    y = th.tensor([[4.0, 3.0], [1.0, 0.0]], dtype=th.float64)
-    if energy == "norm":
-        expected[1][0] = -math.sqrt(18.0)
-    if energy == "squared":
-        expected[1][0] = -18.0
-    th.testing.assert_close(pairwise_energy(x, y, energy), th.tensor(expected, dtype=th.float64))
-    th.testing.assert_close(rowwise_energy(x, y, energy), th.tensor(expected, dtype=th.float64).diagonal())
+    y = th.tensor([[4.0, 3.0], [3.0, 0.0]], dtype=th.float64)
+    th.testing.assert_close(rowwise_energy(x, y, energy), th.tensor(expected, dtype=th.float64))
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
 def test_energy_gradients(energy):
     th.manual_seed(0)
     x, y = (th.randn(4, 3, dtype=th.float64, requires_grad=True) for _ in range(2))
-    assert th.autograd.gradcheck(lambda a, b: pairwise_energy(a, b, energy), (x, y))
     assert th.autograd.gradcheck(lambda a, b: rowwise_energy(a, b, energy), (x, y))
 
 
-@pytest.mark.parametrize("function", [pairwise_energy, rowwise_energy])
-def test_norm_of_equal_representations_has_a_finite_gradient(function):
+@pytest.mark.parametrize("fused", FUSED)
+def test_norm_of_equal_representations_has_a_finite_gradient(fused):
     x = th.ones(3, 4, requires_grad=True)
-    function(x, x.detach().clone()).sum().backward()
+    rowwise_energy(x, x.detach().clone()).sum().backward()
     th.testing.assert_close(x.grad, th.zeros(3, 4))
-
-
-def test_distances_far_from_the_origin_stay_exact():
-    th.manual_seed(0)
-    x, y = th.randn(64, 64), th.randn(64, 64)
-    near = pairwise_energy(x, y)
-    th.testing.assert_close(pairwise_energy(x + 300.0, y + 300.0), near, atol=2e-3, rtol=1e-4)
-    exact = -th.linalg.vector_norm(x.double()[:, None] - y.double()[None], dim=2)
-    th.testing.assert_close(near.double(), exact, atol=1e-4, rtol=1e-5)
-
-
-def test_positives_keep_their_gradient_where_they_nearly_meet():
-    th.manual_seed(0)
-    x = (30 * th.randn(64, 64)).requires_grad_()
-    y = x.detach() + 0.01 * th.nn.functional.normalize(th.randn(64, 64), dim=1)
-    pairwise_energy(x, y).diagonal().sum().backward()
-    th.testing.assert_close(x.grad.norm(dim=1), th.ones(64), rtol=0.02, atol=0.0)
-
-
-LOGITS = th.tensor([[0.0, math.log(3.0)], [math.log(2.0), math.log(2.0)]], dtype=th.float64)
-
-
-@pytest.mark.parametrize(
-    ("contrastive_loss", "expected"),
-    [
-        # Rows: log(1 + 3) - 0 and log(2 + 2) - log 2
-        ("forward", (math.log(4.0) + math.log(2.0)) / 2),
-        # Columns: log(1 + 2) - 0 and log(3 + 2) - log 2
-        ("backward", (math.log(3.0) + math.log(2.5)) / 2),
-        ("symmetric", (math.log(4.0) + math.log(2.0) + math.log(3.0) + math.log(2.5)) / 4),
-    ],
-)
-def test_info_nce_by_hand(contrastive_loss, expected):
-    assert info_nce(LOGITS, contrastive_loss).item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("contrastive_loss", "expected"),
-    [
-        ("forward", math.log(4.0) ** 2),
-        ("backward", (math.log(3.0) ** 2 + math.log(5.0) ** 2) / 2),
-        ("symmetric", (math.log(4.0) ** 2 + (math.log(3.0) ** 2 + math.log(5.0) ** 2) / 2) / 2),
-    ],
-)
-def test_logsumexp_penalty_by_hand(contrastive_loss, expected):
-    assert logsumexp_penalty(LOGITS, contrastive_loss).item() == pytest.approx(expected)
+    assert all(th.isfinite(value).all() for value in outcome(x, x.detach().clone(), fused=fused))
 
 
 @pytest.mark.parametrize("contrastive_loss", CONTRASTIVE_LOSSES)
-def test_loss_gradients(contrastive_loss):
+@pytest.mark.parametrize("energy", ENERGIES)
+@pytest.mark.parametrize("chunk_size", [None, 1, 5, 12, 100])
+def test_info_nce(energy, contrastive_loss, chunk_size):
     th.manual_seed(0)
-    logits = th.randn(5, 5, dtype=th.float64, requires_grad=True)
-    assert th.autograd.gradcheck(lambda x: info_nce(x, contrastive_loss), (logits,))
-    assert th.autograd.gradcheck(lambda x: logsumexp_penalty(x, contrastive_loss), (logits,))
+    x, y = (th.randn(12, 4, dtype=th.float64) for _ in range(2))
+    actual = outcome(x, y, energy, contrastive_loss, 0.1, chunk_size)
+    for one, wanted in zip(actual, reference(x, y, energy, contrastive_loss), strict=True):
+        th.testing.assert_close(one, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_backward_is_forward_of_the_transpose():
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("distance", [1e-3, 0.5, 5.0])
+@pytest.mark.parametrize(("n", "dim"), [(2, 1), (3, 5), (31, 64), (77, 48), (512, 64), (1030, 7)])
+def test_info_nce_in_float32(n, dim, distance, fused):
+    """Distances do not lose their digits far from the origin, nor gradients where the positives nearly meet."""
     th.manual_seed(0)
-    logits = th.randn(6, 6)
-    th.testing.assert_close(info_nce(logits, "backward"), info_nce(logits.T, "forward"))
-    th.testing.assert_close(info_nce(logits), th.nn.functional.cross_entropy(logits, th.arange(6)))
+    y = th.randn(n, dim) + 100.0
+    x = y + distance * F.normalize(th.randn(n, dim), dim=1)
+    for one, wanted in zip(outcome(x, y, logsumexp_coef=0.1, fused=fused), reference(x, y), strict=True):
+        assert (one - wanted).norm() <= 1e-4 * wanted.norm().clamp(min=0.1)
 
 
-def test_metrics_by_hand():
-    logits = th.tensor([[2.0, 1.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
-    metrics = contrastive_metrics(logits)
-    assert metrics.categorical_accuracy.item() == pytest.approx(2 / 3)
-    assert metrics.logits_pos.item() == pytest.approx(2.0)
-    assert metrics.logits_neg.item() == pytest.approx(1.0)
-    expected = sum(math.log(sum(math.exp(value) for value in row)) for row in logits.tolist()) / 3
-    assert metrics.logsumexp.item() == pytest.approx(expected)
+@pytest.mark.parametrize("fused", FUSED)
+def test_extreme_representations(fused):
+    """Rows so far from all others that nothing but the nearest counts, and rows that are no numbers."""
+    th.manual_seed(0)
+    x, y = 1e6 * th.randn(40, 8), 1e6 * th.randn(40, 8)
+    for one, wanted in zip(outcome(x, y, fused=fused), reference(x, y, logsumexp_coef=0.0), strict=True):
+        assert (one - wanted).norm() <= 1e-4 * wanted.norm()
+    x[3, 2] = th.nan
+    assert outcome(x, y, fused=fused)[0].isnan()
+
+
+@pytest.mark.parametrize("fused", FUSED)
+def test_gradient_of_one_side_only(fused):
+    th.manual_seed(0)
+    x, y = th.randn(20, 4), th.randn(20, 4)
+    only = y.clone().requires_grad_()
+    loss, metrics = info_nce(x, only, logsumexp_coef=0.1, fused=fused)
+    (2.0 * loss).backward()
+    wanted = reference(x, y)
+    th.testing.assert_close(only.grad.double(), 2.0 * wanted[2], rtol=1e-4, atol=1e-6)
+    assert not any(metric.requires_grad for metric in metrics)
+    with th.no_grad():
+        th.testing.assert_close(info_nce(x, y, logsumexp_coef=0.1, fused=fused)[0], loss.detach())
+
+
+def test_chunks_save_memory():
+    """The largest tensor is that of a chunk."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(each.numel() for each in (made if isinstance(made, (tuple, list)) else [made]) if th.is_tensor(each))
+            return made
+
+    x, y = th.randn(256, 4, requires_grad=True), th.randn(256, 4)
+    for chunk_size, largest in ((16, 16 * 256), (None, 256 * 256)):
+        sizes.clear()
+        with Sizes():
+            info_nce(x, y, chunk_size=chunk_size)
+        assert max(sizes) == largest
 
 
 def test_squashed_gaussian_matches_the_definition():
@@ -150,12 +158,11 @@ def test_squashed_gaussian_is_finite_where_tanh_saturates():
 @pytest.mark.parametrize(
     ("function", "args", "name"),
     [
-        (pairwise_energy, (th.zeros(2, 2), th.zeros(2, 2), "l2"), "energy"),
-        (rowwise_energy, (th.zeros(2, 2), th.zeros(2, 2), "l2"), "energy"),
-        (info_nce, (LOGITS, "fwd"), "contrastive_loss"),
-        (logsumexp_penalty, (LOGITS, "fwd"), "contrastive_loss"),
+        (rowwise_energy, ("l2",), "energy"),
+        (info_nce, ("l2",), "energy"),
+        (info_nce, ("norm", "fwd"), "contrastive_loss"),
     ],
 )
 def test_unknown_choices(function, args, name):
     with pytest.raises(ValueError, match=f"`{name}` must be one of .* got '{args[-1]}'"):
-        function(*args)
+        function(th.zeros(2, 2), th.zeros(2, 2), *args)

@@ -4,7 +4,7 @@ import torch as th
 from gymnasium import spaces
 from torch import nn
 
-from sb3_deepcrl.common.losses import info_nce, logsumexp_penalty, pairwise_energy
+from sb3_deepcrl.common.losses import info_nce
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, check_depth
 from sb3_deepcrl.deepcrl import MultiInputPolicy
 
@@ -123,8 +123,8 @@ def start_of_training(depth: int, residual_scale: float | str | None = None) -> 
     obs = {key: th.randn(32, *space.shape) for key, space in observation_space.spaces.items()}
     goal_repr = policy.critic.encode_goal(obs)
     state_action_repr = policy.critic.encode_state_action(policy.critic.extract_state_features(obs), th.rand(32, 17) * 2 - 1)
-    logits = pairwise_energy(state_action_repr, goal_repr)
-    (info_nce(logits) + 0.1 * logsumexp_penalty(logits)).backward()
+    logits = -th.cdist(state_action_repr, goal_repr).detach()
+    info_nce(state_action_repr, goal_repr, logsumexp_coef=0.1)[0].backward()
     mean, _ = policy.actor.get_action_dist_params(obs)
     value = policy.critic(obs, th.tanh(mean)).mean()
     value.backward(inputs=list(policy.actor.parameters()))

@@ -787,7 +787,7 @@ def test_installed_wheel_finds_its_configs(tmp_path):
     subprocess.run([*pip, str(source)], check=True, capture_output=True)
     packages = {path.parent.relative_to(ROOT) for path in (ROOT / "sb3_deepcrl").rglob("*.py")}
     assert {path.parent.relative_to(site) for path in (site / "sb3_deepcrl").rglob("*.py")} >= packages
-    assert (site / "sb3_deepcrl" / "common" / "residual_block.cpp").is_file()
+    assert (site / "sb3_deepcrl" / "common" / "tower.cpp").is_file()
     command = [sys.executable, str(site / "bin" / "sb3-deepcrl"), "train", "--env", ENV, "--vec-env", "batch", "-n", "120"]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     result = subprocess.run(

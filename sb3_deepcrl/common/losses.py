@@ -151,7 +151,7 @@ class _ContrastiveLoss(th.autograd.Function):
         else:
             outcome, *gradients = _contrast(x, y, energy, contrastive_loss, logsumexp_coef, chunk_size, needed)
         ctx.save_for_backward(*gradients)
-        loss, metrics = outcome[0], outcome[1:]
+        loss, metrics = outcome.select(0, 0), outcome.narrow(0, 1, 4)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
@@ -174,12 +174,13 @@ def _contrast(
     :return: Loss and metrics, shape ``(5,)``, and the gradients of ``x`` and ``y`` if they are needed
     """
     n = len(x)
-    starts = range(0, n, chunk_size or n)
+    size = min(chunk_size or n, n)
+    starts = range(0, n, size)
     # Weights of the two directions
     rows, columns = {"forward": (1.0, 0.0), "backward": (0.0, 1.0), "symmetric": (0.5, 0.5)}[contrastive_loss]
 
     def logits_of(start: int) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
-        return _pairwise(x[start : start + (chunk_size or n)], y, energy, start)
+        return _pairwise(x.narrow(0, start, min(size, n - start)), y, energy, start)
 
     chunks = {}
     summaries = []
@@ -191,9 +192,9 @@ def _contrast(
         summaries.append((positives.clone(), logits.logsumexp(dim=1), logits.logsumexp(dim=0), correct, logits.sum()))
         if len(starts) == 1:
             chunks[start] = logits, gradients_of
-    positives, of_rows, of_columns, correct, total = (list(values) for values in zip(*summaries, strict=True))
-    positive, row_logsumexp = th.cat(positives), th.cat(of_rows)
-    column_logsumexp = th.stack(of_columns).logsumexp(dim=0)
+    positives, over_columns, over_rows, correct, total = (list(values) for values in zip(*summaries, strict=True))
+    positive, row_logsumexp = th.cat(positives), th.cat(over_columns)
+    column_logsumexp = th.stack(over_rows).logsumexp(dim=0)
     loss = -positive.mean()
     for weight, logsumexp in ((rows, row_logsumexp), (columns, column_logsumexp)):
         loss = loss + weight * (logsumexp + logsumexp_coef * logsumexp.square()).mean()
@@ -206,18 +207,20 @@ def _contrast(
     outcome = th.stack([loss, *metrics])
     if not needed:
         return (outcome,)
-    dx, dy = th.empty_like(x), th.zeros_like(y)
+    dx, dy = [], th.zeros_like(y)
     for start in starts:
         logits, gradients_of = chunks.pop(start, None) or logits_of(start)
         gradient = th.zeros(())
-        for weight, logsumexp in ((rows, row_logsumexp[start : start + len(logits)].unsqueeze(1)), (columns, column_logsumexp)):
+        of_rows = row_logsumexp.narrow(0, start, len(logits)).unsqueeze(1)
+        for weight, logsumexp in ((rows, of_rows), (columns, column_logsumexp)):
             if weight > 0.0:
                 softmax = (logits - logsumexp).exp_().mul_((1.0 + 2.0 * logsumexp_coef * logsumexp) * (weight / n))
                 gradient = softmax if gradient.ndim == 0 else gradient.add_(softmax)
         gradient.diagonal(offset=start).sub_(1.0 / n)
-        dx[start : start + len(logits)], of_y = gradients_of(gradient)
+        of_x, of_y = gradients_of(gradient)
+        dx.append(of_x)
         dy += of_y
-    return outcome, dx, dy
+    return outcome, th.cat(dx), dy
 
 
 def info_nce(
