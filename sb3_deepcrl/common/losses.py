@@ -113,7 +113,7 @@ def _pairwise(x: th.Tensor, y: th.Tensor, energy: str, first: int) -> tuple[th.T
     distances = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0).clamp_(min=0.0)
     # The positives may come so near to each other that what is left after cancellation is rounding
     difference = x - y.narrow(0, first, len(x))
-    distances.diagonal(offset=first).copy_(difference.square().sum(dim=1))
+    distances = distances.diagonal_scatter(difference.square().sum(dim=1), offset=first)
     if energy == "norm":
         distances.sqrt_()
 
