@@ -140,6 +140,17 @@ def test_squashed_gaussian_matches_the_definition():
     th.testing.assert_close(log_prob, expected)
 
 
+def test_squashed_gaussian_gradients():
+    th.manual_seed(0)
+    mean, log_std = (th.randn(3, 2, dtype=th.float64, requires_grad=True) for _ in range(2))
+    noise = th.randn(3, 2, dtype=th.float64)
+    assert th.autograd.gradcheck(lambda *args: squashed_gaussian(*args, noise), (mean, log_std))
+    assert th.autograd.gradgradcheck(lambda *args: squashed_gaussian(*args, noise), (mean, log_std))
+    by_row = th.func.vmap(th.func.grad(lambda *args: squashed_gaussian(*(x[None] for x in args))[1].sum()))
+    expected = th.autograd.grad(squashed_gaussian(mean, log_std, noise)[1].sum(), mean)[0]
+    th.testing.assert_close(by_row(mean.detach(), log_std.detach(), noise), expected)
+
+
 def test_squashed_gaussian_by_hand():
     # At zero: density of the normal law, and the derivative of tanh is one
     zero = th.zeros(1, 1, dtype=th.float64)

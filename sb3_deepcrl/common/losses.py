@@ -16,18 +16,13 @@ from sb3_deepcrl.common.tower_kernel import fused_info_nce
 from sb3_deepcrl.common.tracing import is_traced
 
 
-def _safe_sqrt(squared: th.Tensor) -> th.Tensor:
-    """Square root whose gradient at zero is zero and not infinite, with no bias elsewhere."""
-    positive = squared > 0
-    return th.where(positive, th.where(positive, squared, 1.0).sqrt(), 0.0)
-
-
 def _unit(x: th.Tensor) -> th.Tensor:
     return F.normalize(x, dim=1)
 
 
 _ENERGIES: dict[str, Callable[[th.Tensor, th.Tensor], th.Tensor]] = {
-    "norm": lambda x, y: -_safe_sqrt((x - y).square().sum(dim=1)),
+    # Its gradient where both are equal is zero in PyTorch, and not infinite
+    "norm": lambda x, y: -th.linalg.vector_norm(x - y, dim=1),
     "squared": lambda x, y: -(x - y).square().sum(dim=1),
     "dot": lambda x, y: (x * y).sum(dim=1),
     "cosine": lambda x, y: (_unit(x) * _unit(y)).sum(dim=1),
@@ -258,6 +253,31 @@ def info_nce(
     return loss, ContrastiveMetrics(*metrics)
 
 
+class _SquashedGaussian(th.autograd.Function):
+    """Its gradient worked out by hand takes a third of the operations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> Any:
+        gaussian_action = th.addcmul(mean, log_std.exp(), noise)
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2.0 * (math.log(2.0) - gaussian_action - F.softplus(-2.0 * gaussian_action))
+        return th.tanh(gaussian_action), log_prob.sum(dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[th.Tensor, ...], output: tuple[th.Tensor, ...]) -> None:
+        ctx.save_for_backward(output[0], *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, of_actions: th.Tensor, of_log_prob: th.Tensor) -> Any:
+        actions, log_std, noise = ctx.saved_tensors
+        of_log_prob = of_log_prob.unsqueeze(1)
+        # The correction's derivative is 2 tanh(u)
+        of_gaussian_action = th.addcmul(of_actions, actions, 2.0 * of_log_prob - actions * of_actions)
+        return of_gaussian_action, th.addcmul(-of_log_prob, of_gaussian_action, log_std.exp() * noise), None
+
+
 def squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Reparametrised sample of a diagonal Gaussian squashed by tanh, with its log-probability
@@ -271,7 +291,4 @@ def squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> 
     :param noise: Standard normal noise, same shape
     :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``, and their log-probability, shape ``(batch_size,)``
     """
-    gaussian_action = mean + log_std.exp() * noise
-    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2.0 * (math.log(2.0) - gaussian_action - F.softplus(-2.0 * gaussian_action))
-    return th.tanh(gaussian_action), log_prob.sum(dim=1)
+    return _SquashedGaussian.apply(mean, log_std, noise)  # type: ignore[no-any-return]

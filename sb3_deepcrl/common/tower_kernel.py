@@ -391,7 +391,6 @@ class FlatParameters:
     """
 
     def __init__(self, module: nn.Module, optimizer: th.optim.Optimizer):
-        self.module = module
         self.optimizer = optimizer
         self.parameters = list(module.parameters())
         # Each begins at a line of the cache. The numbers between stay zero.
@@ -425,6 +424,10 @@ class FlatParameters:
         # Those to which autograd adds
         written = {id(view) for _, gradients in self.kernels for view in gradients.views}
         self.added = [gradient for gradient in self.views[1] if id(gradient) not in written]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # Copies of the parameters have memory of their own, and are laid out anew
+        return None
 
     @classmethod
     def make(cls, module: nn.Module, optimizer: th.optim.Optimizer) -> "FlatParameters | None":

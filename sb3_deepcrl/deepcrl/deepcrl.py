@@ -459,7 +459,7 @@ class DeepCRL(OffPolicyAlgorithm):
         # Whether the residual blocks are compiled, None if nobody has tried
         self._compiled: bool | None = None
         # Networks that the kernel for CPUs updates, by their optimizer
-        self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
+        self._flat: dict[th.optim.Optimizer, FlatParameters | None] = {}
         self._graphed_update: GraphedFunction | None = None
 
         check_class(self.policy_class, DeepCRLPolicy, "policy", 'leave it at "MultiInputPolicy"')
