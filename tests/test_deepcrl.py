@@ -563,7 +563,7 @@ def test_minibatch_larger_than_the_data():
     model = make_model().learn(100)
     model.replay_buffer.reset()
     model.batch_size = 40
-    with pytest.warns(UserWarning, match=f"than the 16 trans.*`learning_starts` of at least {model.num_timesteps + 40}"):
+    with pytest.warns(UserWarning, match=f"than the 28 trans.*`learning_starts` of at least {model.num_timesteps + 40}"):
         model.learn(32, reset_num_timesteps=False)
     with pytest.warns(UserWarning, match="than the 20 trans.*`buffer_size` of at least 40"):
         make_model(batch_size=40, buffer_size=20, learning_starts=60).learn(100)
