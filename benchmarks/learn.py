@@ -3,9 +3,9 @@ Where the wall-clock of ``learn()`` goes on the ant in the U maze: 64 envs stepp
 
 ``simulate`` is the step of the envs, ``forward`` the policy that acts, ``replay`` storing and sampling, ``update`` the
 gradient steps and ``other`` all the rest: SB3's loop, infos, logging. The matrix products of an update are measured in the
-same process with PyTorch's profiler, on minibatches of the same buffer. Where residual blocks are one C++ function, their
-products cannot be told from what is done with each row in between: the whole function is shown (blocks), and beside it
-what the products of the blocks take in PyTorch, at the rate measured by ``update.py`` (roof). Simulation and learner take
+same process with PyTorch's profiler, on minibatches of the same buffer. Where residual towers and the loss are functions in
+C++, their products cannot be told from what is done with each row in between: the functions are shown (kernel), and beside
+them what the products of the blocks take in PyTorch, at the rate measured by ``update.py`` (roof). Simulation and learner take
 turns, so each of them may have all cores. Run it on an idle machine::
 
     python benchmarks/learn.py --output docs/results/learn.md
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch as th
 from torch.profiler import ProfilerActivity, profile
-from update import PASSES, flops_per_second
+from update import PASSES, Size, flops_per_second
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.tower_kernel import load_kernel
@@ -67,11 +67,11 @@ def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
     """
     :param model: A trained model
     :param n_updates: Number of updates to look at
-    :return: Milliseconds that PyTorch's matrix products take in an update, and milliseconds of the C++ blocks
+    :return: Milliseconds that PyTorch's matrix products take in an update, and milliseconds of the functions in C++
     """
     kernel = load_kernel()
     clock = Clock()
-    for name in ("residual_block_forward", "residual_block_backward"):
+    for name in ("tower_forward", "tower_backward", "info_nce"):
         if kernel is not None:
             clock.watch(kernel, name, "update")
     assert model.replay_buffer is not None
@@ -79,7 +79,7 @@ def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for k in range(n_updates):
             rows = slice(k * model.batch_size, (k + 1) * model.batch_size)
-            model._update({key: values[rows] for key, values in observations.items()}, actions[rows])
+            model._run_update({key: values[rows] for key, values in observations.items()}, actions[rows])
     events = profiler.key_averages()
     products = sum(event.self_cpu_time_total for event in events if event.key in MATRIX_PRODUCTS) / 1000 / n_updates
     return products, 1000 * clock.seconds["update"] / n_updates
@@ -116,14 +116,14 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
     clock.watch(model, "predict", "forward")
     clock.watch(model.replay_buffer, "add", "replay")
     clock.watch(model.replay_buffer, "sample_contrastive", "replay")
-    clock.watch(model, "_update", "update")
+    clock.watch(model, "_run_update", "update")
     start = time.perf_counter()
     model.learn(n_updates * TRANSITIONS_PER_UPDATE, log_interval=None)  # type: ignore[arg-type]
     total = time.perf_counter() - start
     clock.seconds["other"] = total - sum(clock.seconds.values())
     milliseconds = {part: 1000 * seconds / n_updates for part, seconds in clock.seconds.items()}
     products, blocks = matrix_product_ms(model, 8)
-    rate = flops_per_second(args, getattr(th, args.precision))
+    rate = flops_per_second(Size(depth, args.width, args.batch_size), "cpu", getattr(th, args.precision))
     roof = 1000 * PASSES * 2 * depth * args.width**2 * args.batch_size / rate
     return {**milliseconds, "total": 1000 * total / n_updates, "products": products, "blocks": blocks, "roof": roof}
 

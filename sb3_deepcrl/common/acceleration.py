@@ -135,16 +135,13 @@ def compile_blocks(module: nn.Module) -> bool:
     if not blocks:
         return False
     device_type = next(blocks[0].parameters()).device.type
-    library = load_kernel() if device_type == "cpu" else None
-    for tower in residual_towers(module) if library is not None else ():
-        kernel = TowerKernel(library, tower)
-        if kernel.layout() is not None:
-            tower._compiled_call_impl = kernel
+    if device_type == "cpu" and (library := load_kernel()) is not None:
+        for tower in residual_towers(module):
+            if (kernel := TowerKernel(library, tower)).layout() is not None:
+                tower._compiled_call_impl = kernel
     in_kernels = {block for kernel in tower_kernels(module) for block in kernel.tower.blocks}
     blocks = [block for block in blocks if block not in in_kernels]
-    if not blocks:
-        return True
-    if not can_compile(device_type):
+    if not blocks or not can_compile(device_type):
         return bool(in_kernels)
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)

@@ -177,26 +177,27 @@ def _contrast(
     def logits_of(start: int) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
         return _pairwise(x.narrow(0, start, min(size, n - start)), y, energy, start)
 
-    chunks = {}
+    chunks: dict[int, tuple[th.Tensor, Callable[[th.Tensor], Any]]] = {}
     summaries = []
     for start in starts:
         logits, gradients_of = logits_of(start)
         best = logits.argmax(dim=1)
         correct = best == th.arange(start, start + len(logits), device=x.device)
-        positives = logits.diagonal(offset=start)
-        summaries.append((positives.clone(), logits.logsumexp(dim=1), logits.logsumexp(dim=0), correct, logits.sum()))
+        summaries.append(
+            (logits.diagonal(offset=start).clone(), logits.logsumexp(dim=1), logits.logsumexp(dim=0), correct, logits.sum())
+        )
         if len(starts) == 1:
             chunks[start] = logits, gradients_of
-    positives, over_columns, over_rows, correct, total = (list(values) for values in zip(*summaries, strict=True))
+    positives, over_columns, over_rows, corrects, totals = (list(values) for values in zip(*summaries, strict=True))
     positive, row_logsumexp = th.cat(positives), th.cat(over_columns)
     column_logsumexp = th.stack(over_rows).logsumexp(dim=0)
     loss = -positive.mean()
     for weight, logsumexp in ((rows, row_logsumexp), (columns, column_logsumexp)):
         loss = loss + weight * (logsumexp + logsumexp_coef * logsumexp.square()).mean()
     metrics = [
-        th.cat(correct).to(x.dtype).mean(),
+        th.cat(corrects).to(x.dtype).mean(),
         positive.mean(),
-        (th.stack(total).sum() - positive.sum()) / (n * (n - 1)),
+        (th.stack(totals).sum() - positive.sum()) / (n * (n - 1)),
         row_logsumexp.mean(),
     ]
     outcome = th.stack([loss, *metrics])
@@ -204,7 +205,7 @@ def _contrast(
         return (outcome,)
     dx, dy = [], th.zeros_like(y)
     for start in starts:
-        logits, gradients_of = chunks.pop(start, None) or logits_of(start)
+        logits, gradients_of = chunks.pop(start) if start in chunks else logits_of(start)
         gradient = th.zeros(())
         of_rows = row_logsumexp.narrow(0, start, len(logits)).unsqueeze(1)
         for weight, logsumexp in ((rows, of_rows), (columns, column_logsumexp)):

@@ -63,11 +63,11 @@ def load_kernel() -> ctypes.CDLL | None:
 
 def _declare(library: ctypes.CDLL) -> None:
     """Set the types of the functions of the kernel."""
-    sizes = [_INTEGER] * 4
+    sizes: list[Any] = [_INTEGER] * 4
     library.width_multiple.argtypes = [_BOOL]
     library.tower_kept_size.argtypes = [*sizes, _BOOL, _BOOL]
     library.width_multiple.restype = library.tower_kept_size.restype = _INTEGER
-    settings = [ctypes.c_float, _BOOL, _BOOL, _INTEGER]
+    settings: list[Any] = [ctypes.c_float, _BOOL, _BOOL, _INTEGER]
     library.tower_forward.argtypes = [*[_ADDRESS] * 4, *sizes, *settings]
     library.tower_backward.argtypes = [*[_ADDRESS] * 5, *sizes, *settings]
     library.info_nce.argtypes = [_ADDRESS, _ADDRESS, _INTEGER, _INTEGER, ctypes.c_float, *[_ADDRESS] * 3, _INTEGER]
@@ -105,17 +105,17 @@ class Layout:
 
     def __init__(self, tower: ResidualTower):
         self.n_handles = RemovableHandle.next_id
-        blocks = list(tower.blocks)
-        if [*map(type, (tower, *blocks))] != [ResidualTower] + [ResidualBlock] * len(blocks):
+        blocks = [block for block in tower.blocks if type(block) is ResidualBlock]
+        if type(tower) is not ResidualTower or len(blocks) < len(tower.blocks):
             raise ValueError("others than residual blocks, or subclasses, which may do something else")
         branches = [block.branch for block in blocks]
         layers = [list(layers) for layers in (tower.stem, *branches)]
         if [[*map(type, modules)] for modules in layers] != [_LAYER, *[_LAYER * LAYERS_PER_BLOCK] * len(blocks)]:
             raise ValueError("other layers than Dense, LayerNorm and Swish")
-        if any(map(is_watched, (tower, tower.stem, tower.blocks, *blocks, *branches, *sum(layers, [])))):
-            raise ValueError("somebody wants to be called when one of its layers runs")
         # What may be exchanged: modules in modules, parameters in modules
-        containers = (tower, tower.stem, tower.blocks, *blocks, *branches)
+        containers: tuple[nn.Module, ...] = (tower, tower.stem, tower.blocks, *blocks, *branches)
+        if is_watched(*containers, *(module for modules in layers for module in modules)):
+            raise ValueError("somebody wants to be called when one of its layers runs")
         self.modules = [(module._modules, tuple(module._modules.values())) for module in containers]
         self.slots: list[tuple[dict[str, Any], str] | None] = []
         for index, modules in enumerate(layers):
@@ -127,10 +127,12 @@ class Layout:
                 self.slots.append((where, "scale") if block.residual else None)
         # None where it is computed from others, as by a parametrization
         tensors = [None if slot is None else slot[0].get(slot[1]) for slot in self.slots]
-        self.n_inputs, self.width, self.n_blocks = tower.stem[0].in_features, tower.stem[0].out_features, len(blocks)
+        dense = tower.stem[0]
+        assert isinstance(dense, nn.Linear)
+        self.n_inputs, self.width, self.n_blocks = dense.in_features, dense.out_features, len(blocks)
         norms = [norm for modules in layers for norm in modules[1::3]]
         self.eps = norms[0].eps
-        shapes = [(self.width, self.n_inputs), *[(self.width,)] * 3]
+        shapes: list[tuple[int, ...] | None] = [(self.width, self.n_inputs), *[(self.width,)] * 3]
         for block in blocks:
             shapes += [(self.width, self.width), *[(self.width,)] * 3] * LAYERS_PER_BLOCK
             shapes.append(() if block.residual else None)
@@ -282,7 +284,7 @@ class _Tower(th.autograd.Function):
             n_threads(),
         )
         check_memory(enough_memory, x)
-        return None, dx, *(gradients or [None] * (len(ctx.needs_input_grad) - 2))
+        return None, dx, *(gradients or (None,) * (len(ctx.needs_input_grad) - 2))
 
     @staticmethod
     def _plain_backward(
@@ -548,7 +550,7 @@ def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bo
         y.data_ptr(),
         *x.shape,
         logsumexp_coef,
-        *([gradient.data_ptr() for gradient in gradients] or [None, None]),
+        *([gradient.data_ptr() for gradient in gradients] or (None, None)),
         outcome.data_ptr(),
         n_threads(),
     )

@@ -955,7 +955,6 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer.gamma = self.gamma
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         metrics: list[th.Tensor] = []
-        update = self._update_with_kernel if has_kernel(self.actor.tower, self.critic.sa_encoder) else self._update
         clipped: list[th.Tensor] = []
         watch_goals = self._may_clip_goals()
         graph_key = None if self._graphed_update is None else self._graph_key()
@@ -968,10 +967,7 @@ class DeepCRL(OffPolicyAlgorithm):
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {key: values[rows] for key, values in observations.items()}
-                if self._graphed_update is None:
-                    metrics.append(update(minibatch, actions[rows]))
-                else:
-                    metrics.append(self._graphed_update({**minibatch, ACTION_KEY: actions[rows]}, graph_key))
+                metrics.append(self._run_update(minibatch, actions[rows], graph_key))
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -1040,8 +1036,21 @@ class DeepCRL(OffPolicyAlgorithm):
         observations = dict(minibatch)
         return self._update(observations, observations.pop(ACTION_KEY))
 
-    def _update_with_kernel(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
-        """The same as ``_update``, on a CPU whose kernel for residual towers is used."""
+    def _run_update(
+        self, observations: dict[str, th.Tensor], actions: th.Tensor, graph_key: tuple[Any, ...] | None = None
+    ) -> th.Tensor:
+        """
+        Do what ``_update`` does, in the fastest way that there is: as a CUDA graph, or with the kernel for CPUs.
+
+        :param observations: Observations, with the goals that were reached later in place of the desired ones
+        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        :param graph_key: Outcome of :meth:`_graph_key`
+        :return: What ``UPDATE_METRICS`` names
+        """
+        if self._graphed_update is not None:
+            return self._graphed_update({**observations, ACTION_KEY: actions}, graph_key or self._graph_key())
+        if not has_kernel(self.actor.tower, self.critic.sa_encoder):
+            return self._update(observations, actions)
         with contextlib.ExitStack() as stack:
             stack.enter_context(threads_of_kernel())
             for network in (self.actor, self.critic):
