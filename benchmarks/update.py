@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,8 +337,8 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     lines = [
         "# Time and memory of one update",
         "",
-        f"Sizes are depth x width x batch size, inputs those of the humanoid tasks; {machine(args)}; median of "
-        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
+        f"Sizes are depth x width x batch size, inputs those of the humanoid tasks; {machine(args)}"
+        f"{f' with {args.busy} busy processes beside' if args.busy else ''}; median of {args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
         "measured in the same process; products of our own may be above it. Start-up is from the constructor to "
         "the end of the first update, with nothing compiled before. The modes are described in the script.",
         "",
@@ -392,6 +393,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="time of one measurement, at least two updates")
     parser.add_argument("--output", type=Path, help="file for the table, next to it a .csv and a .png (always printed)")
+    parser.add_argument("--busy", type=int, default=0, help="number of other processes that keep the cores busy meanwhile")
     parser.add_argument("--worker", nargs=2, metavar=("MODE", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
@@ -402,7 +404,10 @@ def main() -> None:
         missing.add("jax")
     modes = args.modes or [mode for mode in MODES if mode not in missing]
     measured: dict[tuple[str, str], list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
+        for _ in range(args.busy):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(process.kill)
         for _ in range(args.rounds):
             for size in args.sizes:
                 for mode in modes:
