@@ -333,12 +333,13 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     :param args: Arguments of the command line
     :return: Table in Markdown
     """
+    beside = f" with {args.busy} busy processes beside" if args.busy else ""
     plain = {row["size"]: row["ms"] for row in rows if row["mode"] == "plain"}
     lines = [
         "# Time and memory of one update",
         "",
-        f"Sizes are depth x width x batch size, inputs those of the humanoid tasks; {machine(args)}"
-        f"{f' with {args.busy} busy processes beside' if args.busy else ''}; median of {args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
+        f"Sizes are depth x width x batch size, inputs those of the humanoid tasks; {machine(args)}{beside}; median of "
+        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
         "measured in the same process; products of our own may be above it. Start-up is from the constructor to "
         "the end of the first update, with nothing compiled before. The modes are described in the script.",
         "",
