@@ -11,11 +11,9 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -70,6 +68,7 @@ from sb3_deepcrl.deepcrl.policies import (
     MlpPolicy,
     MultiInputPolicy,
 )
+from sb3_deepcrl.env_ids import find_spec
 
 SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
 
@@ -391,7 +390,7 @@ class DeepCRL(OffPolicyAlgorithm):
             energy=energy,
         )
         if isinstance(env, str):
-            env = self.find_spec(env).id
+            env = find_spec(env).id
         super().__init__(
             policy,
             env,
@@ -479,17 +478,6 @@ class DeepCRL(OffPolicyAlgorithm):
                 )
             self._check_buffer_size()
             self._setup_model()
-
-    @staticmethod
-    def find_spec(env_id: str) -> EnvSpec:
-        """
-        Find the env that an id names. The package puts :func:`~sb3_deepcrl.envs.registration.find_spec` in its place, which
-        knows more of them.
-
-        :param env_id: The id
-        :return: The specification of the env
-        """
-        return gym.spec(env_id)
 
     @staticmethod
     def _merge_policy_kwargs(architecture: dict[str, Any], policy_kwargs: dict[str, Any]) -> dict[str, Any]:

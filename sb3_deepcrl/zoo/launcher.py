@@ -27,7 +27,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, Vec
 from sb3_deepcrl.common.signals import stopped_by_signals
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.registration import ENTRY_POINT, find_spec
+from sb3_deepcrl.env_ids import find_spec
+from sb3_deepcrl.envs.registration import ENTRY_POINT
 from sb3_deepcrl.zoo.checkpoints import RunLoader, find_model, num_timesteps, read_run_file, run_config
 from sb3_deepcrl.zoo.config import ConfigError
 

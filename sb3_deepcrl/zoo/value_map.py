@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
 from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.registration import find_spec
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
 from sb3_deepcrl.zoo.launcher import DEFAULT_ENV, how_to_write
 
