@@ -4,10 +4,8 @@ Runs RL Zoo's scripts with DeepCRL registered. Each has a module of its name in 
 
 import argparse
 import contextlib
-import errno
 import importlib
 import io
-import math
 import os
 import runpy
 import sys
@@ -24,6 +22,8 @@ from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, StoreDict, get_model_path
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn, VecEnvWrapper
 
+from sb3_deepcrl.common.command_line import whole_number
+from sb3_deepcrl.common.errors import how_to_write
 from sb3_deepcrl.common.signals import stopped_by_signals
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -56,8 +56,6 @@ HELP = {
 }
 # Envs whose pictures are made by MuJoCo
 MUJOCO_ENVS = ("sb3_deepcrl.envs", "gymnasium_robotics.envs", "gymnasium.envs.mujoco")
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 # Arguments of a run that do not hold for its continuation, or are in its config already
 NOT_RESUMED = {
     "conf_file",
@@ -94,24 +92,17 @@ class CheckedStoreDict(StoreDict):
         setattr(namespace, self.dest, merged)
 
 
-def whole_number(is_count: bool, default: int | None) -> Callable[[str], int]:
+def at_least_one(default: int | None) -> Callable[[str], int]:
     """
-    :param is_count: Whether it must be at least 1
-    :param default: The default, which is allowed in any case
-    :return: The ``type`` of an option for whole numbers, which may be written as ``1e5``
+    :param default: The default of an option, which is allowed in any case
+    :return: The ``type`` of the option
     """
 
     def convert(text: str) -> int:
-        try:
-            # Large ones are exact as they are
-            number = int(text) if text.strip("+-").isdigit() else float(text)
-        except ValueError:
-            number = math.nan
-        if not float(number).is_integer():
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text}")
-        if is_count and number < 1 and number != default:
+        number = whole_number(text)
+        if number < 1 and number != default:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-        return int(number)
+        return number
 
     return convert
 
@@ -151,7 +142,7 @@ class ZooArgumentParser(ArgumentParser):
         if "--vec-env" in names:
             kwargs["choices"] = [*kwargs["choices"], "batch"]
         if kwargs.get("type") is int:
-            kwargs["type"] = whole_number(not COUNTS.isdisjoint(names), kwargs.get("default"))
+            kwargs["type"] = whole_number if COUNTS.isdisjoint(names) else at_least_one(kwargs.get("default"))
         for name in names if self.script == "train" else ():
             kwargs["help"] = HELP.get(name, kwargs.get("help"))
         for name, default in DEFAULTS.items():
@@ -394,22 +385,6 @@ def zoo_replaced(script: str) -> Iterator[type[ZooArgumentParser]]:
         yield parser_class
 
 
-def how_to_write(error: OSError, parsed: argparse.Namespace) -> str | None:
-    """
-    :param error: An error of the operating system
-    :param parsed: Arguments of the command line
-    :return: What to do, if the disk is full or what the user gave is no place to write to; None for any other error
-    """
-    if error.errno in NO_SPACE:
-        return "free some space or choose another disk. What was saved before is whole, `train -i` goes on from it"
-    if error.errno in NOT_WRITABLE and isinstance(error.filename, str):
-        path = Path(error.filename).absolute()
-        for given in (Path(value).absolute() for value in vars(parsed).values() if value and isinstance(value, str | Path)):
-            if path.is_relative_to(given) or given.is_relative_to(path):
-                return f"choose another place than {given}"
-    return None
-
-
 def save_figures(path: Path) -> None:
     """
     :param path: Where the first figure goes; a further one has a number in its name
@@ -455,7 +430,7 @@ def run(script: str, argv: Sequence[str] | None = None) -> None:
         except (ConfigError, gym.error.DependencyNotInstalled) as error:
             sys.exit(f"sb3-deepcrl {script}: error: {error}")
         except OSError as error:
-            if (advice := how_to_write(error, parser_class.parsed)) is None:
+            if (advice := how_to_write(error, vars(parser_class.parsed).values())) is None:
                 raise
             sys.exit(f"sb3-deepcrl {script}: error: {error}: {advice}")
         except KeyboardInterrupt:
