@@ -944,14 +944,13 @@ class DeepCRL(OffPolicyAlgorithm):
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         metrics: list[th.Tensor] = []
         clipped: list[th.Tensor] = []
-        watch_goals = self._may_clip_goals()
+        watched = self._vec_normalize_env if self._may_clip_goals() else None
         graph_key = None if self._graphed_update is None else self._graph_key()
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
             observations, actions = self.replay_buffer.sample_contrastive(n_steps * batch_size, env=self._vec_normalize_env)
-            if watch_goals:
-                limit = self._vec_normalize_env.clip_obs  # type: ignore[union-attr]
-                clipped.append((observations[GOAL_KEY].abs() >= limit).float().mean())
+            if watched is not None:
+                clipped.append((observations[GOAL_KEY].abs() >= watched.clip_obs).float().mean())
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {key: values[rows] for key, values in observations.items()}
@@ -964,11 +963,11 @@ class DeepCRL(OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
         means = th.stack(metrics).mean(dim=0)
-        if watch_goals:
+        if clipped:
             means = th.cat((means, th.stack(clipped).mean(dim=0, keepdim=True)))
         # The only time that the host waits for the device
         values = means.tolist()
-        if watch_goals:
+        if clipped:
             self._warn_of_clipped_goals(values.pop())
         for name, value in zip(names, values, strict=True):
             self.logger.record(f"train/{name}", value)

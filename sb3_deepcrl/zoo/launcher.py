@@ -117,8 +117,6 @@ class ZooArgumentParser(ArgumentParser):
     """
 
     script: ClassVar[str]
-    #: Where the plots go
-    figure: ClassVar[Path | None] = None
     #: What the user gave, empty before it is parsed
     parsed: ClassVar[argparse.Namespace] = argparse.Namespace()
 
@@ -158,9 +156,7 @@ class ZooArgumentParser(ArgumentParser):
         """
         parsed = super().parse_args(args, namespace)
         try:
-            if self.script in PLOTS:
-                type(self).figure = parsed.figure
-            elif self.script == "train":
+            if self.script == "train":
                 if parsed.trained_agent:
                     parsed = self._resume(parsed, args, namespace)
                 spec = find_env(parsed.env, parsed.gym_packages)
@@ -172,7 +168,7 @@ class ZooArgumentParser(ArgumentParser):
                         f"--vec-env batch: {spec.id} is no task of this package, which alone can be stepped in batches: leave "
                         "it out, or choose one of them, such as --env PointUMaze-v0"
                     )
-            else:
+            elif self.script not in PLOTS:
                 spec = find_env(parsed.env.gym_id, getattr(parsed, "gym_packages", []))
                 parsed.env = EnvironmentName(spec.id)
                 # RL Zoo downloads to a folder of this name what is not there
@@ -371,7 +367,7 @@ def zoo_replaced(script: str) -> Iterator[type[ZooArgumentParser]]:
 
             show = plt.show
             stack.enter_context(
-                patch.object(plt, "show", lambda: show() if parser_class.figure is None else save_figures(parser_class.figure))
+                patch.object(plt, "show", lambda: save_figures(path) if (path := parser_class.parsed.figure) else show())
             )
         else:
             stack.enter_context(patch.dict(ALGOS, deepcrl=PredictionDeepCRL))
