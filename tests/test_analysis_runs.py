@@ -929,7 +929,7 @@ def test_which_study(capsys, argv, message):
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(OSError(errno.ENOSPC, "No space left", "a.csv"), "No space left: 'a.csv': make room"), (ValueError("a bug"), None)],
+    [(OSError(errno.ENOSPC, "No space left", "a.csv"), "No space left: 'a.csv': free some"), (ValueError("a bug"), None)],
 )
 def test_what_goes_wrong_in_training(tmp_path, capsys, monkeypatch, error, message):
     def fail(*args):

@@ -560,6 +560,7 @@ def test_minibatch_larger_than_the_data():
     assert len(record) == 1
     assert model._n_updates > 0
     # As after loading a model without its replay buffer
+    # The first rollout makes up for the short last one of the 100 steps: 12 + 16
     model = make_model().learn(100)
     model.replay_buffer.reset()
     model.batch_size = 40

@@ -234,10 +234,10 @@ class GoalEvalCallback(EvalCallback):
         super()._init_callback()
 
     def _on_step(self) -> bool:
-        is_due = self.eval_freq > 0 and self.n_calls % self.eval_freq == 0
-        if is_due:
-            # An evaluation that was interrupted leaves nothing behind
-            self._recorder = GoalEpisodeRecorder(self.eval_env)
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
+            return True
+        # An evaluation that was interrupted leaves nothing behind
+        self._recorder = GoalEpisodeRecorder(self.eval_env)
         best_mean_reward, verbose = self.best_mean_reward, self.verbose
         # The parent prints success at the last step as "Success rate"
         self.verbose = 0
@@ -245,7 +245,7 @@ class GoalEvalCallback(EvalCallback):
             continue_training = super()._on_step()
         finally:
             self.verbose = verbose
-        if is_due and verbose >= 1:
+        if verbose >= 1:
             means = self.last_means
             print(
                 f"Eval num_timesteps={self.num_timesteps}: success {100 * means['success_any']:.0f} % at any step, "
