@@ -159,6 +159,25 @@ def test_update_ratio_does_not_depend_on_how_a_training_is_divided(kwargs, reset
     assert min(rates) >= 0.0
 
 
+def test_rollouts_before_learning_starts_owe_no_updates():
+    model = make_model(learning_starts=100)
+    for _ in range(20):
+        model.learn(10, reset_num_timesteps=False)
+    assert model._n_updates == make_model(learning_starts=100).learn(200)._n_updates
+
+
+def test_shorter_rollouts_make_up_for_no_longer_ones(tmp_path):
+    # One step has the update of 16
+    make_model(learning_starts=0, batch_size=2).learn(1).save(tmp_path / "model")
+    model = DeepCRL.load(tmp_path / "model", env=make_vec_env(GoalReachEnv, 16)).learn(160)
+    assert model._n_updates == 11
+    model.train_freq = 1000
+    model.learn(16)
+    model.train_freq = 1
+    model.learn(160)
+    assert model._n_updates == 22
+
+
 def test_rollouts_outside_of_learn_are_as_long_as_asked_for():
     model = make_model().learn(41)
     callback = Progress()
