@@ -579,7 +579,7 @@ def test_minibatch_larger_than_the_data():
     assert len(record) == 1
     assert model._n_updates > 0
     # As after loading a model without its replay buffer
-    model = make_model().learn(100)
+    model = make_model().learn(96)
     model.replay_buffer.reset()
     model.batch_size = 40
     with pytest.warns(UserWarning, match=f"than the 16 trans.*`learning_starts` of at least {model.num_timesteps + 40}"):
