@@ -870,7 +870,8 @@ class DeepCRL(OffPolicyAlgorithm):
         :return: How much was collected and whether to go on
         :raises ValueError: if a value from the env, or an action, is NaN or infinite
         """
-        missing_steps, self._missing_steps = self._missing_steps, 0
+        # Another number of envs, or the user, may have made rollouts shorter since
+        missing_steps, self._missing_steps = min(self._missing_steps, train_freq.frequency - 1), 0
         n_short = 0
         n_left = (self._total_timesteps - self.num_timesteps) / env.num_envs
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
@@ -883,7 +884,8 @@ class DeepCRL(OffPolicyAlgorithm):
         with self._normalization_kept_on_error():
             rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
         self._rollout_interrupted = not rollout.continue_training
-        if n_short > 0 and rollout.continue_training and self.gradient_steps >= 0:
+        has_updates = self.gradient_steps >= 0 and self.num_timesteps > self.learning_starts
+        if n_short > 0 and rollout.continue_training and has_updates:
             self._missing_steps = n_short
             if train_freq.frequency <= missing_steps:
                 # Their updates were done at the end of the last learn()
