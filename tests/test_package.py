@@ -40,6 +40,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     [
         (("-m", "sb3_deepcrl.analysis", "--help"), {}, "1000"),
         (("-msb3_deepcrl.zoo.train", "--help"), {}, "1000"),
+        (("-m", "sb3_deepcrl", "--version"), {}, "1000"),
         (("-m", "sb3_deepcrl.zoo.train", "--help"), {"GOMP_SPINCOUNT": "7"}, "7"),
         (("-m", "sb3_deepcrl.analysis", "--help"), {"OMP_WAIT_POLICY": "active"}, "30000000000"),
         # The user's own program

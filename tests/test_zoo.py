@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import pickle
+import pty
 import re
 import shlex
 import shutil
@@ -296,6 +297,31 @@ def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
     assert process.returncode == 128 + signal.SIGHUP
     assert "To go on from there: sb3-deepcrl train -i" in output
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+
+
+@pytest.mark.parametrize("output", ["terminal", "pipe"])
+def test_output_that_nobody_reads_any_more(output, tmp_path):
+    if output == "terminal":
+        reader, writer = pty.openpty()
+    else:
+        reader, writer = os.pipe()
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "batch"]
+    command += "-n 1000000 --eval-freq 4000 --num-threads 1".split()
+    with subprocess.Popen([*command, *TINY], stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writer)
+        read = b""
+        while b"env steps" not in read:
+            read += os.read(reader, 1000)
+        time.sleep(1)
+        os.close(reader)
+        if output == "terminal":
+            process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=60)
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+    if output == "terminal":
+        assert process.returncode == 128 + signal.SIGHUP
+    else:
+        assert "BrokenPipeError" in errors and "To go on from there: sb3-deepcrl train -i" in errors
 
 
 class FailingEnv(gym.Wrapper):
