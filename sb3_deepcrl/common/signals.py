@@ -61,7 +61,7 @@ def stopped_by_signals() -> Iterator[list[int]]:
 
 def drop_unread_outputs() -> None:
     """
-    Let what is written to a terminal that was closed, or to a pipe that nobody reads any more, go nowhere: until then it raises.
+    Let what is written to a closed terminal, or to a pipe that nobody reads any more, go nowhere: until then it raises.
     """
     # Windows has no poll
     for descriptor in (1, 2) if hasattr(select, "poll") else ():
