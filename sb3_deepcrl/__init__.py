@@ -11,7 +11,7 @@ from sb3_deepcrl.common.deep_policies import DeepResidualExtractor, register_pol
 from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.compat import patch_gymnasium_robotics_on_import
-from sb3_deepcrl.envs.registration import find_spec, register_envs
+from sb3_deepcrl.envs.registration import register_envs
 from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 
 __version__ = Path(__file__).with_name("version.txt").read_text().strip()
@@ -19,8 +19,6 @@ __version__ = Path(__file__).with_name("version.txt").read_text().strip()
 register_envs()
 register_policies()
 patch_gymnasium_robotics_on_import()
-# The room of DeepCRL does not know that of the envs
-DeepCRL.find_spec = staticmethod(find_spec)  # type: ignore[method-assign]
 
 __all__ = [
     "ContrastiveReplayBuffer",

@@ -139,6 +139,19 @@ def test_bugs_of_an_env_are_not_blamed_on_its_arguments(monkeypatch, error):
         make_env("HandsOn-v0", 1, 0, {"max_step": 3})
 
 
+class ReadsItself(GoalReachEnv):
+    def __init__(self, **kwargs):
+        self.walls = kwargs.pop("walls", 0)
+        super().__init__(**kwargs)
+
+
+def test_argument_that_an_env_reads_from_its_kwargs(monkeypatch):
+    monkeypatch.setitem(gym.registry, "ReadsItself-v0", EnvSpec("ReadsItself-v0", ReadsItself))
+    assert make_env("ReadsItself-v0", 1, 0, {"walls": 3, "max_steps": 7}).get_attr("walls") == [3]
+    with pytest.raises(ValueError, match=r"it has no argument 'max_step'\. Did you mean 'max_steps'\?"):
+        make_env("ReadsItself-v0", 1, 0, {"max_step": 3})
+
+
 @pytest.mark.parametrize("algorithm", ["SAC+HER", "TQC+HER"])
 def test_other_algorithms_go_on_too(tmp_path, algorithm):
     hyperparams = {"policy_kwargs": {"net_arch": [8]}, "batch_size": 8, "learning_starts": 80, "buffer_size": 4000}
@@ -929,7 +942,7 @@ def test_which_study(capsys, argv, message):
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(OSError(errno.ENOSPC, "No space left", "a.csv"), "No space left: 'a.csv': make room"), (ValueError("a bug"), None)],
+    [(OSError(errno.ENOSPC, "No space left", "a.csv"), "No space left: 'a.csv': free some"), (ValueError("a bug"), None)],
 )
 def test_what_goes_wrong_in_training(tmp_path, capsys, monkeypatch, error, message):
     def fail(*args):

@@ -159,6 +159,25 @@ def test_update_ratio_does_not_depend_on_how_a_training_is_divided(kwargs, reset
     assert min(rates) >= 0.0
 
 
+def test_rollouts_before_learning_starts_owe_no_updates():
+    model = make_model(learning_starts=100)
+    for _ in range(20):
+        model.learn(10, reset_num_timesteps=False)
+    assert model._n_updates == make_model(learning_starts=100).learn(200)._n_updates
+
+
+def test_shorter_rollouts_make_up_for_no_longer_ones(tmp_path):
+    # One step has the update of 16
+    make_model(learning_starts=0, batch_size=2).learn(1).save(tmp_path / "model")
+    model = DeepCRL.load(tmp_path / "model", env=make_vec_env(GoalReachEnv, 16)).learn(160)
+    assert model._n_updates == 11
+    model.train_freq = 1000
+    model.learn(16)
+    model.train_freq = 1
+    model.learn(160)
+    assert model._n_updates == 22
+
+
 def test_rollouts_outside_of_learn_are_as_long_as_asked_for():
     model = make_model().learn(41)
     callback = Progress()
@@ -560,10 +579,10 @@ def test_minibatch_larger_than_the_data():
     assert len(record) == 1
     assert model._n_updates > 0
     # As after loading a model without its replay buffer
-    model = make_model().learn(100)
+    model = make_model().learn(96)
     model.replay_buffer.reset()
     model.batch_size = 40
-    with pytest.warns(UserWarning, match=f"than the 28 trans.*`learning_starts` of at least {model.num_timesteps + 40}"):
+    with pytest.warns(UserWarning, match=f"than the 16 trans.*`learning_starts` of at least {model.num_timesteps + 40}"):
         model.learn(32, reset_num_timesteps=False)
     with pytest.warns(UserWarning, match="than the 20 trans.*`buffer_size` of at least 40"):
         make_model(batch_size=40, buffer_size=20, learning_starts=60).learn(100)

@@ -80,6 +80,21 @@ def test_env_that_does_not_tell_how_an_episode_ended():
         assert episode.mean_distance == pytest.approx(33 / 5 / 9, rel=1e-4)
 
 
+class NextGoalEnv(GoalReachEnv):
+    """Reaches its goal in each step, and then has another one."""
+
+    def step(self, action):
+        self.steps += 1
+        self.position, self.goal = self.goal, -self.goal
+        return self._observation(), 1.0, False, self.steps == 4, {"is_success": True}
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_distance_is_that_to_the_goal_of_the_step(n_envs):
+    for episode in evaluate_goals(Still(), make_vec_env(NextGoalEnv, n_envs), 3):
+        assert (episode.time_at_goal, episode.mean_distance) == (4, 0.0)
+
+
 def test_single_env_without_monitor():
     means = mean_of_episodes(evaluate_goals(Still(), ScriptedEnv(), 2))
     assert means["success_any"] == 1.0

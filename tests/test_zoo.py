@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import pickle
+import pty
 import re
 import shlex
 import shutil
@@ -34,6 +35,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL, GoalEvalCallback
 from sb3_deepcrl.analysis import plot_value_map
+from sb3_deepcrl.common.command_line import whole_number
 from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.zoo import cli
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
@@ -41,7 +43,7 @@ from sb3_deepcrl.zoo.checkpoints import find_model, num_timesteps, read_run_file
 from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
-from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, run, whole_number
+from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, at_least_one, run
 from sb3_deepcrl.zoo.value_map import env_of_run
 from tests.envs import GoalReachEnv, add_package
 
@@ -295,6 +297,31 @@ def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
     assert process.returncode == 128 + signal.SIGHUP
     assert "To go on from there: sb3-deepcrl train -i" in output
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+
+
+@pytest.mark.parametrize("output", ["terminal", "pipe"])
+def test_output_that_nobody_reads_any_more(output, tmp_path):
+    if output == "terminal":
+        reader, writer = pty.openpty()
+    else:
+        reader, writer = os.pipe()
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "batch"]
+    command += "-n 1000000 --eval-freq 4000 --num-threads 1".split()
+    with subprocess.Popen([*command, *TINY], stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writer)
+        read = b""
+        while b"env steps" not in read:
+            read += os.read(reader, 1000)
+        time.sleep(1)
+        os.close(reader)
+        if output == "terminal":
+            process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=60)
+    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+    if output == "terminal":
+        assert process.returncode == 128 + signal.SIGHUP
+    else:
+        assert "BrokenPipeError" in errors and "To go on from there: sb3-deepcrl train -i" in errors
 
 
 class FailingEnv(gym.Wrapper):
@@ -816,9 +843,9 @@ BAD = [
     ("--env FetchReach-v4 --vec-env batch", "--vec-env batch: FetchReach-v4 is no task of this package"),
     ("--env PointMaze_UMaze-v3 --vec-env batch", "--vec-env batch: PointMaze_UMaze-v3 is no task of this package"),
     ("-n -5", "argument -n/--n-timesteps: must be at least 1, got -5"),
-    ("-n 0.5", "argument -n/--n-timesteps: must be a whole number, got 0.5"),
-    ("-n inf", "argument -n/--n-timesteps: must be a whole number, got inf"),
-    ("--save-freq often", "argument --save-freq: must be a whole number, got often"),
+    ("-n 0.5", "argument -n/--n-timesteps: expected a whole number such as 4 or 1e6, got '0.5'"),
+    ("-n inf", "argument -n/--n-timesteps: expected a whole number such as 4 or 1e6, got 'inf'"),
+    ("--save-freq often", "argument --save-freq: expected a whole number such as 4 or 1e6, got 'often'"),
     ("--eval-episodes 0", "argument --eval-episodes: must be at least 1, got 0"),
     ("--n-eval-envs -1", "argument --n-eval-envs: must be at least 1, got -1"),
     ("-params dept:4", "`dept` is no hyperparameter, did you mean `depth`?"),
@@ -883,9 +910,9 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", ["1e2", "100", "1E2", "+100.0"])
 def test_whole_numbers_may_be_floats(number):
-    assert whole_number(True, None)(number) == 100
-    assert whole_number(True, -1)("-1") == -1
-    assert whole_number(False, None)("9007199254740993") == 9007199254740993
+    assert at_least_one(None)(number) == 100
+    assert at_least_one(-1)("-1") == -1
+    assert whole_number("9007199254740993") == 9007199254740993
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ The command ``python -m sb3_deepcrl.analysis``.
 
 import argparse
 import ast
-import contextlib
-import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,13 +25,13 @@ from sb3_deepcrl.analysis.stitching import StitchingStudy
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.analysis.value_study import ValueMapStudy
 from sb3_deepcrl.analysis.walk import WalkStudy
-from sb3_deepcrl.common.errors import is_for_user
+from sb3_deepcrl.common.command_line import number, whole_number
+from sb3_deepcrl.common.errors import how_to_write, is_for_user
 from sb3_deepcrl.common.signals import stopped_by_signals
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.envs.arguments import advice_for
 
-# What the system says where there is no place to write
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+GOES_ON = "The same command goes on from the last evaluations."
 STUDIES: dict[str, type[Study]] = {
     study.name: study
     for study in (
@@ -75,32 +73,6 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return key, value
-
-
-def number(text: str) -> float:
-    """
-    :param text: A number
-    :return: The same
-    """
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number such as 3e-4, got {text!r}") from None
-
-
-def whole_number(text: str) -> int:
-    """
-    :param text: A whole number, which may be written as 1e6
-    :return: The same
-    """
-    try:
-        # Not by way of a float, which may be another one
-        return int(text)
-    except ValueError:
-        with contextlib.suppress(ValueError):
-            if float(text).is_integer():
-                return int(float(text))
-        raise argparse.ArgumentTypeError(f"expected a whole number such as 4 or 1e6, got {text!r}") from None
 
 
 # How to read values of a type
@@ -206,13 +178,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             report = study.run(**how, console=console)
     except KeyboardInterrupt:
         code = 128 + (numbers[0] if numbers else signal.SIGINT)
-        parser.exit(code, "Stopped. The same command goes on from the last evaluations.\n")
+        parser.exit(code, f"Stopped. {GOES_ON}\n")
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in NO_PLACE:
-            advice = "make room, or use another folder. The same command goes on from the last evaluations"
-            parser.exit(2, f"{prog}: error: {error}: {advice}\n")
+        if (advice := how_to_write(error, how.values())) is not None:
+            parser.exit(2, f"{prog}: error: {error}: {advice}. {GOES_ON}\n")
         if not is_for_user(error):
-            error.add_note("The same command goes on from the last evaluations.")
+            error.add_note(GOES_ON)
             raise
         parser.exit(2, f"{prog}: error: {error}\n")
     assert report.path is not None

@@ -21,7 +21,7 @@ from sb3_deepcrl.common.torch_layers import ResidualTower
 
 PACKAGE = Path(sb3_deepcrl.__file__).parent
 # Where in this package the code is that decides what comes out of a run
-CODE = ("common", "deepcrl", "envs", "analysis/runs.py")
+CODE = ("common", "deepcrl", "envs", "env_ids.py", "analysis/runs.py")
 DEPENDENCIES = ("torch", "stable-baselines3", "sb3-contrib", "gymnasium", "gymnasium-robotics", "mujoco", "numpy")
 
 

@@ -50,9 +50,10 @@ from sb3_deepcrl.common.signals import STOP_SIGNALS
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.deepcrl import HER_KWARGS
 from sb3_deepcrl.deepcrl.policies import SAC_POLICY_KWARGS
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs import BatchVecEnv, SuccessInfoWrapper
 from sb3_deepcrl.envs.arguments import advice_for, arguments_of, arguments_of_env, checked_env_kwargs
-from sb3_deepcrl.envs.registration import ENV_TABLE, find_spec
+from sb3_deepcrl.envs.registration import ENV_TABLE
 
 # Evaluation envs have their own seed, the same for all settings and training seeds
 EVAL_SEED = 10_000
@@ -150,7 +151,7 @@ def make_single_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) ->
 
 def check_env_id(env_id: str, gym_packages: Iterable[str] = ()) -> str:
     """
-    :param env_id: Id of an env, see :func:`~sb3_deepcrl.envs.registration.find_spec`
+    :param env_id: Id of an env, see :func:`~sb3_deepcrl.env_ids.find_spec`
     :param gym_packages: Modules that register envs
     :return: The id without the module that it may name
     :raises ValueError: if there is no such env

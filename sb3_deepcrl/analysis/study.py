@@ -35,8 +35,9 @@ from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_s
 from sb3_deepcrl.common.save_util import atomic_path
 from sb3_deepcrl.common.torch_layers import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.arguments import check_env_kwargs
-from sb3_deepcrl.envs.registration import ENV_TABLE, find_spec
+from sb3_deepcrl.envs.registration import ENV_TABLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -105,7 +105,8 @@ class TrainingDisplay(BaseCallback):
             remaining = self._progress.tasks[0].time_remaining
             left = "-" if remaining is None else timedelta(seconds=round(remaining))
             measures = ", ".join(f"{name} {value}" for name, value in self._measures().items())
-            self.console.print(f"{done:,}/{total:,} env steps, {measures}, left {left}", soft_wrap=True, highlight=False)
+            # Where nobody reads it any more, rich would end the program without an error
+            print(f"{done:,}/{total:,} env steps, {measures}, left {left}", file=self.console.file, flush=True)
 
     def _on_rollout_start(self) -> None:
         self._show()

@@ -5,13 +5,9 @@ The ones for sb3-contrib are in ``deep_contrib_policies.py``, so that nothing he
 """
 
 import importlib
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +33,7 @@ from torch import nn
 
 from sb3_deepcrl.common.policies import CheckedPolicy, check_policy_kwargs
 from sb3_deepcrl.common.torch_layers import Norm, ResidualTower, check_depth, check_positive_int, make_activation
+from sb3_deepcrl.import_hook import ImportHook
 
 
 def split_settings(names: Sequence[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -463,61 +460,21 @@ POLICIES: dict[type[BaseAlgorithm], dict[str, type[BasePolicy]]] = {
 }
 
 
-class ContribFinder(MetaPathFinder):
-    """
-    Waits in ``sys.meta_path`` until sb3-contrib is imported, to add the policies for it then. It finds no module itself.
-    That it is there tells that the policies are registered.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """
-        :param fullname: Name of the module that is looked for
-        :param path: Where to look for it
-        :param target: The module, if it is reloaded
-        :return: For sb3-contrib what the other finders find, None for all other modules
-        """
-        if fullname != "sb3_contrib":
-            return None
-        specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in specs if spec is not None), None)
-        loader = None if spec is None else spec.loader
-        if loader is not None:
-            execute = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                loader.exec_module = execute  # type: ignore[method-assign]
-                loader.exec_module(module)
-                if self in sys.meta_path:
-                    import_contrib_policies()
-
-            loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-_contrib_finder = ContribFinder()
-
-
 def register_policies() -> None:
     """
     Add ``"DeepMlpPolicy"``, ``"DeepCnnPolicy"`` and ``"DeepMultiInputPolicy"`` to the policies that the algorithms of
     Stable-Baselines3 know by name, and to those of sb3-contrib as soon as it is imported. Importing ``sb3_deepcrl``
     does it. Names that somebody else has taken are left alone, with a warning.
     """
-    if _contrib_finder not in sys.meta_path:
-        sys.meta_path.insert(0, _contrib_finder)
+    _contrib_hook.install()
     add_policies(POLICIES)
-    if sys.modules.get("sb3_contrib") is not None:
-        import_contrib_policies()
 
 
 def unregister_policies() -> None:
     """
     Undo :func:`register_policies`. Models that have these policies keep them, and can still be saved and loaded.
     """
-    if _contrib_finder in sys.meta_path:
-        sys.meta_path.remove(_contrib_finder)
+    _contrib_hook.remove()
     for algorithm, policies in POLICIES.items():
         for name, policy in policies.items():
             if algorithm.policy_aliases.get(name) is policy:
@@ -534,6 +491,10 @@ def import_contrib_policies() -> None:
         warnings.warn(f"No deep policies for sb3-contrib ({error}): they need `pip install 'sb3-contrib>=2.9'`")
 
 
+# That it is installed tells that the policies are registered
+_contrib_hook = ImportHook("sb3_contrib", lambda module: import_contrib_policies())
+
+
 def add_policies(policies: dict[type[BaseAlgorithm], dict[str, type[BasePolicy]]]) -> None:
     """
     Add policies to :data:`POLICIES` and, unless :func:`unregister_policies` was called, to the algorithms.
@@ -541,7 +502,7 @@ def add_policies(policies: dict[type[BaseAlgorithm], dict[str, type[BasePolicy]]
     :param policies: Policies by algorithm and name
     """
     POLICIES.update(policies)
-    if _contrib_finder not in sys.meta_path:
+    if not _contrib_hook.is_installed:
         return
     for algorithm, named_policies in policies.items():
         for name, policy in named_policies.items():

@@ -75,9 +75,9 @@ class GoalEpisodeRecorder:
         self._rewards: list[float] = [0.0] * env.num_envs
 
     @staticmethod
-    def _distance(observation: Any, index: int | None = None) -> float:
-        achieved, desired = (np.asarray(observation[key], dtype=np.float64) for key in ("achieved_goal", "desired_goal"))
-        return float(np.linalg.norm((achieved - desired)[() if index is None else index]))
+    def _distance(achieved_goal: Any, desired_goal: Any) -> float:
+        achieved, desired = (np.asarray(goal, dtype=np.float64) for goal in (achieved_goal, desired_goal))
+        return float(np.linalg.norm(achieved - desired))
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """
@@ -95,19 +95,23 @@ class GoalEpisodeRecorder:
             )
         successes, distances = self._successes[index], self._distances[index]
         successes.append(bool(success))
-        if not done:
-            observations = locals_["new_observations"]
-            # What VecNormalize gave may be clipped
-            original = observations if self.vec_normalize is None else self.vec_normalize.get_original_obs()
-            distances.append(self._distance(original, index))
-        elif info.get("terminal_observation") is None:
+        # The goal that was pursued in this step: the next one may be another
+        goal = locals_["observations"]["desired_goal"][index]
+        last = info.get("terminal_observation")
+        if done and last is None:
             # A simulator that does not tell how the episode ended: do without it
             distances = distances or [np.nan]
         elif self.vec_normalize is None:
-            distances.append(self._distance(info["terminal_observation"]))
+            achieved = last["achieved_goal"] if done else locals_["new_observations"]["achieved_goal"][index]
+            distances.append(self._distance(achieved, goal))
+        elif not done:
+            # What VecNormalize gave may be clipped
+            original = self.vec_normalize.get_original_obs()
+            distances.append(self._distance(original["achieved_goal"][index], original["desired_goal"][index]))
         elif not distances:
             # Of the last observation there is only the normalised one: do without it unless it is all there is
-            distances.append(self._distance(self.vec_normalize.unnormalize_obs(info["terminal_observation"])))
+            original = self.vec_normalize.unnormalize_obs(last)
+            distances.append(self._distance(original["achieved_goal"], original["desired_goal"]))
         self._rewards[index] += float(locals_["reward"])
         if done:
             self.episodes.append(
@@ -234,10 +238,10 @@ class GoalEvalCallback(EvalCallback):
         super()._init_callback()
 
     def _on_step(self) -> bool:
-        is_due = self.eval_freq > 0 and self.n_calls % self.eval_freq == 0
-        if is_due:
-            # An evaluation that was interrupted leaves nothing behind
-            self._recorder = GoalEpisodeRecorder(self.eval_env)
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
+            return True
+        # An evaluation that was interrupted leaves nothing behind
+        self._recorder = GoalEpisodeRecorder(self.eval_env)
         best_mean_reward, verbose = self.best_mean_reward, self.verbose
         # The parent prints success at the last step as "Success rate"
         self.verbose = 0
@@ -245,7 +249,7 @@ class GoalEvalCallback(EvalCallback):
             continue_training = super()._on_step()
         finally:
             self.verbose = verbose
-        if is_due and verbose >= 1:
+        if verbose >= 1:
             means = self.last_means
             print(
                 f"Eval num_timesteps={self.num_timesteps}: success {100 * means['success_any']:.0f} % at any step, "

@@ -3,6 +3,8 @@ The signals that stop a program: SIGINT (Ctrl-C), SIGTERM (a scheduler's time li
 """
 
 import contextlib
+import os
+import select
 import signal
 import threading
 import time
@@ -57,8 +59,27 @@ def stopped_by_signals() -> Iterator[list[int]]:
         yield numbers
 
 
-def uninterrupted() -> contextlib.AbstractContextManager[None]:
+def drop_unread_outputs() -> None:
     """
-    :return: Context in which no signal stops the program, for what must come to its end, such as saving
+    Let what is written to a closed terminal, or to a pipe that nobody reads any more, go nowhere: until then it raises.
     """
-    return _handled(lambda number, frame: None)
+    # Windows has no poll
+    for descriptor in (1, 2) if hasattr(select, "poll") else ():
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        # A descriptor that was never open is left as it is
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """
+    :return: Context in which neither a signal nor a closed terminal stops the program, for what must come to its end, such as
+        saving
+    """
+    with _handled(lambda number, frame: None):
+        drop_unread_outputs()
+        yield

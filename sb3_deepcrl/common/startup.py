@@ -18,13 +18,13 @@ MESSAGE = "Loading PyTorch ..."
 
 def is_command() -> bool:
     """
-    :return: Whether this process is ``sb3-deepcrl`` or ``python -m sb3_deepcrl...``
+    :return: Whether this process is ``sb3-deepcrl`` or ``python -m sb3_deepcrl`` or one of its modules
     """
     program = sys.argv[0] if sys.argv else ""
     if program != "-m":
         return Path(program).stem == "sb3-deepcrl"
-    # Python has not found the module yet, whose parent this package is. It leaves its name out of `argv`
-    return sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith("sb3_deepcrl.")
+    # Python has not found the module yet, which is in this package or its `__main__`. It leaves the name out of `argv`
+    return sys.orig_argv[-len(sys.argv)].removeprefix("-m").partition(".")[0] == "sb3_deepcrl"
 
 
 def start_command() -> None:

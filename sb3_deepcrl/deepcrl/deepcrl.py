@@ -11,11 +11,9 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -68,6 +66,7 @@ from sb3_deepcrl.deepcrl.policies import (
     MlpPolicy,
     MultiInputPolicy,
 )
+from sb3_deepcrl.env_ids import find_spec
 
 SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
 
@@ -389,7 +388,7 @@ class DeepCRL(OffPolicyAlgorithm):
             energy=energy,
         )
         if isinstance(env, str):
-            env = self.find_spec(env).id
+            env = find_spec(env).id
         super().__init__(
             policy,
             env,
@@ -479,17 +478,6 @@ class DeepCRL(OffPolicyAlgorithm):
                 )
             self._check_buffer_size()
             self._setup_model()
-
-    @staticmethod
-    def find_spec(env_id: str) -> EnvSpec:
-        """
-        Find the env that an id names. The package puts :func:`~sb3_deepcrl.envs.registration.find_spec` in its place, which
-        knows more of them.
-
-        :param env_id: The id
-        :return: The specification of the env
-        """
-        return gym.spec(env_id)
 
     @staticmethod
     def _merge_policy_kwargs(architecture: dict[str, Any], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -882,7 +870,8 @@ class DeepCRL(OffPolicyAlgorithm):
         :return: How much was collected and whether to go on
         :raises ValueError: if a value from the env, or an action, is NaN or infinite
         """
-        missing_steps, self._missing_steps = self._missing_steps, 0
+        # Another number of envs, or the user, may have made rollouts shorter since
+        missing_steps, self._missing_steps = min(self._missing_steps, train_freq.frequency - 1), 0
         n_short = 0
         n_left = (self._total_timesteps - self.num_timesteps) / env.num_envs
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
@@ -895,7 +884,8 @@ class DeepCRL(OffPolicyAlgorithm):
         with self._normalization_kept_on_error():
             rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
         self._rollout_interrupted = not rollout.continue_training
-        if n_short > 0 and rollout.continue_training and self.gradient_steps >= 0:
+        has_updates = self.gradient_steps >= 0 and self.num_timesteps > self.learning_starts
+        if n_short > 0 and rollout.continue_training and has_updates:
             self._missing_steps = n_short
             if train_freq.frequency <= missing_steps:
                 # Their updates were done at the end of the last learn()
@@ -956,14 +946,13 @@ class DeepCRL(OffPolicyAlgorithm):
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         metrics: list[th.Tensor] = []
         clipped: list[th.Tensor] = []
-        watch_goals = self._may_clip_goals()
+        watched = self._vec_normalize_env if self._may_clip_goals() else None
         graph_key = None if self._graphed_update is None else self._graph_key()
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
             observations, actions = self.replay_buffer.sample_contrastive(n_steps * batch_size, env=self._vec_normalize_env)
-            if watch_goals:
-                limit = self._vec_normalize_env.clip_obs  # type: ignore[union-attr]
-                clipped.append((observations[GOAL_KEY].abs() >= limit).float().mean())
+            if watched is not None:
+                clipped.append((observations[GOAL_KEY].abs() >= watched.clip_obs).float().mean())
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {key: values[rows] for key, values in observations.items()}
@@ -973,11 +962,11 @@ class DeepCRL(OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
         means = th.stack(metrics).mean(dim=0)
-        if watch_goals:
+        if clipped:
             means = th.cat((means, th.stack(clipped).mean(dim=0, keepdim=True)))
         # The only time that the host waits for the device
         values = means.tolist()
-        if watch_goals:
+        if clipped:
             self._warn_of_clipped_goals(values.pop())
         for name, value in zip(names, values, strict=True):
             self.logger.record(f"train/{name}", value)

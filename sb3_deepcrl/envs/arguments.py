@@ -23,7 +23,7 @@ class Arguments(NamedTuple):
 
     :param defaults: Its own arguments that have a default, with that
     :param names: Names of all known arguments, those of the base classes to which it may hand on ``**kwargs`` included
-    :param takes_others: Whether it has ``**kwargs``, and there is no telling where they go
+    :param takes_others: Whether it has ``**kwargs``, so that only a call tells which others it knows
     """
 
     defaults: dict[str, Any]
@@ -48,13 +48,14 @@ def arguments_of(function: Callable[..., Any]) -> Arguments:
             parameters = list(inspect.signature(each).parameters.values())[is_class:]
         except (TypeError, ValueError):
             # Not written in Python
-            takes_others = True
             break
         found.update({parameter.name: parameter for parameter in parameters if parameter.kind in NAMED})
+        hands_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         if index == 0:
             defaults = {name: item.default for name, item in found.items() if item.default is not item.empty}
-        takes_others = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        if not takes_others:
+            # It may also read them itself, whatever its base classes know
+            takes_others = hands_on
+        if not hands_on:
             break
     return Arguments(defaults, tuple(found), takes_others)
 

@@ -13,8 +13,9 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.goal_env import GoalEnv
-from sb3_deepcrl.envs.registration import find_spec
+from sb3_deepcrl.envs.registration import ENTRY_POINT
 from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
 from sb3_deepcrl.envs.simulation import Simulation, Transition
 from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, check_task_arguments, refuse_setting
@@ -429,7 +430,7 @@ def _own_spec(env_id: str) -> EnvSpec:
     :raises ValueError: If it is no environment of this package
     """
     spec = find_spec(env_id)
-    if spec.entry_point != f"{GoalEnv.__module__}:{GoalEnv.__name__}":
+    if spec.entry_point != ENTRY_POINT:
         raise ValueError(
             f"{env_id!r} is no environment of this package, such as 'PointUMaze-v0', so it has no batched simulation. "
             "Use make_vec_env with DummyVecEnv or SubprocVecEnv."

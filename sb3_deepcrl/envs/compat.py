@@ -9,13 +9,10 @@ To remove it, delete this file, its name in ``sb3_deepcrl.envs`` and its call in
 """
 
 import importlib
-import importlib.util
-import sys
 import types
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from typing import Any
+
+from sb3_deepcrl.import_hook import ImportHook
 
 REPAIRED_ENUM = "mjtJoint"
 FAULTY_MODULE = "gymnasium_robotics.utils.mujoco_utils"
@@ -40,31 +37,7 @@ def patch_gymnasium_robotics_on_import() -> None:
     already: whoever makes the environments, by whichever call and in whichever process, finds them repaired. It imports
     nothing itself.
     """
-    if FAULTY_MODULE in sys.modules:
-        _patch(sys.modules[FAULTY_MODULE])
-    else:
-        sys.meta_path.insert(0, _PatchingFinder())
-
-
-class _PatchingFinder(MetaPathFinder):
-    """Lets the other finders find the faulty module, and patches it once it has been executed."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != FAULTY_MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_patch(module: types.ModuleType) -> None:
-                execute(module)
-                _patch(module)
-
-            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
-        return spec
+    ImportHook(FAULTY_MODULE, _patch).install()
 
 
 def _patch(mujoco_utils: Any) -> bool:

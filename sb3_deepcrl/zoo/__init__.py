@@ -22,8 +22,8 @@ import rl_zoo3.exp_manager as rl_zoo3_manager
 from gymnasium.envs.registration import WrapperSpec, registry
 
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.env_ids import import_gymnasium_robotics
 from sb3_deepcrl.envs import register_envs
-from sb3_deepcrl.envs.registration import import_gymnasium_robotics
 from sb3_deepcrl.zoo.config import find_config
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 

@@ -44,6 +44,14 @@ from sb3_deepcrl.zoo.config import (
 SUCCESS_REPORTED_BY = ("sb3_deepcrl.envs", "gymnasium_robotics.envs.maze", "gymnasium_robotics.envs.fetch")
 
 
+def close_env(env: VecEnv) -> None:
+    """
+    :param env: An env, whose processes may have ended already by the signal that stops this one
+    """
+    with contextlib.suppress(EOFError, OSError):
+        env.close()
+
+
 class GoalExperimentManager(ExperimentManager):
     """
     RL Zoo's experiment manager with what goal-conditioned training needs besides: configs of this package, ``BatchVecEnv``,
@@ -380,9 +388,7 @@ class GoalExperimentManager(ExperimentManager):
                 # A training that is interrupted leaves them open, and RL Zoo those of the evaluations
                 for callback in self.callbacks:
                     if isinstance(callback, EvalCallback):
-                        # Their processes may have got the signal too
-                        with contextlib.suppress(EOFError, OSError):
-                            callback.eval_env.close()
+                        close_env(callback.eval_env)
                     elif isinstance(callback, TrainingDisplay):
                         callback.stop()
                     elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
@@ -423,9 +429,7 @@ class GoalExperimentManager(ExperimentManager):
         if self.is_stopped:
             print(self._how_to_go_on(model))
         assert model.env is not None
-        # The processes of the envs may have got the signal too
-        with contextlib.suppress(EOFError, OSError):
-            model.env.close()
+        close_env(model.env)
 
     def _save(self, model: BaseAlgorithm) -> None:
         if not isinstance(model, DeepCRL):

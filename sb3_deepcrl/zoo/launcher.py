@@ -4,10 +4,8 @@ Runs RL Zoo's scripts with DeepCRL registered. Each has a module of its name in 
 
 import argparse
 import contextlib
-import errno
 import importlib
 import io
-import math
 import os
 import runpy
 import sys
@@ -24,10 +22,13 @@ from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, StoreDict, get_model_path
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn, VecEnvWrapper
 
+from sb3_deepcrl.common.command_line import whole_number
+from sb3_deepcrl.common.errors import how_to_write
 from sb3_deepcrl.common.signals import stopped_by_signals
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.registration import ENTRY_POINT, find_spec
+from sb3_deepcrl.env_ids import find_spec
+from sb3_deepcrl.envs.registration import ENTRY_POINT
 from sb3_deepcrl.zoo.checkpoints import RunLoader, find_model, num_timesteps, read_run_file, run_config
 from sb3_deepcrl.zoo.config import ConfigError
 
@@ -55,8 +56,6 @@ HELP = {
 }
 # Envs whose pictures are made by MuJoCo
 MUJOCO_ENVS = ("sb3_deepcrl.envs", "gymnasium_robotics.envs", "gymnasium.envs.mujoco")
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 # Arguments of a run that do not hold for its continuation, or are in its config already
 NOT_RESUMED = {
     "conf_file",
@@ -93,24 +92,17 @@ class CheckedStoreDict(StoreDict):
         setattr(namespace, self.dest, merged)
 
 
-def whole_number(is_count: bool, default: int | None) -> Callable[[str], int]:
+def at_least_one(default: int | None) -> Callable[[str], int]:
     """
-    :param is_count: Whether it must be at least 1
-    :param default: The default, which is allowed in any case
-    :return: The ``type`` of an option for whole numbers, which may be written as ``1e5``
+    :param default: The default of an option, which is allowed in any case
+    :return: The ``type`` of the option
     """
 
     def convert(text: str) -> int:
-        try:
-            # Large ones are exact as they are
-            number = int(text) if text.strip("+-").isdigit() else float(text)
-        except ValueError:
-            number = math.nan
-        if not float(number).is_integer():
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text}")
-        if is_count and number < 1 and number != default:
+        number = whole_number(text)
+        if number < 1 and number != default:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-        return int(number)
+        return number
 
     return convert
 
@@ -125,8 +117,6 @@ class ZooArgumentParser(ArgumentParser):
     """
 
     script: ClassVar[str]
-    #: Where the plots go
-    figure: ClassVar[Path | None] = None
     #: What the user gave, empty before it is parsed
     parsed: ClassVar[argparse.Namespace] = argparse.Namespace()
 
@@ -150,7 +140,7 @@ class ZooArgumentParser(ArgumentParser):
         if "--vec-env" in names:
             kwargs["choices"] = [*kwargs["choices"], "batch"]
         if kwargs.get("type") is int:
-            kwargs["type"] = whole_number(not COUNTS.isdisjoint(names), kwargs.get("default"))
+            kwargs["type"] = whole_number if COUNTS.isdisjoint(names) else at_least_one(kwargs.get("default"))
         for name in names if self.script == "train" else ():
             kwargs["help"] = HELP.get(name, kwargs.get("help"))
         for name, default in DEFAULTS.items():
@@ -166,9 +156,7 @@ class ZooArgumentParser(ArgumentParser):
         """
         parsed = super().parse_args(args, namespace)
         try:
-            if self.script in PLOTS:
-                type(self).figure = parsed.figure
-            elif self.script == "train":
+            if self.script == "train":
                 if parsed.trained_agent:
                     parsed = self._resume(parsed, args, namespace)
                 spec = find_env(parsed.env, parsed.gym_packages)
@@ -180,7 +168,7 @@ class ZooArgumentParser(ArgumentParser):
                         f"--vec-env batch: {spec.id} is no task of this package, which alone can be stepped in batches: leave "
                         "it out, or choose one of them, such as --env PointUMaze-v0"
                     )
-            else:
+            elif self.script not in PLOTS:
                 spec = find_env(parsed.env.gym_id, getattr(parsed, "gym_packages", []))
                 parsed.env = EnvironmentName(spec.id)
                 # RL Zoo downloads to a folder of this name what is not there
@@ -379,7 +367,7 @@ def zoo_replaced(script: str) -> Iterator[type[ZooArgumentParser]]:
 
             show = plt.show
             stack.enter_context(
-                patch.object(plt, "show", lambda: show() if parser_class.figure is None else save_figures(parser_class.figure))
+                patch.object(plt, "show", lambda: save_figures(path) if (path := parser_class.parsed.figure) else show())
             )
         else:
             stack.enter_context(patch.dict(ALGOS, deepcrl=PredictionDeepCRL))
@@ -391,22 +379,6 @@ def zoo_replaced(script: str) -> Iterator[type[ZooArgumentParser]]:
                 # The name that RL Zoo 2.9.2 imports is gone in release 3.2 of what it asks for
                 stack.enter_context(patch.object(hub, "generate_metadata", hub_metadata, create=True))
         yield parser_class
-
-
-def how_to_write(error: OSError, parsed: argparse.Namespace) -> str | None:
-    """
-    :param error: An error of the operating system
-    :param parsed: Arguments of the command line
-    :return: What to do, if the disk is full or what the user gave is no place to write to; None for any other error
-    """
-    if error.errno in NO_SPACE:
-        return "free some space or choose another disk. What was saved before is whole, `train -i` goes on from it"
-    if error.errno in NOT_WRITABLE and isinstance(error.filename, str):
-        path = Path(error.filename).absolute()
-        for given in (Path(value).absolute() for value in vars(parsed).values() if value and isinstance(value, str | Path)):
-            if path.is_relative_to(given) or given.is_relative_to(path):
-                return f"choose another place than {given}"
-    return None
 
 
 def save_figures(path: Path) -> None:
@@ -454,7 +426,7 @@ def run(script: str, argv: Sequence[str] | None = None) -> None:
         except (ConfigError, gym.error.DependencyNotInstalled) as error:
             sys.exit(f"sb3-deepcrl {script}: error: {error}")
         except OSError as error:
-            if (advice := how_to_write(error, parser_class.parsed)) is None:
+            if (advice := how_to_write(error, vars(parser_class.parsed).values())) is None:
                 raise
             sys.exit(f"sb3-deepcrl {script}: error: {error}: {advice}")
         except KeyboardInterrupt:

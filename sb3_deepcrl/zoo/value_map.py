@@ -15,11 +15,11 @@ from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
-from sb3_deepcrl.common.errors import is_for_user
+from sb3_deepcrl.common.errors import how_to_write, is_for_user
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.registration import find_spec
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
-from sb3_deepcrl.zoo.launcher import DEFAULT_ENV, how_to_write
+from sb3_deepcrl.zoo.launcher import DEFAULT_ENV
 
 
 def env_of_run(config: Path, env_id: str) -> tuple[VecEnv, gym.Env]:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         figure.savefig(output, dpi=150)
     except OSError as error:
-        if (advice := how_to_write(error, args)) is None:
+        if (advice := how_to_write(error, vars(args).values())) is None:
             raise
         parser.exit(2, f"{parser.prog}: error: {error}: {advice}\n")
     print(f"Value over the maze: {output}")
