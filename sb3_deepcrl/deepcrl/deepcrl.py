@@ -292,8 +292,8 @@ class DeepCRL(OffPolicyAlgorithm):
     :param critic_learning_rate: learning rate of the critic, ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the entropy coefficient, ``learning_rate`` by default
     :param compile: Whether to compile the networks, see :func:`~sb3_deepcrl.common.acceleration.compile_blocks`: the start-up
-        does not depend on the depth. ``"auto"`` does it on GPUs, and on CPUs with AVX2 or AVX-512 if ``learn()`` is long enough
-        to earn it. Saved models do not depend on it.
+        does not depend on the depth. ``"auto"`` does it on GPUs, and on CPUs with AVX2 or AVX-512 if ``learn()`` is long
+        enough to earn it. Saved models do not depend on it.
     :param cuda_graph: Whether to run the updates, and the policy in ``predict``, as CUDA graphs. ``"auto"`` does it on GPUs.
     :param precision: ``"float32"`` or ``"bfloat16"`` for the matrix products of the networks; parameters, optimizers, residual
         sums and losses are float32 in any case. ``"auto"`` is bfloat16 where the hardware has it.
