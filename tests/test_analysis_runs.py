@@ -538,6 +538,27 @@ def test_the_user_may_reuse_other_code(tmp_path, trained, monkeypatch, capsys):
     assert "logsumexp_coef=0.1, " in text
 
 
+def test_records_belong_to_the_steps_that_were_made_with_them(tmp_path, monkeypatch):
+    run = toy_run(steps=40)
+    train(run, tmp_path)
+    change_code(monkeypatch, "version")
+    longer = replace(run, steps=80)
+    with monkeypatch.context() as context:
+        context.setattr(DeepCRL, "learn", fail)
+        with pytest.raises(RuntimeError, match="killed before it was saved"):
+            train(longer, tmp_path, reuse_other_code=True)
+    assert [record["timesteps"] for record in records_of(longer, tmp_path)] == [0]
+    change_code(monkeypatch, "source")
+    train(longer, tmp_path, reuse_other_code=True)
+    assert [record["timesteps"] for record in records_of(longer, tmp_path)] == [0, 40]
+    # A shorter run ended before
+    assert [record["timesteps"] for record in records_of(run, tmp_path)] == [0]
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("killed before it was saved")
+
+
 def test_a_run_from_before_records_is_of_unknown_code(tmp_path, trained):
     shutil.copytree(trained[False], tmp_path, dirs_exist_ok=True)
     study = DepthStudy(env="PointUMaze-v0", depths=[4], **TOY_STUDY)
@@ -584,9 +605,12 @@ def test_digest_and_revision_of_the_package(tmp_path, monkeypatch):
     assert digest() == provenance.source_digest()
     (package / "zoo" / "cli.py").write_text("# Has no part in a run")
     assert digest() == provenance.source_digest()
-    with (package / "common" / "losses.py").open("a") as file:
-        file.write("MORE = 1\n")
-    assert digest() != provenance.source_digest()
+    digests = [digest()]
+    for name in ("losses.py", "residual_block.cpp"):
+        with (package / "common" / name).open("a") as file:
+            file.write("\n")
+        digests.append(digest())
+    assert len(set(digests)) == 3
     # In no repository, in one that does not know it, in its own, changed
     assert revision() is None
     git = ["git", "-C", str(package.parent), "-c", "user.name=me", "-c", "user.email=me@example.org"]

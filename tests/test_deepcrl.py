@@ -551,7 +551,9 @@ def test_no_warning_of_goals_that_are_not_clipped():
         warnings.simplefilter("error")
         # Most goals are beyond the limit of what is normalised, but they are not
         make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), **far)).learn(100)
-        make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), norm_obs=False, clip_obs=0.01)).learn(100)
+        for keys in (None, ["desired_goal"]):
+            off = dict(norm_obs=False, clip_obs=0.01, norm_obs_keys=keys)
+            make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), **off)).learn(100)
         # The statistics of the first episode hold a single goal
         make_model(VecNormalize(DummyVecEnv([lambda: GoalReachEnv(max_steps=100)]))).learn(90)
 
@@ -588,7 +590,8 @@ def test_minibatch_larger_than_the_data():
         make_model(batch_size=40, buffer_size=20, learning_starts=60).learn(100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_model(batch_size=40, learning_starts=40).learn(100)
+        # The first update is after 48 steps
+        make_model(batch_size=48, learning_starts=40).learn(100)
 
 
 class SimulatorVecEnv(VecEnvWrapper):
