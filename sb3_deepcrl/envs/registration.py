@@ -88,6 +88,8 @@ def import_gymnasium_robotics() -> None:
             others = {version: text for version, text in notices.items() if not text.startswith("AdroitHand")}
             stack.enter_context(patch.dict(notifications, gymnasium_robotics=others))
         importlib.import_module("gymnasium_robotics")
+
+
 def find_spec(env_id: str, gym_packages: Iterable[str] = ()) -> EnvSpec:
     """
     Find the environment that an id names. All of this package that takes an id finds it here; ``gym.make`` and all that
