@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -234,3 +235,10 @@ def test_display_in_place_of_the_tables(tmp_path, capsys):
         model.learn(96, callback=TrainingDisplay(replaces_tables=replaces_tables), log_interval=1)
         assert ("| rollout/" in capsys.readouterr().out) != replaces_tables
     assert len(list(tmp_path.glob("DeepCRL_*/events.out.tfevents.*"))) == 2
+
+
+def test_display_of_another_algorithm():
+    console = Console(file=io.StringIO())
+    SAC("MultiInputPolicy", make_vec_env(ScriptedEnv, 2)).learn(40, callback=TrainingDisplay(console=console))
+    lines = console.file.getvalue().splitlines()
+    assert "success at any step 100 %, time at goal 30 %, updates 0, steps/s " in lines[-1]

@@ -494,14 +494,14 @@ def test_plots(logs, tmp_path, capsys, monkeypatch):
     for name in ("train", "all", "file"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     assert "No data available" not in capsys.readouterr().out
-    cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "value.png"))
-    assert (tmp_path / "value.png").stat().st_size > 5000
+    cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "new" / "value.png"))
+    assert (tmp_path / "new" / "value.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
     assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "all.pkl" / "value.png"))
-    assert "value.png': choose another place than " in capsys.readouterr().err
+    assert f"choose another place than {tmp_path / 'all.pkl' / 'value.png'}" in capsys.readouterr().err
 
     def fail(*args, **kwargs):
         raise ValueError("a bug")
@@ -764,8 +764,8 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
         return plot_value_map(model, *args, **kwargs)
 
     monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", plot)
-    cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1", "-o", str(tmp_path / "value.png"))
-    assert (tmp_path / "value.png").stat().st_size > 5000
+    cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1", "-o", str(tmp_path / "new" / "value.png"))
+    assert (tmp_path / "new" / "value.png").stat().st_size > 5000
     saved = pickle.loads((folder / env_id / "vecnormalize.pkl").read_bytes()).obs_rms["observation"]
     assert models[0].get_vec_normalize_env().obs_rms["observation"].mean == pytest.approx(saved.mean)
     (folder / env_id / "vecnormalize.pkl").unlink()
@@ -931,6 +931,35 @@ def test_without_a_screen(args, message, logs, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(script, [*flags, "-f", str(logs)])
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"sb3-deepcrl {script}: error: {message}")
+
+
+@pytest.mark.parametrize("name, value", [("MUJOCO_GL", "elg"), ("DISPLAY", ":987")])
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
+def test_a_screen_or_library_that_is_not_there(name, value, logs):
+    variables = {key: text for key, text in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo.record_video", "--env", ENV, "-f", str(logs), "-n", "5"]
+    result = subprocess.run(command, env={**variables, name: value}, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("sb3-deepcrl record_video: error: ") and f"the pictures of {ENV} need MUJOCO_GL=egl" in line
+    assert "Traceback" not in result.stderr and (name == "DISPLAY" or "MUJOCO_GL=elg does not work here" in line)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("all_plots", "the following arguments are required: -a/--algos, -e/--env, -f/--exp-folders"),
+        ("plot_from_file --figure all.foo", "argument --figure: must be the name of a picture, such as all.png, got all.foo"),
+        ("plot_from_file --figure {file}/all.png", "argument --figure: [Errno "),
+        ("value_map -o {folder}/value", "argument -o/--output: must be the name of a picture, such as value.png, got "),
+    ],
+)
+def test_bad_arguments_of_plots(args, message, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit):
+        cli_main(*args.format(file=file, folder=tmp_path).split())
+    assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_nowhere_to_write(tmp_path, monkeypatch):

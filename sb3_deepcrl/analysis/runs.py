@@ -755,8 +755,9 @@ def train_all(
             if not is_live:
                 # Such as in a log file
                 elapsed = timedelta(seconds=int(progress.tasks[total].elapsed or 0))
+                part = f"{progress.tasks[total].percentage:.0f} % of all"
                 for line in lines:
-                    console.print(f"{elapsed} {line}; {progress.tasks[total].percentage:.0f} % of all", highlight=False)
+                    console.print(f"{elapsed} {line}; {part}", soft_wrap=True, highlight=False)
 
         if not is_live:
             console.print(f"{len(all_runs)} runs, {len(open_runs)} to train", highlight=False)

@@ -72,12 +72,15 @@ class TrainingDisplay(BaseCallback):
             return f"{100 * np.mean(values):.0f} %" if values else "-"
 
         elapsed = max(time.monotonic() - self._start_time, 1e-9)
-        # Chance: guessing which goal of the minibatch belongs to a state and an action
-        chance = 100 / getattr(self.model, "batch_size", 1)
+        measures = {"success at any step": percent(self.successes), "time at goal": percent(self.times_at_goal)}
+        # Other algorithms have none
+        if hasattr(self.model, "contrastive_loss"):
+            # Chance: guessing which goal of the minibatch belongs to a state and an action
+            chance = 100 / self.model.batch_size  # type: ignore[attr-defined]
+            accuracy = "-" if self.accuracy is None else f"{100 * self.accuracy:.0f} % (chance {chance:.2g} %)"
+            measures["categorical accuracy"] = accuracy
         return {
-            "success at any step": percent(self.successes),
-            "time at goal": percent(self.times_at_goal),
-            "categorical accuracy": "-" if self.accuracy is None else f"{100 * self.accuracy:.0f} % (chance {chance:.2g} %)",
+            **measures,
             "updates": f"{self.model._n_updates:,}",
             "steps/s": f"{(self.num_timesteps - self._start_timesteps) / elapsed:.0f}",
         }

@@ -4,8 +4,8 @@ The signals that stop a program: SIGINT (Ctrl-C), SIGTERM (a scheduler's time li
 
 import contextlib
 import os
-import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,27 +59,28 @@ def stopped_by_signals() -> Iterator[list[int]]:
         yield numbers
 
 
-def drop_unread_outputs() -> None:
+def uninterrupted() -> contextlib.AbstractContextManager[None]:
     """
-    Let what is written to a closed terminal, or to a pipe that nobody reads any more, go nowhere: until then it raises.
+    :return: Context in which no signal stops the program, for what must come to its end, such as saving
     """
-    # Windows has no poll
-    for descriptor in (1, 2) if hasattr(select, "poll") else ():
-        poll = select.poll()
-        poll.register(descriptor, 0)
-        # A descriptor that was never open is left as it is
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+    return _handled(lambda number, frame: None)
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def tell(text: str) -> None:
     """
-    :return: Context in which neither a signal nor a closed terminal stops the program, for what must come to its end, such as
-        saving
+    Print a line, without an error if the terminal was closed or nobody reads the pipe any more: from then on what is printed
+    goes to the standard error, and nowhere if that is gone too.
+
+    :param text: The line
     """
-    with _handled(lambda number, frame: None):
-        drop_unread_outputs()
-        yield
+    try:
+        print(text, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (sys.__stderr__.fileno() if sys.__stderr__ else nowhere, nowhere):
+            with contextlib.suppress(OSError):
+                os.dup2(descriptor, sys.stdout.fileno())
+                # The line is still in the buffer
+                sys.stdout.flush()
+                break
+        os.close(nowhere)

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.common.evaluation import GoalEvalCallback
 from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.signals import uninterrupted
+from sb3_deepcrl.common.signals import tell, uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.arguments import checked_env_kwargs
@@ -389,10 +390,12 @@ class GoalExperimentManager(ExperimentManager):
                 for callback in self.callbacks:
                     if isinstance(callback, EvalCallback):
                         close_env(callback.eval_env)
-                    elif isinstance(callback, TrainingDisplay):
-                        callback.stop()
-                    elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
-                        callback.pbar.close()
+                    # The terminal may be closed
+                    with contextlib.suppress(OSError):
+                        if isinstance(callback, TrainingDisplay):
+                            callback.stop()
+                        elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+                            callback.pbar.close()
 
     def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
         """
@@ -427,15 +430,17 @@ class GoalExperimentManager(ExperimentManager):
         with uninterrupted():
             self._save(model)
         if self.is_stopped:
-            print(self._how_to_go_on(model))
+            tell(self._how_to_go_on(model))
         assert model.env is not None
         close_env(model.env)
 
     def _save(self, model: BaseAlgorithm) -> None:
+        tell(f"Saving to {self.save_path}")
         if not isinstance(model, DeepCRL):
-            super().save_trained_model(model)
+            # It says the same
+            with contextlib.redirect_stdout(io.StringIO()):
+                super().save_trained_model(model)
             return
-        print(f"Saving to {self.save_path}")
         if self.save_replay_buffer:
             model.save_replay_buffer(Path(self.save_path) / "replay_buffer.pkl")
         vec_normalize = model.get_vec_normalize_env()

@@ -9,6 +9,7 @@ import io
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +51,8 @@ DEFAULT_ENV = "PointMaze_UMaze-v3"
 DEFAULTS = {"--algo": "deepcrl", "--env": DEFAULT_ENV, "--folder": "logs"}
 # Flags of numbers that are at least 1, or the default, which may stand for something else
 COUNTS = {"-n", "--eval-episodes", "--n-eval-envs", "--n-envs", "--n-trials", "--max-total-trials", "--n-evaluations"}
+# Flags that `all_plots` cannot do without
+NEEDED = {"--algos", "--env", "--exp-folders"}
 HELP = {
     "--vec-env": "VecEnv type, batch: native threads, for the tasks of sb3_deepcrl",
     "-n": "Number of timesteps, with -i of further ones (default: those of the config, with -i what is left of the run)",
@@ -107,6 +110,23 @@ def at_least_one(default: int | None) -> Callable[[str], int]:
     return convert
 
 
+def picture(text: str) -> Path:
+    """
+    :param text: Where a picture goes
+    :return: The same, whose folder exists
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(text)
+    if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.filetypes:
+        raise argparse.ArgumentTypeError(f"must be the name of a picture, such as {path.stem or 'figure'}.png, got {text}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{error}: choose another place than {text}") from None
+    return path
+
+
 class ZooArgumentParser(ArgumentParser):
     """
     Takes the place of ``argparse.ArgumentParser`` in RL Zoo's scripts: other defaults, more choices, and one line for each
@@ -127,7 +147,7 @@ class ZooArgumentParser(ArgumentParser):
         description = args[0] if args else None
         super().__init__(prog=f"sb3-deepcrl {self.script}", description=description, **kwargs)
         if self.script in PLOTS:
-            self.add_argument("--figure", type=Path, help="Save the figure to this file, in place of showing it")
+            self.add_argument("--figure", type=picture, help="Save the figure to this file, in place of showing it")
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         """
@@ -141,6 +161,8 @@ class ZooArgumentParser(ArgumentParser):
             kwargs["choices"] = [*kwargs["choices"], "batch"]
         if kwargs.get("type") is int:
             kwargs["type"] = whole_number if COUNTS.isdisjoint(names) else at_least_one(kwargs.get("default"))
+        if self.script == "all_plots" and not NEEDED.isdisjoint(names):
+            kwargs["required"] = True
         for name in names if self.script == "train" else ():
             kwargs["help"] = HELP.get(name, kwargs.get("help"))
         for name, default in DEFAULTS.items():
@@ -237,6 +259,20 @@ def find_env(env_id: str, gym_packages: Sequence[str]) -> EnvSpec:
         raise ConfigError(f"--env: {error}") from None
 
 
+def has_screen() -> bool:
+    """
+    :return: Whether there is a screen that windows can be shown on
+    """
+    if sys.platform != "linux":
+        return True
+    if not any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")):
+        return False
+    # It may be that of a connection which was closed. MuJoCo shows its windows with glfw
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(importlib.import_module("glfw").init())
+
+
 def check_screen(script: str, spec: EnvSpec) -> None:
     """
     Check that MuJoCo has something to draw on: without a screen it aborts the process, or says little.
@@ -245,19 +281,26 @@ def check_screen(script: str, spec: EnvSpec) -> None:
     :param spec: Specification of an env
     :raises ConfigError: if it has nothing
     """
-    has_screen = sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-    if has_screen or not str(spec.entry_point).startswith(MUJOCO_ENVS):
+    if not str(spec.entry_point).startswith(MUJOCO_ENVS) or has_screen():
         return
     if script == "enjoy":
         raise ConfigError(
             f"there is no screen to show {spec.id} on: add --no-render, or make a video by "
             f"`MUJOCO_GL=egl sb3-deepcrl record_video --env {spec.id}`"
         )
-    if os.environ.get("MUJOCO_GL", "").lower() in ("", "glfw"):
-        raise ConfigError(
-            f"without a screen the pictures of {spec.id} need MUJOCO_GL=egl (Debian: libegl1) or MUJOCO_GL=osmesa "
-            f"(libosmesa6) in front of the command: `MUJOCO_GL=egl sb3-deepcrl {script} ...`"
-        )
+    library = os.environ.get("MUJOCO_GL", "")
+    reason = ""
+    if library.lower() not in ("", "glfw"):
+        try:
+            importlib.import_module("mujoco").GLContext(1, 1).free()
+            return
+        except Exception as error:
+            # Whatever goes wrong in it, such as an AttributeError where the library is not installed
+            reason = f"MUJOCO_GL={library} does not work here ({type(error).__name__}: {error}): "
+    raise ConfigError(
+        f"{reason}without a screen the pictures of {spec.id} need MUJOCO_GL=egl (Debian: libegl1) or MUJOCO_GL=osmesa "
+        f"(libosmesa6) in front of the command: `MUJOCO_GL=egl sb3-deepcrl {script} ...`"
+    )
 
 
 class PredictionDeepCRL(DeepCRL):

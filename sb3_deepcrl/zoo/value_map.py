@@ -19,7 +19,7 @@ from sb3_deepcrl.common.errors import how_to_write, is_for_user
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
-from sb3_deepcrl.zoo.launcher import DEFAULT_ENV
+from sb3_deepcrl.zoo.launcher import DEFAULT_ENV, picture
 
 
 def env_of_run(config: Path, env_id: str) -> tuple[VecEnv, gym.Env]:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--goal", nargs=2, type=float, metavar=("X", "Y"), help="Goal in metres, by default in the first free cell"
     )
-    parser.add_argument("-o", "--output", type=Path, help="Picture, by default value.png in the folder of the run")
+    parser.add_argument("-o", "--output", type=picture, help="Picture, by default value.png in the folder of the run")
     args = parser.parse_args(argv)
 
     import matplotlib
