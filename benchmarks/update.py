@@ -9,7 +9,8 @@ Milliseconds of one update by size of the networks and mode, beside the time tha
 - ``bfloat16``: compiled, with ``precision="bfloat16"``
 - ``checkpoint``: compiled, with ``checkpoint_activations=True``
 - ``graph`` (GPU only): compiled, as a CUDA graph; the other modes run without
-- ``jax`` (if jax and optax are installed): the paper's update in JAX, jitted, in float32
+- ``jax`` (if jax and optax are installed, up to depth 64, beyond which it compiles for many minutes): the paper's update in
+  JAX, jitted, in float32
 
 Each measurement is a process of its own, with an empty cache of compiled code in the first round, so that start-up and
 peak memory are its own. The roof is the rate of the three matrix products of a layer in PyTorch, at the same shapes and
@@ -412,6 +413,8 @@ def main() -> None:
         for _ in range(args.rounds):
             for size in args.sizes:
                 for mode in modes:
+                    if mode == "jax" and Size.parse(size).depth > 64:
+                        continue
                     process = subprocess.run(
                         [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--worker", mode, size],
                         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/{mode}-{size}"},
