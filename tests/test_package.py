@@ -5,6 +5,7 @@ import inspect
 import os
 import pkgutil
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_threads_of_commands_spin_briefly(arguments, environment, found):
     if found is None:
         found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", run_python("-c", "import torch", **environment).stderr).group(1)
     assert count == found
+
+
+def test_ctrl_c_while_a_command_starts_has_no_traceback():
+    module = "import os, signal, sb3_deepcrl; os.kill(os.getpid(), signal.SIGINT)"
+    code = f"import sys; sys.argv = ['sb3-deepcrl']; {module}"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
+    # Of the user's own program, and after the start, it is an exception
+    end = "sb3_deepcrl.common.startup.end_start(); os.kill"
+    for code in (module, command[-1].replace("os.kill", end)):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert result.stderr.endswith("KeyboardInterrupt\n")
 
 
 def test_console_script_is_a_command(monkeypatch):

@@ -4,6 +4,7 @@ What the commands of this package do before PyTorch is loaded. Programs that imp
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,16 +29,23 @@ def is_command() -> bool:
 
 
 def start_command() -> None:
-    """Set what OpenMP reads when it is loaded, also in processes that this one starts, and give a sign of life."""
+    """
+    Set what OpenMP reads when it is loaded, also in processes that this one starts, and give a sign of life. Until
+    :func:`end_start`, Ctrl-C ends the process without the traceback of some import.
+    """
     if not any(name in os.environ for name in CHOICES):
         os.environ.update(SPINNING)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.stderr.isatty():
         print(MESSAGE, end="\r", file=sys.stderr, flush=True)
 
 
 def end_start() -> None:
-    """Take the sign of life away, and let each line be seen at once where there is no terminal."""
+    """Take the sign of life away. Ctrl-C is an exception again, and each line is seen at once where there is no terminal."""
     if sys.stderr.isatty():
         print(" " * len(MESSAGE), end="\r", file=sys.stderr, flush=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)

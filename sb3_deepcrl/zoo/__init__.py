@@ -8,6 +8,7 @@ the command line.
 """
 
 import functools
+import os
 from typing import Any
 
 try:
@@ -16,6 +17,18 @@ try:
 except ImportError as error:
     # With the name of this package `python -m` prints the line alone
     message = f'RL Zoo cannot be imported ({error}): install the extra "zoo", in a clone by `pip install -e ".[zoo]"`'
+    raise ImportError(message, name=__name__) from None
+
+try:
+    # Loads the library for pictures that the user asks for, even if none is made
+    import mujoco  # noqa: F401
+except Exception as error:
+    if not (library := os.environ.get("MUJOCO_GL")):
+        raise
+    message = (
+        f"MUJOCO_GL={library} does not work here ({type(error).__name__}: {error}): use egl (Debian: libegl1) or osmesa "
+        "(libosmesa6) to make pictures without a screen, and leave it out otherwise"
+    )
     raise ImportError(message, name=__name__) from None
 
 import rl_zoo3.exp_manager as rl_zoo3_manager

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
 from sb3_deepcrl.common.errors import how_to_write, is_for_user
+from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     :param argv: Arguments of the command line
     """
+    end_start()
     parser = argparse.ArgumentParser(prog="sb3-deepcrl value_map", description=__doc__.strip())
     parser.add_argument("--env", help="Environment ID", type=EnvironmentName, default=EnvironmentName(DEFAULT_ENV))
     parser.add_argument("-f", "--folder", help="Log folder", default="logs")
