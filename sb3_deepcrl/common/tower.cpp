@@ -1,4 +1,4 @@
-// What an update of DeepCRL does on a CPU, besides small change: residual towers forward and backward, and InfoNCE.
+// What an update of DeepCRL does on a CPU, besides small change: residual towers forward and backward, InfoNCE and Adam.
 //
 // A tower is a stem and residual blocks. The stem is one layer, [Dense, LayerNorm, Swish], a block four of them whose
 // outcome is added to the features: x + scale * F(x). All is float32, but for the factors of matrix products and what is
@@ -1084,6 +1084,26 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
   });
 }
 
+// ---------------------------------------------------------------- Adam
+
+void step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
+                  float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+  // Less than that is done before another thread is awake
+  n_threads = std::max<int64_t>(1, std::min(n_threads, n / 100'000));
+  Team::run(n_threads, [&](int64_t index, Team& team) {
+    const Share share(n / LANES, index, team);
+    for (int64_t i = share.first * LANES; i < share.last * LANES; i += LANES) {
+      const Vec value = load(values + i), gradient = fmadd(all(l2), value, load(gradients + i));
+      const Vec mean = fmadd(all(1.0f - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
+      const Vec square = fmadd(all(1.0f - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
+      store(exp_avg + i, mean);
+      store(exp_avg_sq + i, square);
+      const Vec step = all(step_size) * mean / fmadd(sqrt(square), all(correction), all(eps));
+      store(values + i, fnmadd(all(decay), value, value) - step);
+    }
+  });
+}
+
 #ifdef __AMX_BF16__
 // Linux gives the tiles to those who ask for them
 const bool has_tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -1150,4 +1170,11 @@ extern "C" bool tower_backward(const float* dout, const void* parameters, float*
 extern "C" bool info_nce(const float* x, const float* y, int64_t n, int64_t dim, float coef, float* dx, float* dy,
                          float* metrics, int64_t n_threads) {
   return enough_memory([&] { contrast(x, y, n, dim, coef, dx, dy, metrics, n_threads); });
+}
+
+// A step of Adam (https://arxiv.org/abs/1412.6980, algorithm 1) for n numbers, a multiple of the lanes of a vector: step_size
+// is the learning rate over 1 - beta1^t, correction is 1 / sqrt(1 - beta2^t). Weights decay by the gradient (l2) or by themselves.
+extern "C" void adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
+                     float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+  step_of_adam(values, gradients, exp_avg, exp_avg_sq, n, step_size, beta1, beta2, correction, eps, l2, decay, n_threads);
 }

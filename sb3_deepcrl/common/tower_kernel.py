@@ -71,6 +71,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.tower_forward.argtypes = [*[_ADDRESS] * 4, *sizes, *settings]
     library.tower_backward.argtypes = [*[_ADDRESS] * 5, *sizes, *settings]
     library.info_nce.argtypes = [_ADDRESS, _ADDRESS, _INTEGER, _INTEGER, ctypes.c_float, *[_ADDRESS] * 3, _INTEGER]
+    library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_float] * 7, _INTEGER]
+    library.adam.restype = None
     library.tower_forward.restype = library.tower_backward.restype = library.info_nce.restype = _BOOL
 
 
@@ -388,11 +390,13 @@ class FlatParameters:
     Parameters of a network, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
     call. Parameters and the state of the optimizer stay what they were to all others, as views of these tensors.
 
+    :param library: See :func:`load_kernel`
     :param module: The network
     :param optimizer: Its optimizer
     """
 
-    def __init__(self, module: nn.Module, optimizer: th.optim.Optimizer):
+    def __init__(self, library: ctypes.CDLL, module: nn.Module, optimizer: th.optim.Optimizer):
+        self.library = library
         self.optimizer = optimizer
         self.parameters = list(module.parameters())
         # Each begins at a line of the cache. The numbers between stay zero.
@@ -440,11 +444,13 @@ class FlatParameters:
             towers share them
         """
         parameters = list(module.parameters())
-        layouts = [layout for layout in [kernel.layout() for kernel in tower_kernels(module)] if layout is not None]
+        kernels = tower_kernels(module)
+        layouts = [layout for layout in [kernel.layout() for kernel in kernels] if layout is not None]
         in_kernels = [id(parameter) for layout in layouts for parameter in layout.parameters]
         groups = optimizer.param_groups
         if (
-            type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
+            not kernels
+            or type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
             or [[*map(id, group["params"])] for group in groups] != [[*map(id, parameters)]]
             or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable", "capturable"))
             or optimizer._optimizer_step_pre_hooks
@@ -454,7 +460,7 @@ class FlatParameters:
             or len({float(optimizer.state.get(p, {}).get("step", 0.0)) for p in parameters}) > 1
         ):
             return None
-        return cls(module, optimizer)
+        return cls(kernels[0].library, module, optimizer)
 
     def _adopt_state(self) -> None:
         """Let the state of the optimizer be views too."""
@@ -510,24 +516,25 @@ class FlatParameters:
         loss.backward()
         group = self.optimizer.param_groups[0]
         self.steps += 1
-        beta1, beta2 = group["betas"]
-        function = th._fused_adamw_ if group.get("decoupled_weight_decay") else th._fused_adam_
-        with th.no_grad():
-            function(
-                [self.values],
-                [self.gradients],
-                [self.exp_avg],
-                [self.exp_avg_sq],
-                [],
-                [self.steps[0]],
-                lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+        n_steps = self.steps[0].item()
+        learning_rate, decay = float(group["lr"]), group["weight_decay"]
+        decoupled = group.get("decoupled_weight_decay", False)
+        beta1, beta2 = map(float, group["betas"])
+        self.library.adam(
+            self.values.data_ptr(),
+            self.gradients.data_ptr(),
+            self.exp_avg.data_ptr(),
+            self.exp_avg_sq.data_ptr(),
+            len(self.values),
+            learning_rate / (1.0 - beta1**n_steps),
+            beta1,
+            beta2,
+            (1.0 - beta2**n_steps) ** -0.5,
+            group["eps"],
+            0.0 if decoupled else decay,
+            learning_rate * decay if decoupled else 0.0,
+            n_threads(),
+        )
 
 
 def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bool) -> tuple[th.Tensor, ...]:
