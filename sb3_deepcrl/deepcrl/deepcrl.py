@@ -1084,6 +1084,8 @@ class DeepCRL(OffPolicyAlgorithm):
         with frozen(self.critic.sa_encoder):
             actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
             self._step(self.actor.optimizer, actor_loss)
+        # What its graph held serves the next one
+        actor_loss = actor_loss.detach()
 
         # Optimize entropy coefficient, also called
         # entropy temperature or alpha in the paper
@@ -1098,7 +1100,7 @@ class DeepCRL(OffPolicyAlgorithm):
         critic_loss, contrastive_metrics = self._critic_loss(state_features, actions, goal_repr)
         self._step(self.critic.optimizer, critic_loss)
 
-        losses = [actor_loss.detach(), critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
+        losses = [actor_loss, critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
         return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])
 
     def _critic_loss(
