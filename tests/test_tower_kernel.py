@@ -90,7 +90,8 @@ def test_there_is_a_kernel_wherever_there_should_be(monkeypatch):
         (3, 40, 8, 48),
         (7, 64, 4, 64),
         (77, 33, 4, 256),
-        (512, 5, 8, 64),
+        # Shared by several threads
+        (517, 5, 8, 256),
         (1030, 5, 4, 16),
         (129, 20, 64, 32),
         # More terms in a sum than are added up at a time
@@ -380,7 +381,7 @@ def test_several_passes_before_their_backward_passes():
 @needs_kernel
 def test_several_python_threads(n_threads):
     n_threads(2)
-    tower = on_kernel(make_tower(depth=16, width=64))
+    tower = on_kernel(make_tower(depth=16, width=128))
     x = th.randn(512, 5)
     with th.no_grad():
         expected = tower(x)
@@ -401,7 +402,7 @@ def test_several_python_threads(n_threads):
 @needs_kernel
 def test_a_forked_process_has_threads_of_its_own(n_threads):
     n_threads(2)
-    tower = on_kernel(make_tower(output_dim=None, depth=16, width=64))
+    tower = on_kernel(make_tower(output_dim=None, depth=16, width=128))
     x = th.randn(512, 5)
     with th.no_grad():
         expected = tower(x)

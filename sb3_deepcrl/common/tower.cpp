@@ -690,9 +690,10 @@ struct Tower {
   }
 
   int64_t useful_threads(int64_t n_threads) const {
-    // Waking another one takes about as long as so many products
+    // Waking another one may take as long as so many products. For the few rows of envs that act it does not pay: while the
+    // envs were stepped it fell asleep, and theirs may be in its way.
     const int64_t n_products = rows * width * (shape.n_inputs + N_LAYERS * shape.n_blocks * width);
-    return std::max<int64_t>(1, std::min({n_threads, rows / Type::ROWS, n_products / 2'000'000}));
+    return std::max<int64_t>(1, std::min({n_threads, rows / MAX_CHUNK, n_products / 20'000'000}));
   }
 
   void pack_for_forward(float* packed, int64_t index, const Team& team) const {
