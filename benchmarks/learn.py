@@ -144,7 +144,7 @@ def report(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> str:
         f"Printed by `python benchmarks/learn.py {' '.join(sys.argv[1:])}`.",
         "",
         "| depth | total (ms) | simulate | forward | replay | update | other | PyTorch's matrix products of the update | "
-        "its C++ blocks | simulation, products and blocks | the blocks' products in PyTorch (roof) |",
+        "its functions in C++ | simulation, products and functions in C++ | the blocks' products in PyTorch (roof) |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for depth, row in rows.items():

@@ -111,6 +111,14 @@ def test_gradient_of_one_side_only(fused):
         th.testing.assert_close(info_nce(x, y, logsumexp_coef=0.1, fused=fused)[0], loss.detach())
 
 
+@pytest.mark.parametrize("fused", FUSED)
+def test_numbers_of_another_type(fused):
+    th.manual_seed(0)
+    x, y = (th.randn(20, 4, dtype=th.float64) for _ in range(2))
+    for one, wanted in zip(outcome(x, y, logsumexp_coef=0.1, fused=fused), reference(x, y), strict=True):
+        th.testing.assert_close(one, wanted)
+
+
 def test_chunks_save_memory():
     """The largest tensor is that of a chunk."""
     sizes = []

@@ -19,7 +19,7 @@ from sb3_deepcrl.common.tracing import CompiledBlock, is_traced
 PRECISIONS = ("float32", "bfloat16", "auto")
 
 # With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up, which takes
-# seconds: at the default sizes it is earned after a fifth of them, in the narrow networks of the studies after most of them.
+# seconds.
 MIN_COMPILED_LAYERS = 4_000
 
 # Blocks of all models of a process share their code, so each width, batch size and precision counts as a recompilation

@@ -141,7 +141,8 @@ class _ContrastiveLoss(th.autograd.Function):
         fused: bool,
     ) -> Any:
         needed = any(ctx.needs_input_grad[:2])
-        if fused and energy == "norm" and contrastive_loss == "forward" and not is_traced(x, y):
+        is_known = energy == "norm" and contrastive_loss == "forward" and not is_traced(x, y)
+        if fused and is_known and all(value.is_cpu and value.dtype is th.float32 for value in (x, y)):
             outcome, *gradients = fused_info_nce(x, y, logsumexp_coef, needed)
         else:
             outcome, *gradients = _contrast(x, y, energy, contrastive_loss, logsumexp_coef, chunk_size, needed)
