@@ -52,7 +52,7 @@ from sb3_deepcrl.analysis.runs import (
     write_rows,
 )
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, critical_depth, curves_of, final_scores, interquartile_mean
-from sb3_deepcrl.common.errors import is_for_user
+from sb3_deepcrl.common.utils import is_for_user
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.task import GoalTask
 from tests.envs import GoalReachEnv, add_package
