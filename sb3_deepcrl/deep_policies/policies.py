@@ -109,7 +109,7 @@ class DeepPolicy(CheckedPolicy):
     networks, or a dict with one for actor and critic: with the keys ``pi`` and ``qf`` for off-policy algorithms, ``pi``
     and ``vf`` for on-policy ones, e.g. ``depth=dict(pi=16, qf=64)``. DQN and QR-DQN have one network, so one value.
 
-    ``compile_blocks(model.policy)`` compiles the towers, see :func:`~sb3_deepcrl.common.acceleration.compile_blocks`. It is
+    ``compile_blocks(model.policy)`` compiles the towers, see :func:`~sb3_deepcrl.common.compilation.compile_blocks`. It is
     not saved, and ``uncompile_blocks`` undoes it. TRPO needs second derivatives, which ``torch.compile`` does not have: where
     it does the blocks, only the critic can be compiled, ``compile_blocks(model.policy.mlp_extractor.value_net)``.
 
