@@ -6,8 +6,6 @@ search, the tasks of this package and those of gymnasium-robotics, and the confi
 ``import sb3_deepcrl.zoo`` where you call them: RL Zoo imports it before it reads the command line.
 """
 
-import os
-
 try:
     import rl_zoo3.exp_manager as rl_zoo3_manager
     from rl_zoo3 import ALGOS
@@ -15,18 +13,6 @@ try:
 except ImportError as error:
     # With the name of this package `python -m` prints the line alone
     message = f'RL Zoo cannot be imported ({error}): install the extra "zoo", in a clone by `pip install -e ".[zoo]"`'
-    raise ImportError(message, name=__name__) from None
-
-try:
-    # Loads the library for pictures that the user asks for, even if none is made
-    import mujoco  # noqa: F401
-except Exception as error:
-    if not (library := os.environ.get("MUJOCO_GL")):
-        raise
-    message = (
-        f"MUJOCO_GL={library} does not work here ({type(error).__name__}: {error}): use egl (Debian: libegl1) or osmesa "
-        "(libosmesa6) to make pictures without a screen, and leave it out otherwise"
-    )
     raise ImportError(message, name=__name__) from None
 
 from gymnasium.envs.registration import WrapperSpec, registry

@@ -10,14 +10,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_deepcrl.common.evaluation import GoalEvalCallback
+from sb3_deepcrl.common.callbacks import GoalEvalCallback
 from sb3_deepcrl.common.utils import atomic_path
 from sb3_deepcrl.zoo.runs import RunFolder
 
 
 def reports_goals(env: VecEnv) -> bool:
     """
-    Find out whether :class:`~sb3_deepcrl.common.evaluation.GoalEvalCallback` can evaluate on an env.
+    Find out whether :class:`~sb3_deepcrl.common.callbacks.GoalEvalCallback` can evaluate on an env.
 
     :param env: An env that nobody uses yet: it is reset and makes a step
     :return: Whether its observations hold goals, and its infos tell whether they are reached
@@ -30,32 +30,13 @@ def reports_goals(env: VecEnv) -> bool:
     return all("is_success" in info or "success" in info for info in infos)
 
 
-class TrialGoalEvalCallback(GoalEvalCallback):
-    """
-    Callback used for evaluating and reporting a trial by the fraction of the steps that are spent at the goal.
+class TrialGoalEvalCallback(TrialEvalCallback, GoalEvalCallback):
+    """Callback used for evaluating and reporting a trial by the fraction of the steps that are spent at the goal."""
 
-    :param eval_env: The environment used for evaluation
-    :param trial: The trial
-    :param kwargs: Other arguments of :class:`~sb3_deepcrl.common.evaluation.GoalEvalCallback`
-    """
-
-    def __init__(self, eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any):
-        super().__init__(eval_env, verbose=0, **kwargs)
-        self.trial = trial
-        self.eval_idx = 0
-        self.is_pruned = False
-
-    def _on_step(self) -> bool:
-        if not super()._on_step():
-            return False
-        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
-            self.eval_idx += 1
-            # What the study takes as the result of the trial
-            self.last_mean_reward = self.last_means["time_at_goal_fraction"]
-            self.trial.report(self.last_mean_reward, self.eval_idx)
-            # Prune trial if need
-            self.is_pruned = self.trial.should_prune()
-        return not self.is_pruned
+    #: What RL Zoo reports to Optuna, in place of the reward
+    last_mean_reward = property(
+        lambda self: self.last_means.get("time_at_goal_fraction", -np.inf), lambda self, value: None
+    )
 
 
 def make_trial_callback(eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any) -> EvalCallback:

@@ -25,8 +25,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_deepcrl.common.callbacks import TrainingDisplay
-from sb3_deepcrl.common.evaluation import GoalEvalCallback
+from sb3_deepcrl.common.callbacks import GoalEvalCallback, ResumableEvalCallback, TrainingDisplay
 from sb3_deepcrl.common.utils import atomic_path, check_positive_int, is_for_user, tell, uninterrupted
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.arguments import checked_env_kwargs
@@ -337,7 +336,9 @@ class GoalExperimentManager(ExperimentManager):
             save_freq = max(self.save_freq // self.n_envs, 1)
             self.callbacks.append(ResumableCheckpointCallback(save_freq, self.save_path, self.save_replay_buffer))
         if eval_env is not None:
-            callback_class = GoalEvalCallback if has_goals else EvalCallback
+            if self.continue_training and not self.resume:
+                self._copy_evaluations()
+            callback_class = GoalEvalCallback if has_goals else ResumableEvalCallback
             self.callbacks.append(
                 callback_class(
                     eval_env,
@@ -347,8 +348,19 @@ class GoalExperimentManager(ExperimentManager):
                     log_path=self.save_path,
                     eval_freq=max(self.eval_freq // self.n_envs, 1),
                     deterministic=self.deterministic_eval,
+                    resume=self.continue_training,
                 )
             )
+
+    def _copy_evaluations(self) -> None:
+        """Let the evaluations before and after the stop be one curve, and the best model the best of both."""
+        best_model = self.source.path / "best_model.zip"
+        files = {self.source.path / "evaluations.npz": self.save_path}
+        if best_model.is_file():
+            files |= {best_model: self.save_path, self.source.sibling(best_model, "vecnormalize"): self.params_path}
+        for path, folder in files.items():
+            if path.is_file():
+                shutil.copy(path, folder)
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         path = Path(self.trained_agent)
@@ -377,36 +389,9 @@ class GoalExperimentManager(ExperimentManager):
             print(f"No replay buffer of {path.name}: collecting {warmup} steps of random actions first")
             model.learning_starts = model.num_timesteps + warmup
         for callback in self.callbacks:
-            # Checkpoints and evaluations at the steps they would have been done without the stop
+            # Checkpoints at the steps they would have been done without the stop
             callback.n_calls = model.num_timesteps // env.num_envs
-            if isinstance(callback, EvalCallback):
-                self._continue_evaluations(callback)
         return model
-
-    def _continue_evaluations(self, callback: EvalCallback) -> None:
-        """Let the evaluations before and after the stop be one curve, and the best model the best of both."""
-        best_model = self.source.path / "best_model.zip"
-        if not self.resume and best_model.is_file():
-            files = {best_model: Path(self.save_path), self.source.sibling(best_model, "vecnormalize"): Path(self.params_path)}
-            for path, folder in files.items():
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
-        if isinstance(callback, GoalEvalCallback):
-            callback.continue_episodes(self.source.path / "episodes.csv", self.n_done)
-        logs = self.source.evaluations()
-        if not logs:
-            return
-        if best_model.is_file():
-            callback.best_mean_reward = float(logs["results"].mean(axis=1).max())
-        if logs["results"].shape[1:] != (callback.n_eval_episodes,):
-            print("The evaluations before the stop have another number of episodes: they are not continued")
-            return
-        is_before = logs["timesteps"] <= self.n_done
-        callback.evaluations_timesteps = logs["timesteps"][is_before].tolist()
-        callback.evaluations_results = logs["results"][is_before].tolist()
-        callback.evaluations_length = logs["ep_lengths"][is_before].tolist()
-        if "successes" in logs:
-            callback.evaluations_successes = logs["successes"][is_before].tolist()
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
