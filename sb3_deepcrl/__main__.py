@@ -3,6 +3,13 @@ The command ``sb3-deepcrl``. It stands outside of the rooms, as it runs what is 
 """
 
 import sys
+from collections.abc import Sequence
+
+
+def _value_map(argv: Sequence[str]) -> None:
+    from sb3_deepcrl.analysis.run_map import main
+
+    main(argv)
 
 
 def main() -> None:
@@ -13,12 +20,7 @@ def main() -> None:
         if error.name != "sb3_deepcrl.zoo":
             raise
         sys.exit(f"sb3-deepcrl: error: {error}")
-    if sys.argv[1:2] == ["value_map"]:
-        from sb3_deepcrl.analysis.run_map import main as value_map
-
-        value_map(sys.argv[2:])
-    else:
-        launcher.main()
+    launcher.main({"value_map": _value_map})
 
 
 if __name__ == "__main__":

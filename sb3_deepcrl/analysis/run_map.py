@@ -44,7 +44,8 @@ def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path |
     vec_env.close()
     ax.set_title(f"{run.args()['env']}: learned value and policy")
     output = output or run.path / "value.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if not output.parent.exists():
+        output.parent.mkdir(parents=True)
     figure.savefig(output, dpi=150)
     return output
 

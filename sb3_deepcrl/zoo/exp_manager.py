@@ -73,9 +73,9 @@ def describe_input_error(error: BaseException) -> str | None:
         return message
     if isinstance(error, KeyError):
         message = f"{message} is missing"
-    if frames[-1].filename == "<string>":
+    if frames[-1].filename == "<string>" and frames[-2].name != "read_hyperparameters":
         # RL Zoo evaluates the values of these options
-        return f"{message} in `{frames[-1].line or ''}`: values are Python, in which text has quotes, as in policy:\"'MlpPolicy'\""
+        return f"{message}: values are Python, in which text has quotes, as in policy:\"'MlpPolicy'\""
     # RL Zoo takes the values as they are, and imports the modules that they name
     return message if package == "rl_zoo3" or last == "importlib._bootstrap" else None
 

@@ -8,7 +8,7 @@ import os
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,7 +140,8 @@ def _run_plot(function: str, argv: Sequence[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    args.figure.parent.mkdir(parents=True, exist_ok=True)
+    if not args.figure.parent.exists():
+        args.figure.parent.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
         getattr(importlib.import_module("rl_zoo3.plots"), function)()
@@ -207,16 +208,20 @@ def run(script: str, argv: Sequence[str]) -> None:
         sys.exit(128 + numbers[0])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(others: Mapping[str, Callable[[Sequence[str]], None]] | None = None) -> None:
     """
-    Run the script that the first argument names.
+    Run the script that the first argument of the command line names.
 
-    :param argv: Arguments of the command line, ``sys.argv`` by default
+    :param others: Commands beside RL Zoo's scripts, called with the other arguments
     """
     end_start()
+    others = others or {}
     parser = argparse.ArgumentParser(prog="sb3-deepcrl", description="RL Zoo's scripts with DeepCRL. Each has its own --help.")
     parser.add_argument("--version", action="version", version=f"sb3-deepcrl {sb3_deepcrl.__version__}")
-    parser.add_argument("script", choices=SCRIPTS)
+    parser.add_argument("script", choices=[*SCRIPTS, *others])
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parsed = parser.parse_args(argv)
-    run(parsed.script, parsed.arguments)
+    parsed = parser.parse_args()
+    if parsed.script in others:
+        others[parsed.script](parsed.arguments)
+    else:
+        run(parsed.script, parsed.arguments)
