@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,23 @@ def test_load_with_another_number_of_envs(trained, tmp_path, n_envs):
     assert 16 * model.gradient_steps == model.train_freq.frequency * n_envs
     assert model.num_timesteps >= trained.num_timesteps + 100
     assert model._n_updates > n_updates
+
+
+def test_files_of_an_earlier_version_go_on():
+    # Saved before the first release, by a model of depth 4 with critics of depth 8, after 100 steps of two envs
+    folder = Path(__file__).with_name("data")
+    model = DeepCRL.load(folder / "model.zip", env=make_vec_env(GoalReachEnv, 2), device="cpu")
+    model.load_replay_buffer(folder / "replay_buffer.pkl")
+    predictions = dict(np.load(folder / "predictions.npz"))
+    actions = predictions.pop("actions")
+    np.testing.assert_allclose(model.predict(predictions, deterministic=True)[0], actions, rtol=1e-5)
+    assert [len(tower.blocks) for tower in (model.actor.tower, model.critic.sa_encoder, model.critic.g_encoder)] == [1, 2, 2]
+    assert (model.critic.energy, model.critic.repr_dim, model.policy.tower_kwargs["width"]) == ("dot", 4, 8)
+    assert model.num_timesteps == 100
+    assert model.replay_buffer.size() == 37
+    n_updates = model._n_updates
+    model.learn(32, reset_num_timesteps=False)
+    assert model._n_updates == n_updates + 2
 
 
 def test_everything_is_restored(trained, tmp_path):
