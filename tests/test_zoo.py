@@ -29,7 +29,7 @@ import yaml
 from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.utils import ALGOS
-from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -38,7 +38,6 @@ from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.__main__ import main
 from sb3_deepcrl.common.utils import STOP_SIGNALS
 from sb3_deepcrl.envs import BatchVecEnv
-from sb3_deepcrl.zoo import launcher
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
 from sb3_deepcrl.zoo.config import config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
@@ -71,7 +70,9 @@ def train(folder: Path, *args: str) -> None:
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    args = f"--env {ENV} -n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
+    args = (
+        f"--env {ENV} -n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
+    )
     args += f"--save-freq {EVERY} --save-replay-buffer --seed 3 -tb {folder / 'tb'}".split()
     train(folder, *args, *TINY, "learning_rate:'lin_1e-3'", "critic_learning_rate:'lin_1e-3'")
     return folder
@@ -136,7 +137,10 @@ def test_newest_complete_checkpoint(tmp_path):
         (tmp_path / ENV / name).write_text("a: 1\n")
     final, older, newer = (tmp_path / f"{name}.zip" for name in (ENV, "rl_model_9_steps", "rl_model_16_steps"))
     buffers = [run_folder.sibling(path, "replay_buffer") for path in (final, older, newer)]
-    assert [path.name for path in buffers] == ["replay_buffer.pkl", *(f"rl_model_replay_buffer_{n}_steps.pkl" for n in (9, 16))]
+    assert [path.name for path in buffers] == [
+        "replay_buffer.pkl",
+        *(f"rl_model_replay_buffer_{n}_steps.pkl" for n in (9, 16)),
+    ]
     for path, steps in ((final, 20), (older, 9), (newer, 16)):
         save_as(path, steps)
     assert (run_folder.model_path, run_folder.num_timesteps) == (final, 20)
@@ -524,7 +528,10 @@ def test_plots(logs, tmp_path, capsys):
     for number in (1, 2):
         shutil.copytree(logs / "deepcrl" / f"{ENV}_1", tmp_path / "deepcrl" / f"{ENV}_{number}")
     run("plot_train", [*common, "-y", "success", "-w", "2", "--figure", str(tmp_path / "new" / "train.png")])
-    run("all_plots", [*common, "-k", "time_at_goal", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "new" / "all.png")])
+    run(
+        "all_plots",
+        [*common, "-k", "time_at_goal", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "new" / "all.png")],
+    )
     run("plot_from_file", ["-i", str(tmp_path / "all.pkl"), "--figure", str(tmp_path / "new" / "file.png")])
     for name in ("train", "all", "file"):
         assert (tmp_path / "new" / f"{name}.png").stat().st_size > 5000
@@ -618,7 +625,7 @@ def test_optimize_and_train_a_trial(tmp_path, capsys):
     train(tmp_path, "--trial-id", "0", "--eval-freq", "-1", *tiny)
     model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
     assert model.depth == 2 ** int(trials[0]["params_depth_pow"])
-    assert model.energy == trials[0]["params_energy"]
+    assert model.policy_kwargs["energy"] == trials[0]["params_energy"]
     with pytest.raises(SystemExit, match="no trial 7 of study 'maze'"):
         train(tmp_path, "--trial-id", "7", *tiny)
 
@@ -710,17 +717,14 @@ def test_configs_say_what_was_run():
     paper = entries("deepcrl-paper").values()
     assert {(entry["n_envs"], entry["batch_size"], entry["depth"]) for entry in paper} == {(512, 512, 64)}
     for config in CONFIGS:
-        lines = (config_folder() / f"{config}.yml").read_text().splitlines()
-        for index, line in enumerate(lines):
-            if re.match(r"\S.*:( &\S+)?$", line) and not line.startswith("#"):
-                comment = ""
-                while lines[index - 1].startswith("# "):
-                    index -= 1
-                    comment = lines[index][2:] + " " + comment
+        # Groups of entries with a comment above
+        for group in (config_folder() / f"{config}.yml").read_text().split("\n\n"):
+            comment = " ".join(line[2:] for line in group.splitlines() if line.startswith("# "))
+            if re.search(r"^[^#\s].*:", group, re.MULTILINE):
                 said = re.search(r"[Nn]ot run here|[Rr]un .* seed", comment)
-                assert said, f"{config}: {line} has no comment that says what was run: {comment!r}"
+                assert said, f"{config}: {group} has no comment that says what was run"
                 for result in re.findall(r"docs/results/\S+\.md", comment):
-                    assert (config_folder().parent / result).is_file(), f"{config}: {line} names {result}, which is not there"
+                    assert (config_folder().parent / result).is_file(), f"{config}: {group} names a file that is not there"
 
 
 HER_ENTRY = """
@@ -912,8 +916,8 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
     "args, message",
     [
         ("enjoy --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: add --no-render"),
-        ("record_video --env PointUMaze-v0", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
-        ("push_to_hub --env PointUMaze-v0 -orga me", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
+        ("record_video --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: .*MUJOCO_GL=egl"),
+        ("push_to_hub --env PointUMaze-v0 -orga me", "there is no screen"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
@@ -1032,7 +1036,9 @@ def test_bad_config_has_no_traceback(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     *_, line = result.stderr.strip().splitlines()
-    assert line == (f"sb3-deepcrl train: error: {config}, {ENV}: DeepCRL.__init__() got an unexpected keyword argument 'depht'")
+    assert line == (
+        f"sb3-deepcrl train: error: {config}, {ENV}: DeepCRL.__init__() got an unexpected keyword argument 'depht'"
+    )
     assert "Traceback" not in result.stderr
 
 
@@ -1105,5 +1111,3 @@ def test_env_kwargs_of_a_config_hold_for_evaluation_and_videos(tmp_path, monkeyp
     train(tmp_path, "--env", ENV, "--vec-env", "dummy", "-conf", str(config), "--eval-env-kwargs", "goal_set:'eval'")
     assert sorted(seen) == [(False, "u4", None), (True, "u4", "eval")]
     assert RunFolder.newest(tmp_path, "deepcrl", ENV).args()["env_kwargs"] == {"maze": "u4"}
-
-

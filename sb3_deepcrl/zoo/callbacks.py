@@ -34,9 +34,7 @@ class TrialGoalEvalCallback(TrialEvalCallback, GoalEvalCallback):
     """Callback used for evaluating and reporting a trial by the fraction of the steps that are spent at the goal."""
 
     #: What RL Zoo reports to Optuna, in place of the reward
-    last_mean_reward = property(
-        lambda self: self.last_means.get("time_at_goal_fraction", -np.inf), lambda self, value: None
-    )
+    last_mean_reward = property(lambda self: self.last_means.get("time_at_goal_fraction", -np.inf), lambda self, value: None)
 
 
 def make_trial_callback(eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any) -> EvalCallback:

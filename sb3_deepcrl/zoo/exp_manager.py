@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import sys
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
@@ -23,16 +21,17 @@ from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
 from sb3_contrib.common.vec_env import AsyncEval
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_deepcrl.common.callbacks import GoalEvalCallback, ResumableEvalCallback, TrainingDisplay
-from sb3_deepcrl.common.utils import atomic_path, check_positive_int, is_for_user, tell, uninterrupted
+from sb3_deepcrl.common.utils import atomic_path, check_positive_int, tell, uninterrupted
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.arguments import checked_env_kwargs
 from sb3_deepcrl.envs.registration import ENTRY_POINT
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, reports_goals, save_model
-from sb3_deepcrl.zoo.config import find_config
-from sb3_deepcrl.zoo.provenance import made_with, resolved_arguments
+from sb3_deepcrl.zoo.config import describe_input_error, find_config
+from sb3_deepcrl.zoo.provenance import made_with
 from sb3_deepcrl.zoo.runs import RunFolder, num_timesteps
 
 # Envs that report `is_success`: these packages, see `sb3_deepcrl.zoo`
@@ -52,32 +51,6 @@ def derived_seed(*numbers: int) -> int:
     """
     # Envs are seeded with this and the next numbers
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
-
-
-def describe_input_error(error: BaseException) -> str | None:
-    """
-    Describe in one line what is wrong in a config or on the command line.
-
-    :param error: An error that was caught
-    :return: The line; None for somebody's bug, which is found by its traceback
-    """
-    message = " ".join(str(error).split())
-    if is_for_user(error) or isinstance(error, yaml.YAMLError):
-        return message
-    frames = traceback.extract_tb(error.__traceback__)
-    last = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    package = last.partition(".")[0]
-    if hasattr(error, "__notes__") or not isinstance(error, Exception):
-        return None
-    if isinstance(error, TypeError) and "keyword argument" in message and package in ("stable_baselines3", "sb3_contrib"):
-        return message
-    if isinstance(error, KeyError):
-        message = f"{message} is missing"
-    if frames[-1].filename == "<string>" and frames[-2].name != "read_hyperparameters":
-        # RL Zoo evaluates the values of these options
-        return f"{message}: values are Python, in which text has quotes, as in policy:\"'MlpPolicy'\""
-    # RL Zoo takes the values as they are, and imports the modules that they name
-    return message if package == "rl_zoo3" or last == "importlib._bootstrap" else None
 
 
 def _close(env: VecEnv) -> None:
@@ -120,7 +93,6 @@ class GoalExperimentManager(ExperimentManager):
         check_positive_int(self.n_eval_envs, "n_eval_envs")
         self.vec_env_type = vec_env_type
         self.eval_env_id = getattr(args, "eval_env", None) or env_id
-        self.has_display = False
         # Whether this process has created the folder of the run, and whether the training was interrupted
         self.has_folder = self.is_stopped = False
         self.resume = getattr(args, "resume", False)
@@ -146,7 +118,7 @@ class GoalExperimentManager(ExperimentManager):
         """
         Read hyperparameters, pre-process them, create the environment and possibly the model.
 
-        :return: the initialized RL model, None for a hyperparameter search
+        :return: the initialized RL model and its hyperparameters, None for a search of hyperparameters
         :raises ValueError: If something that the user gave cannot be used. A new folder of the run is removed then.
         """
         try:
@@ -166,15 +138,11 @@ class GoalExperimentManager(ExperimentManager):
         return result
 
     def _save_made_with(self, model: BaseAlgorithm, hyperparams: dict[str, Any]) -> None:
-        envs = {
-            "env": (self.env_name.gym_id, self.env_kwargs),
-            "eval_env": (self.eval_env_id, self.eval_env_kwargs),
-        }
+        envs = {"env": (self.env_name.gym_id, self.env_kwargs), "eval_env": (self.eval_env_id, self.eval_env_kwargs)}
         before = self.source.made_with() if self.continue_training else []
         records = [record for record in before if record["num_timesteps"] < self.n_done]
-        records.append(made_with(model, resolved_arguments(model, hyperparams, envs)))
         with atomic_path(Path(self.params_path) / "made_with.json", ".json") as temporary:
-            temporary.write_text(json.dumps(records, indent=2) + "\n")
+            temporary.write_text(json.dumps([*records, made_with(model, hyperparams, envs)], indent=2) + "\n")
 
     def create_log_folder(self) -> None:
         """
@@ -189,8 +157,8 @@ class GoalExperimentManager(ExperimentManager):
                 tell(f"{self.save_path} is complete: {self.n_done:,} of {self.n_timesteps:,} env steps")
                 sys.exit()
             raise ValueError(
-                f"-i: {self.trained_agent} was trained for {self.n_done} steps already, of {self.n_timesteps} in all: give the "
-                "number of further steps with -n"
+                f"-i: {self.trained_agent} was trained for {self.n_done} steps already, of {self.n_timesteps} in all: give "
+                "the number of further steps with -n"
             )
         if self.resume and Path(self.save_path).is_dir():
             for leftover in Path(self.save_path).glob("**/.*.tmp"):
@@ -213,9 +181,9 @@ class GoalExperimentManager(ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        Read the hyperparameters of the env, of a run that goes on from its own config.
+        Read the hyperparameters of the env; those of a run that goes on are in its own config.
 
-        :return: The entry of the config, and the same as it will be saved
+        :return: The hyperparameters, and the same as they will be saved
         """
         if self.resumed_config is None:
             if self.trial_id == 0 and self.storage and self.study_name:
@@ -233,16 +201,7 @@ class GoalExperimentManager(ExperimentManager):
         return hyperparams, saved_hyperparams
 
     def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> dict[str, Any]:
-        """
-        Load the hyperparameters of a trial.
-
-        :param storage: Storage of the study
-        :param study_name: Name of the study
-        :param trial_id: Number of the trial, the best one by default
-        :param convert: Whether to make keyword arguments of the algorithm of them
-        :return: Hyperparameters of the trial
-        :raises ValueError: If there is no such study or trial
-        """
+        """See RL Zoo's experiment manager. An unknown trial is an error that names it."""
         try:
             return super().load_trial(storage, study_name, trial_id, convert)
         except (LookupError, OSError) as error:
@@ -277,15 +236,7 @@ class GoalExperimentManager(ExperimentManager):
         return result
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        """
-        Create the environment and wrap it if necessary.
-
-        :param n_envs: Number of environments
-        :param eval_env: Whether is it an environment used for evaluation or not
-        :param no_log: Do not log training when doing hyperparameter optim
-        :return: the vectorized environment, with appropriate wrappers
-        :raises ValueError: If the env does not take an argument
-        """
+        """See RL Zoo's experiment manager. Evaluation may have another env, and has the same seed in all runs."""
         env_id = self.eval_env_id if eval_env else self.env_name.gym_id
         env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
         if self.vec_env_type in ("auto", "batch"):
@@ -366,7 +317,7 @@ class GoalExperimentManager(ExperimentManager):
         path = Path(self.trained_agent)
         print(f"Loading pretrained agent {path}")
         # Policy should not be changed, and learning starts when it would have, where the replay buffer goes on
-        kept = ("policy", "policy_kwargs", "learning_starts")
+        kept = {"policy", "policy_kwargs", "learning_starts"}
         model = ALGOS[self.algo].load(
             path,
             env=env,
@@ -378,12 +329,10 @@ class GoalExperimentManager(ExperimentManager):
             **{key: value for key, value in hyperparams.items() if key not in kept},
         )
         buffer_path = self.source.sibling(path, "replay_buffer")
-        if not hasattr(model, "load_replay_buffer"):
-            pass
-        elif buffer_path.is_file():
+        if isinstance(model, OffPolicyAlgorithm) and buffer_path.is_file():
             print(f"Loading replay buffer {buffer_path}")
             model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
-        else:
+        elif isinstance(model, OffPolicyAlgorithm):
             # Learning from the first few transitions alone would spoil the policy
             warmup = hyperparams.get("learning_starts", inspect.signature(type(model)).parameters["learning_starts"].default)
             print(f"No replay buffer of {path.name}: collecting {warmup} steps of random actions first")
@@ -398,7 +347,7 @@ class GoalExperimentManager(ExperimentManager):
         Train the model. A run that is continued does the steps that are left of ``n_timesteps``, and its counters and
         schedules go on. If an error ends the training, the model is saved as it is, and the error tells how to go on.
 
-        :param model: an initialized RL model
+        :param model: The model, new or loaded
         """
         kwargs: dict[str, Any] = {"callback": self.callbacks, "reset_num_timesteps": not self.continue_training}
         # As RL Zoo does: the default at -1, no log below
@@ -441,9 +390,8 @@ class GoalExperimentManager(ExperimentManager):
             error.add_note(self._how_to_go_on(model))
 
     def _how_to_go_on(self, model: BaseAlgorithm) -> str:
-        return (
-            f"Stopped and saved after {model.num_timesteps:,} env steps. To go on from there: sb3-deepcrl train "
-            + ("with the same arguments" if self.resume else f"-i {shlex.quote(self.save_path)}")
+        return f"Stopped and saved after {model.num_timesteps:,} env steps. To go on from there: sb3-deepcrl train " + (
+            "with the same arguments" if self.resume else f"-i {shlex.quote(self.save_path)}"
         )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:

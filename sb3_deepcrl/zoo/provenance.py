@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -72,45 +73,30 @@ def _processor() -> str:
 
 
 def _packages() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in DEPENDENCIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    # With the platform that it was built for
-    return {**versions, "torch": th.__version__}
+    installed = {name: next(iter(metadata.distributions(name=name)), None) for name in DEPENDENCIES}
+    versions = {name: distribution.version for name, distribution in installed.items() if distribution}
+    # The version of PyTorch with the platform that it was built for
+    return {"python": platform.python_version(), **versions, "torch": th.__version__}
 
 
 def _plain(value: Any) -> Any:
     """What JSON has in place of an object, the same in each process."""
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (int, float, str):
-        # Those of NumPy are among them
-        if isinstance(value, kind):
-            return kind(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def resolved_arguments(
+def _arguments(
     model: BaseAlgorithm, hyperparams: Mapping[str, Any], envs: Mapping[str, tuple[str, Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """
-    Collect all that a model and its envs are made with.
-
-    :param model: The model
-    :param hyperparams: The entry of a config that it was made with
-    :param envs: Id and arguments of envs, by name
-    :return: Arguments with those that have their default, each under a name such as ``gamma``, ``policy_kwargs.norm`` or
-        ``eval_env.maze``
-    """
     given = {**arguments_of(type(model)).defaults, "n_envs": model.n_envs, **hyperparams}
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -127,16 +113,20 @@ def resolved_arguments(
         spec = gym.spec(env_id)
         values = {"id": env_id, "entry_point": spec.entry_point, **arguments_of_env(spec).defaults, **env_kwargs}
         found |= {f"{name}.{key}": value for key, value in values.items()}
-    return {name: _plain(value) for name, value in found.items()}
+    return found
 
 
-def made_with(model: BaseAlgorithm, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def made_with(
+    model: BaseAlgorithm, hyperparams: Mapping[str, Any], envs: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
     """
     Describe what a run is made with from now on.
 
     :param model: The model
-    :param arguments: See :func:`resolved_arguments`
-    :return: The record in ``made_with.json``
+    :param hyperparams: The entry of a config that it was made with
+    :param envs: Id and arguments of its envs, by name
+    :return: The record in ``made_with.json``. Its ``arguments`` include defaults, each under a name such as ``gamma``,
+        ``policy_kwargs.norm`` or ``eval_env.maze``.
     """
     is_low = any(tower.autocast_dtype for tower in model.policy.modules() if isinstance(tower, ResidualTower))
     return {
@@ -150,5 +140,5 @@ def made_with(model: BaseAlgorithm, arguments: Mapping[str, Any]) -> dict[str, A
         "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": th.get_num_threads(),
         "precision": "bfloat16" if is_low else "float32",
-        "arguments": dict(arguments),
+        "arguments": _plain(_arguments(model, hyperparams, envs)),
     }
