@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, is_vecenv_wrapped
 
 from sb3_deepcrl.analysis import MazeMap, plot_value_map
@@ -37,12 +36,12 @@ def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path |
     assert isinstance(base, DummyVecEnv)
     figure = Figure(figsize=(6, 5), layout="constrained")
     ax = figure.subplots()
-    maze = MazeMap.from_env(base.envs[0])
-    # The first free cell is the end of a corridor in most mazes
-    center = maze.centers(*np.argwhere(~maze.walls)[0]) if goal is None else np.array(goal)
+    if goal is None:
+        # The first free cell is the end of a corridor in most mazes
+        goal = MazeMap.from_env(base.envs[0]).places()[0]
     model = run.load_model(vec_env)
     assert isinstance(model, DeepCRL)
-    plot_value_map(model, base.envs[0], center, seed=0, ax=ax)
+    plot_value_map(model, base.envs[0], goal, seed=0, ax=ax)
     vec_env.close()
     ax.set_title(f"{run.args()['env']}: learned value and policy")
     output = output or run.path / "value.png"
@@ -59,15 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     :param argv: Arguments of the command line, ``sys.argv`` by default
     """
     end_start()
-    parser = argparse.ArgumentParser(
-        prog="sb3-deepcrl value_map", description="Draw the learned value of a run over its maze."
-    )
+    parser = argparse.ArgumentParser(prog="sb3-deepcrl value_map", description="Draw the learned value of a run.")
     parser.add_argument("--env", help="Environment ID", default=DEFAULT_ENV)
     parser.add_argument("-f", "--folder", help="Log folder", default="logs")
-    parser.add_argument(
-        "--goal", nargs=2, type=float, metavar=("X", "Y"), help="Goal in meters, by default in the first free cell"
-    )
-    parser.add_argument("-o", "--output", type=Path, help="Picture (default: value.png in the folder of the run)")
+    parser.add_argument("--goal", nargs=2, type=float, metavar=("X", "Y"), help="Goal, by default in the first free cell")
+    parser.add_argument("-o", "--output", type=Path, help="Picture, by default value.png in the folder of the run")
     args = parser.parse_args(argv)
     try:
         run = RunFolder.newest(args.folder, "deepcrl", find_spec(args.env).id)
