@@ -546,7 +546,7 @@ def test_value_map(logs, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "new" / "value.png").stat().st_size > 5000
     (tmp_path / "file").touch()
     for more, message in {
-        ("--goal", "0", "0"): "The goal [0. 0.] lies in a wall",
+        ("--goal", "0", "0"): "lies in a wall",
         ("-o", str(tmp_path / "file" / "value.png")): f"choose another place than {tmp_path / 'file' / 'value.png'}",
         ("-f", str(tmp_path)): f"there is no run of {ENV}",
     }.items():
