@@ -222,6 +222,24 @@ def test_resume_goes_on_in_the_same_folder(algo, small, tmp_path, capsys):
     assert folder.model_path.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("n_steps", [400, 800])
+def test_stopped_in_the_middle_of_an_evaluation(n_steps, tmp_path, monkeypatch):
+    args = ["--env", ENV, "-n", str(n_steps), "--eval-freq", "400", "--eval-episodes", "1", "--resume", *TINY]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stable_baselines3.common.callbacks.evaluate_policy", stop)
+        train(tmp_path, *args)
+    folder = RunFolder.newest(tmp_path, "deepcrl", ENV)
+    assert (folder.num_timesteps, folder.evaluations()) == (400, {})
+    train(tmp_path, *args)
+    assert folder.evaluations()["timesteps"].tolist() == [*range(400, n_steps + 1, 400)]
+    with pytest.raises(SystemExit):
+        train(tmp_path, *args)
+
+
 def test_seeds_share_no_envs(tmp_path):
     starts = []
     for seed in ("0", "1"):
@@ -770,7 +788,7 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
     command("value_map", "--env", env_id, "-f", str(tmp_path), "-o", str(tmp_path / "value.png"))
     assert (tmp_path / "value.png").stat().st_size > 5000
     statistics.unlink()
-    with pytest.raises(SystemExit, match=r"-i: .*vecnormalize\.pkl is missing"):
+    with pytest.raises(SystemExit, match=r"vecnormalize\.pkl is missing"):
         train(tmp_path, "-i", str(folder), "-n", "10")
     with pytest.raises(ValueError, match=r"vecnormalize.pkl not found"):
         RunFolder(folder).make_env()

@@ -152,7 +152,7 @@ class GoalExperimentManager(ExperimentManager):
         """
         if self.optimize_hyperparameters:
             return
-        if self.continue_training and self.n_done >= self.n_timesteps:
+        if self.continue_training and self.n_done >= self.n_timesteps and not self._lacks_evaluation():
             if self.resume:
                 tell(f"{self.save_path} is complete: {self.n_done:,} of {self.n_timesteps:,} env steps")
                 sys.exit()
@@ -167,6 +167,12 @@ class GoalExperimentManager(ExperimentManager):
         else:
             self._create_new_folder()
         super().create_log_folder()
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the run was stopped in the middle of its last evaluation."""
+        eval_freq = max(self.eval_freq // self.n_envs, 1)
+        is_due = self.resume and self.eval_freq > 0 and self.n_done // self.n_envs % eval_freq == 0
+        return is_due and self.n_done not in self.source.evaluations().get("timesteps", ())
 
     def _create_new_folder(self) -> None:
         while not self.has_folder:
@@ -259,7 +265,7 @@ class GoalExperimentManager(ExperimentManager):
         if not path.is_file():
             if self.normalize:
                 raise ValueError(
-                    f"-i: {path} is missing, the statistics of VecNormalize that {self.trained_agent} was trained with: "
+                    f"{path} is missing, the statistics of VecNormalize that {self.trained_agent} was trained with: "
                     "new ones would spoil it. Choose a model that has them"
                 )
             return env
@@ -282,10 +288,6 @@ class GoalExperimentManager(ExperimentManager):
             self.callbacks.append(TrainingDisplay(replaces_tables=takes_display))
         elif self.show_progress:
             self.callbacks.append(ProgressBarCallback())
-        if self.save_freq > 0:
-            # Account for the number of parallel environments
-            save_freq = max(self.save_freq // self.n_envs, 1)
-            self.callbacks.append(ResumableCheckpointCallback(save_freq, self.save_path, self.save_replay_buffer))
         if eval_env is not None:
             if self.continue_training and not self.resume:
                 self._copy_evaluations()
@@ -302,6 +304,10 @@ class GoalExperimentManager(ExperimentManager):
                     resume=self.continue_training,
                 )
             )
+        if self.save_freq > 0:
+            # After the evaluation of the same step, which would be missing if the run was killed in between
+            save_freq = max(self.save_freq // self.n_envs, 1)
+            self.callbacks.append(ResumableCheckpointCallback(save_freq, self.save_path, self.save_replay_buffer))
 
     def _copy_evaluations(self) -> None:
         """Let the evaluations before and after the stop be one curve, and the best model the best of both."""
