@@ -983,9 +983,9 @@ def read_yaml(path: Path) -> dict:
 
 
 UNSAFE = [
-    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
-    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "`!!python/object/new:os.mkdir`"),
-    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
+    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "python/object/apply:os.mkdir"),
+    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "python/object/new:os.mkdir"),
+    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "python/object/apply:os.mkdir"),
     ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:os.mkdir ''}}", "`os.mkdir`"),
     ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:this.s ''}}", "`this.s`"),
     ("config.yml", "normalize: __import__('os').mkdir('{}')", "`normalize: __import__('os').mkdir('"),
@@ -1010,8 +1010,7 @@ def test_the_files_of_a_run_execute_nothing(script, name, line, told, run_folder
             command(script, "--env", ENV, "-f", str(tmp_path), *(["--no-render"] if script == "enjoy" else []))
     assert exit_info.value.code not in (0, None)
     message = f"{exit_info.value.code}{capsys.readouterr().err}"
-    assert f"{path} holds {told.replace('{{', '{')}" in message
-    assert "which is more than data" in message
+    assert str(path) in message and told.replace("{{", "{") in message
     assert not target.exists()
 
 

@@ -25,16 +25,8 @@ from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.runs import RunFolder, RunLoader
 
 DEFAULT_ENV = "PointMaze_UMaze-v3"
-# Function of RL Zoo, or None where its module has to be run as a script
-SCRIPTS = {
-    "train": ("rl_zoo3.train", "train"),
-    "enjoy": ("rl_zoo3.enjoy", "enjoy"),
-    "record_video": ("rl_zoo3.record_video", None),
-    "plot_train": ("rl_zoo3.plots", "plot_train"),
-    "plot_from_file": ("rl_zoo3.plots", "plot_from_file"),
-    "all_plots": ("rl_zoo3.plots", "all_plots"),
-    "push_to_hub": ("rl_zoo3.push_to_hub", None),
-}
+PLOTS = ("plot_train", "plot_from_file", "all_plots")
+SCRIPTS = ("train", "enjoy", "record_video", *PLOTS, "push_to_hub")
 # Envs whose pictures are made by MuJoCo
 MUJOCO_ENVS = ("sb3_deepcrl.envs", "gymnasium_robotics.envs", "gymnasium.envs.mujoco")
 # Arguments of a run that do not hold for its continuation, or are in its config already
@@ -54,9 +46,7 @@ class TrainParser(argparse.ArgumentParser):
         """See ``argparse.ArgumentParser``. Some of RL Zoo's arguments mean more here."""
         if "--vec-env" in flags:
             kwargs.update(default="auto", choices=["auto", "batch", "dummy", "subproc"])
-            kwargs["help"] = (
-                "VecEnv type, batch: native threads, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
-            )
+            kwargs["help"] = "VecEnv type, batch: native, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
         elif "-i" in flags:
             kwargs["help"] = "Model or folder of a run to continue in a new folder, with the arguments that it had"
         return super().add_argument(*flags, **kwargs)
@@ -109,27 +99,24 @@ def _prepare_run(script: str, argv: Sequence[str]) -> list[str]:
     return ["--algo", "deepcrl", "-f", "logs", *argv, "--env", spec.id]
 
 
-def _run_plot(function: str, argv: Sequence[str]) -> None:
+def _run_plot(script: str, argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--figure", type=Path, help="Save the figure to this file, in place of showing it")
     args, sys.argv[1:] = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
-    if args.figure is None:
-        getattr(importlib.import_module("rl_zoo3.plots"), function)()
-        return
     import matplotlib
 
-    # It shows nothing, so that the figures are still there afterwards
-    matplotlib.use("Agg")
+    if args.figure is not None:
+        # It shows nothing, so that the figures are still there afterwards
+        matplotlib.use("Agg")
+        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
+        if not args.figure.parent.exists():
+            args.figure.parent.mkdir(parents=True)
+    getattr(importlib.import_module("rl_zoo3.plots"), script)()
     import matplotlib.pyplot as plt
 
-    if not args.figure.parent.exists():
-        args.figure.parent.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
-        getattr(importlib.import_module("rl_zoo3.plots"), function)()
-    for index, number in enumerate(plt.get_fignums(), start=1):
+    for index, number in enumerate(plt.get_fignums() if args.figure else [], start=1):
         target = args.figure if index == 1 else args.figure.with_stem(f"{args.figure.stem}-{index}")
         plt.figure(number).savefig(target, dpi=150)
         plt.close(number)
@@ -158,23 +145,19 @@ def run(script: str, argv: Sequence[str]) -> None:
     # What RL Zoo's scripts find under these names when they run: this process is theirs
     vars(yaml).update(UnsafeLoader=RunLoader)
     vars(rl_zoo3.train).update(argparse=SimpleNamespace(ArgumentParser=TrainParser), ExperimentManager=GoalExperimentManager)
-    module, function = SCRIPTS[script]
     numbers: list[int] = []
     try:
         if script == "train":
             # Elsewhere there is nothing to save
             with stopped_by_signals() as numbers:
                 rl_zoo3.train.train()
-        elif module == "rl_zoo3.plots":
-            _run_plot(str(function), argv)
+        elif script in PLOTS:
+            _run_plot(script, argv)
         else:
             sys.argv[1:] = _prepare_run(script, argv)
             if script == "push_to_hub":
                 _repair_hub()
-            if function is None:
-                runpy.run_module(module, run_name="__main__")
-            else:
-                getattr(importlib.import_module(module), function)()
+            runpy.run_module(f"rl_zoo3.{script}", run_name="__main__")
     except KeyboardInterrupt:
         # Before the training or after it
         if not numbers:

@@ -99,9 +99,6 @@ class RunLoader(yaml.SafeLoader):
             raise self._refusal(f"`{name}`")
         return found
 
-    def _construct_other(self, tag: str, node: yaml.Node) -> Any:
-        raise self._refusal(f"`!!python/{tag}`")
-
 
 TAG = "tag:yaml.org,2002:python/"
 RunLoader.add_constructor(
@@ -110,7 +107,6 @@ RunLoader.add_constructor(
 )
 RunLoader.add_constructor(f"{TAG}tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
 RunLoader.add_multi_constructor(f"{TAG}name:", RunLoader._construct_class)
-RunLoader.add_multi_constructor(TAG, RunLoader._construct_other)
 
 
 def num_timesteps(model_path: Path) -> int:
