@@ -23,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 # Number of Dense layers in a residual block, of which depths are multiples
@@ -211,6 +212,29 @@ def check_actions(actions: Any, observation: Any, policy: Any) -> None:
     raise ValueError(f"The policy gives actions that are NaN or infinite: {reason}")
 
 
+def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
+    """
+    Check that the longest episode fits into the replay buffer, if the envs tell how long it is.
+
+    :param buffer_size: Number of transitions in the buffer, over all envs
+    :param env: The envs
+    :raises ValueError: if it does not
+    """
+    # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
+    name = "_max_episode_steps"
+    try:
+        # The processes of SubprocVecEnv die of `get_attr` with a name that they do not know
+        longest = max(int(length or 0) for length in env.get_attr(name)) if env.has_attr(name) else 0
+    except Exception:
+        # VecEnvs of simulators raise all kinds of errors and may return anything
+        return
+    if buffer_size // env.num_envs < longest:
+        raise ValueError(
+            f"`buffer_size={buffer_size}` leaves {buffer_size // env.num_envs} transitions for each of {env.num_envs} envs, "
+            f"less than one episode of {longest} steps, within which goals are drawn: use at least {env.num_envs * longest}"
+        )
+
+
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
     """
     Settings of an off-policy algorithm with which it does one update for so many transitions.
@@ -224,16 +248,19 @@ def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
+def atomic_path(path: Any, suffix: str) -> Iterator[Any]:
     """
     Write a file as a whole or not at all: the body of the ``with`` statement writes to a temporary file in the same folder,
     which takes the place of the real one when it is complete. Whatever happens before, the previous file stays as it was.
 
-    :param path: Where the file goes. Missing folders are created; if it is a folder, ``_2`` is
-        appended to its name (as Stable-Baselines3 does)
+    :param path: Where the file goes (an open file is written to as it is). Missing folders are created; if it is a
+        folder, ``_2`` is appended to its name (as Stable-Baselines3 does)
     :param suffix: Ending to append if the path has none, with its dot
     :return: Path of the temporary file
     """
+    if not isinstance(path, (str, pathlib.Path)):
+        yield path
+        return
     path = pathlib.Path(path)
     if path.suffix == "":
         path = path.with_name(path.name + suffix)
