@@ -11,7 +11,6 @@ from sb3_deepcrl.envs.registration import register_envs
 
 if TYPE_CHECKING:
     from sb3_deepcrl.envs.batch_vec_env import BatchVecEnv
-    from sb3_deepcrl.envs.compat import patch_gymnasium_robotics
     from sb3_deepcrl.envs.goal_env import GoalEnv
     from sb3_deepcrl.envs.ogbench_adapter import OGBenchGoalWrapper
     from sb3_deepcrl.envs.plotting import plot_maze
@@ -22,7 +21,6 @@ _HOMES = {
     "GoalEnv": "goal_env",
     "OGBenchGoalWrapper": "ogbench_adapter",
     "SuccessInfoWrapper": "wrappers",
-    "patch_gymnasium_robotics": "compat",
     "plot_maze": "plotting",
 }
 
@@ -31,7 +29,6 @@ __all__ = [
     "GoalEnv",
     "OGBenchGoalWrapper",
     "SuccessInfoWrapper",
-    "patch_gymnasium_robotics",
     "plot_maze",
     "register_envs",
 ]
