@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from sb3_deepcrl.envs.plotting import plot_maze
     from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 
-_HOMES = {
+__all__ = ["BatchVecEnv", "GoalEnv", "OGBenchGoalWrapper", "SuccessInfoWrapper", "plot_maze", "register_envs"]
+
+_MODULES = {
     "BatchVecEnv": "batch_vec_env",
     "GoalEnv": "goal_env",
     "OGBenchGoalWrapper": "ogbench_adapter",
@@ -24,17 +26,8 @@ _HOMES = {
     "plot_maze": "plotting",
 }
 
-__all__ = [
-    "BatchVecEnv",
-    "GoalEnv",
-    "OGBenchGoalWrapper",
-    "SuccessInfoWrapper",
-    "plot_maze",
-    "register_envs",
-]
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -16,18 +16,14 @@ from sb3_deepcrl.envs.registration import ENTRY_POINT
 
 
 def default_arguments(function: Callable[..., Any]) -> dict[str, Any]:
-    """
-    :param function: A class or function
-    :return: Its arguments that have a default, with that
-    """
-    return {name: item.default for name, item in inspect.signature(function).parameters.items() if item.default is not item.empty}
+    """Arguments of a class or function that have a default, with that."""
+    return {
+        name: item.default for name, item in inspect.signature(function).parameters.items() if item.default is not item.empty
+    }
 
 
 def default_env_kwargs(spec: EnvSpec) -> dict[str, Any]:
-    """
-    :param spec: Specification of an env
-    :return: What ``gym.make`` makes it with, as far as signatures tell
-    """
+    """What ``gym.make`` makes an env with if nobody says, as far as signatures tell."""
     defaults = {name: value for function in _makers(spec) for name, value in default_arguments(function).items()}
     return {**defaults, "max_episode_steps": spec.max_episode_steps, **spec.kwargs}
 
@@ -58,7 +54,9 @@ def checked_env_kwargs(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> Iterator
         unknown = [match[1]]
     near = difflib.get_close_matches(unknown[0], known, 1)
     advice = f"Did you mean {near[0]!r}?" if near else f"Choose from: {', '.join(known)}"
-    raise ValueError(f"{spec.id} cannot be made with `env_kwargs` {dict(env_kwargs)}: it has no argument {unknown[0]!r}. {advice}")
+    raise ValueError(
+        f"{spec.id} cannot be made with `env_kwargs` {dict(env_kwargs)}: it has no argument {unknown[0]!r}. {advice}"
+    )
 
 
 def _makers(spec: EnvSpec) -> list[Callable[..., Any]]:

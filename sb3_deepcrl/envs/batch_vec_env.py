@@ -17,7 +17,7 @@ from sb3_deepcrl.envs.goal_env import GoalEnv
 from sb3_deepcrl.envs.registration import ENTRY_POINT
 from sb3_deepcrl.envs.rendering import TaskRenderer
 from sb3_deepcrl.envs.simulation import Simulation, Transition
-from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, check_task_kwargs, task_attribute
+from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, task_attribute
 
 DEFAULT_PICTURE = {"render_mode": None, "camera": "follow", "width": 480, "height": 480}
 # Wrappers whose work BatchVecEnv does itself
@@ -70,16 +70,14 @@ class EnvView:
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
         self._vec_env.simulation.check_open()
-        self._vec_env.simulation.goals[self._index] = self.task.check_goal(goal, f" of env {self._index}")
+        self._vec_env.simulation.goals[self._index] = self.task.check_goal(goal)
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
         return self.task.compute_reward(achieved_goal, desired_goal, info)
 
     def render(self) -> np.ndarray | None:
-        """
-        :return: RGB picture of the environment, None without a render mode
-        """
+        """RGB picture of the environment, None without a render mode."""
         return self._vec_env.renderer.render(self._vec_env.simulation, self._index)
 
 
@@ -122,7 +120,6 @@ class BatchVecEnv(VecEnv):
         height: int = 480,
         **task_kwargs: Any,
     ):
-        check_task_kwargs(BatchVecEnv, task_kwargs)
         for name, value in (("n_envs", n_envs), ("n_threads", n_threads), ("max_episode_steps", max_episode_steps)):
             check_count(name, value)
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
@@ -210,7 +207,12 @@ class BatchVecEnv(VecEnv):
                 f"The reset options {self._options!r} do not fit {self.num_envs} envs: pass one dict for all of them, or a "
                 "list of one dict an env, to set_options()."
             )
-        given = [self.task.check_options(options, f" of env {i}") for i, options in enumerate(self._options)]
+        given = []
+        for i, options in enumerate(self._options):
+            try:
+                given.append(self.task.check_options(options))
+            except ValueError as error:
+                raise ValueError(f"Env {i}: {error}") from None
         for i, seed in enumerate(self._seeds):
             if seed is not None:
                 self.simulation.seed(i, seeding.np_random(seed)[0])

@@ -6,7 +6,7 @@ from gymnasium.utils import EzPickle
 
 from sb3_deepcrl.envs.rendering import TaskRenderer
 from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import ROBOTS, GoalTask, check_task_kwargs, task_attribute
+from sb3_deepcrl.envs.task import GoalTask, task_attribute
 
 
 class GoalEnv(gym.Env, EzPickle):
@@ -48,9 +48,6 @@ class GoalEnv(gym.Env, EzPickle):
         height: int = 480,
         **task_kwargs: Any,
     ):
-        check_task_kwargs(GoalEnv, task_kwargs)
-        if "robot" not in task_kwargs:
-            raise TypeError(f"GoalEnv needs robot=, one of {', '.join(ROBOTS)}; or make a registered task with gym.make(id).")
         #: Arguments with which the pictures are made
         self.picture = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
         EzPickle.__init__(self, **self.picture, **task_kwargs)
@@ -81,6 +78,8 @@ class GoalEnv(gym.Env, EzPickle):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """
+        Start an episode.
+
         :param seed: Seed of the random numbers; None goes on with the present ones
         :param options: "start" and "goal" in meters, both optional
         :return: Observation and info
@@ -93,6 +92,8 @@ class GoalEnv(gym.Env, EzPickle):
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """
+        Advance by one control step.
+
         :param action: Action in [-1, 1]
         :return: Observation, reward, terminated, truncated (only if the physics diverged) and info
         """
@@ -109,9 +110,7 @@ class GoalEnv(gym.Env, EzPickle):
         return self.task.compute_reward(achieved_goal, desired_goal, info)
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
-        """
-        :return: RGB picture of shape (height, width, 3), None without a render mode
-        """
+        """RGB picture of shape (height, width, 3), None without a render mode."""
         return self.renderer.render(self.simulation, 0)
 
     def close(self) -> None:

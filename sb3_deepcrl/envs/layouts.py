@@ -133,19 +133,12 @@ class Layout:
         return np.array([[kind == WALL for kind in row] for row in self.rows])
 
     def is_wall(self, row: int, column: int) -> bool:
-        """
-        :param row: Row of a cell
-        :param column: Column of a cell
-        :return: Whether it is a wall, as everything outside of the maze is
-        """
+        """Whether a cell is a wall, as everything outside of the maze is."""
         n_rows, n_columns = self.shape
         return not (0 <= row < n_rows and 0 <= column < n_columns) or self.rows[row][column] == WALL
 
     def cells(self, kinds: str) -> np.ndarray:
-        """
-        :param kinds: One or several cell characters
-        :return: Row and column of every such cell, in reading order, shape (n, 2)
-        """
+        """Row and column of every cell with one of these characters, in reading order, shape (n, 2)."""
         found = [(i, j) for i, row in enumerate(self.rows) for j, kind in enumerate(row) if kind in kinds]
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
@@ -267,6 +260,8 @@ def _check_text(name: str, rows: tuple[str, ...]) -> None:
 
 def make_layout(maze: str | Sequence[str] | Layout) -> Layout:
     """
+    Read and check a maze.
+
     :param maze: Name of a maze in ``LAYOUTS`` in small or capital letters, a maze as text (one string a row, or one string
         of several lines, whose indentation is ignored), or a checked layout
     :return: The checked layout

@@ -69,7 +69,9 @@ class TaskRenderer:
 
     def render(self, simulation: Simulation, index: int) -> np.ndarray | None:
         """
-        :param simulation: The simulations of the task
+        Draw one of the task's simulations.
+
+        :param simulation: The simulations
         :param index: Index of the one to draw
         :return: RGB picture of shape (height, width, 3), None without a render mode
         """

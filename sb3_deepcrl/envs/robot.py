@@ -67,36 +67,23 @@ class Robot(ABC):
 
     @abstractmethod
     def make_spec(self) -> mujoco.MjSpec:
-        """
-        :return: A new editable model of the robot on an open floor
-        """
+        """A new editable model of the robot on an open floor."""
 
     @abstractmethod
     def home(self) -> np.ndarray:
-        """
-        :return: The ``qpos`` at which the robot stands at the origin
-        """
+        """The ``qpos`` at which the robot stands at the origin."""
 
     @abstractmethod
     def observation(self, state: State) -> np.ndarray:
-        """
-        :param state: The simulation's arrays
-        :return: Observations in float32, shape (n, observation_dim)
-        """
+        """Observations in float32 of the simulation's arrays, shape (n, observation_dim)."""
 
     def control(self, actions: np.ndarray) -> np.ndarray:
-        """
-        :param actions: Actions in [-1, 1], shape (n, action_dim)
-        :return: ``ctrl``, shape (n, nu)
-        """
+        """The ``ctrl`` of actions in [-1, 1], shapes (n, nu) and (n, action_dim)."""
         return actions
 
 
 def gymnasium_spec(file_name: str) -> mujoco.MjSpec:
-    """
-    :param file_name: Name of a model that comes with Gymnasium
-    :return: The editable model, whose floor is drawn without an end
-    """
+    """Editable model that comes with Gymnasium, whose floor is drawn without an end."""
     spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / file_name))
     # Gymnasium draws 80 m of floor at most, less than the widest maze with its texture in meters
     floor, material = spec.geom("floor"), spec.material("MatPlane")

@@ -29,15 +29,13 @@ class Scene(ABC):
 
     @abstractmethod
     def build(self, spec: mujoco.MjSpec) -> None:
-        """
-        Add the scene's geometry to a robot's model.
-
-        :param spec: The model to edit
-        """
+        """Add the scene's geometry to a robot's model."""
 
     @abstractmethod
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
+        Draw starts and goals.
+
         :param uniform: Numbers in [0, 1), shape (n, n_uniform)
         :return: Start positions of shape (n, 2) and goals of shape (n, goal_dim), in meters
         """
@@ -52,24 +50,18 @@ class Scene(ABC):
         """
         return self.draw(uniform)[1]
 
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str) -> None:
+    # An open floor accepts every start and goal
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:  # noqa: B027
         """
-        Refuse a start or goal where the robot cannot be. An open floor accepts all.
+        Refuse a start or goal where the robot cannot be.
 
-        :param start: x and y of a given start in meters
-        :param goal: A given goal in meters
+        :param start: x and y of a given start in meters, None if it is drawn
+        :param goal: A given goal in meters, None if it is drawn
         :param radius: Distance to walls that the robot needs, in meters
-        :param where: Place for the messages, e.g. the env index
         """
 
-    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None, where: str) -> None:
-        """
-        Refuse a start and a goal between which there is no way. None stands for a drawn one.
-
-        :param start: x and y of a given start in meters
-        :param goal: A given goal in meters
-        :param where: Place for the messages, e.g. the env index
-        """
+    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None) -> None:  # noqa: B027
+        """Refuse a start and a goal, as in :meth:`check`, between which there is no way."""
 
 
 class Maze(Scene):
@@ -163,26 +155,23 @@ class Maze(Scene):
         return self._other_goals[cell]
 
     def cell_of(self, position: np.ndarray) -> tuple[int, int]:
-        """
-        :param position: x and y in meters (further coordinates are ignored)
-        :return: Row and column of the cell around it
-        """
+        """Row and column of the cell around x and y in meters (further coordinates are ignored)."""
         row, column = np.floor(np.asarray(position)[:2] / self.cell_size + 0.5).astype(int)
         return int(row), int(column)
 
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str) -> None:
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
         for kind, position in (("start", start), ("goal", goal)):
             if position is not None and self.layout.is_wall(*self.cell_of(position)):
                 row, column = self.cell_of(position)
                 raise ValueError(
-                    f"The {kind} {position.tolist()}{where} lies in the wall at row {row}, column {column} of maze "
+                    f"The {kind} {position.tolist()} lies in the wall at row {row}, column {column} of maze "
                     f"{self.layout.name!r}. Cell (i, j) spans {self.cell_size} m around x = {self.cell_size} i, "
                     f"y = {self.cell_size} j: choose a free cell."
                 )
         if start is not None:
-            self._check_clearance(start, radius, where)
+            self._check_clearance(start, radius)
 
-    def _check_clearance(self, start: np.ndarray, radius: float, where: str) -> None:
+    def _check_clearance(self, start: np.ndarray, radius: float) -> None:
         row, column = self.cell_of(start)
         for i in range(row - 1, row + 2):
             for j in range(column - 1, column + 2):
@@ -190,12 +179,12 @@ class Maze(Scene):
                 distance = math.hypot(*np.maximum(outside, 0))
                 if self.layout.is_wall(i, j) and distance < radius:
                     raise ValueError(
-                        f"The start {start.tolist()}{where} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
+                        f"The start {start.tolist()} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
                         f"robot needs {radius} m. The center of the cell in row {row}, column {column} is at "
                         f"{[row * self.cell_size, column * self.cell_size]}."
                     )
 
-    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None, where: str) -> None:
+    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None) -> None:
         if start is None and goal is None:
             return
         # All drawn starts and goals are connected, so one of them stands for all
@@ -204,7 +193,7 @@ class Maze(Scene):
         if self.layout.distances(first)[last] < 0:
             raise ValueError(
                 f"No way leads from the {'drawn' if start is None else 'given'} start in row {first[0]}, column {first[1]} to "
-                f"the {'drawn' if goal is None else 'given'} goal in row {last[0]}, column {last[1]}{where} of maze "
+                f"the {'drawn' if goal is None else 'given'} goal in row {last[0]}, column {last[1]} of maze "
                 f"{self.layout.name!r}. Choose both in one part of the maze, or open a way in its text."
             )
 
@@ -293,17 +282,17 @@ class Table(Scene):
                 for other in ("cube", "hand", "left_finger", "right_finger"):
                     spec.add_pair(geomname1=wall, geomname2=other)
 
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str) -> None:
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
         (low_x, low_y), (high_x, high_y) = self.bounds
         for kind, point in (("start", start), ("goal", goal)):
             if point is not None and not (low_x <= point[0] <= high_x and low_y <= point[1] <= high_y):
                 raise ValueError(
-                    f"The {kind} {point.tolist()}{where} is out of the arm's reach: choose x from {low_x} to {high_x} and "
+                    f"The {kind} {point.tolist()} is out of the arm's reach: choose x from {low_x} to {high_x} and "
                     f"y from {low_y} to {high_y}."
                 )
         if goal is not None and not 0 <= goal[2] <= MAX_GOAL_HEIGHT:
             raise ValueError(
-                f"The goal {goal.tolist()}{where} lies below the table or above the arm's reach: choose z from 0 to "
+                f"The goal {goal.tolist()} lies below the table or above the arm's reach: choose z from 0 to "
                 f"{MAX_GOAL_HEIGHT}. A cube that lies flat on the table has z = {self.goal_tail[0]}."
             )
 

@@ -78,10 +78,7 @@ class Simulation:
         return {name: np.repeat(self._state[name][:1], self.n_envs, axis=0) for name in fields}
 
     def seed(self, index: int, generator: np.random.Generator) -> None:
-        """
-        :param index: Index of the environment
-        :param generator: The random numbers that it uses from its next reset on
-        """
+        """Give an environment other random numbers, from its next reset on."""
         self.generators[index] = generator
         self._fixed[index] = np.nan
 
@@ -129,7 +126,9 @@ class Simulation:
 
     def step(self, actions: np.ndarray) -> Transition:
         """
-        :param actions: Actions of all environments, shape (n_envs, action_dim)
+        Advance all environments by one control step.
+
+        :param actions: Actions, shape (n_envs, action_dim)
         :return: What they lead to
         :raises ValueError: If the shape is wrong or an action is not finite
         :raises RuntimeError: If no episode runs, i.e. before the first reset and after ``close``
@@ -172,9 +171,11 @@ class Simulation:
 
     def data(self, index: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
         """
+        Copy the simulation of an environment, with computed kinematics, for rendering or any other function of MuJoCo.
+
         :param index: Index of the environment
         :param data: Where to write; None makes a new one
-        :return: A copy of its simulation with computed kinematics, for rendering or any other function of MuJoCo
+        :return: The copy
         """
         data = self.batch.get_data(index, data)
         mujoco.mj_forward(self.task.model, data)

@@ -1,5 +1,4 @@
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -81,6 +80,8 @@ class GoalTask:
         for name, length in (("success_threshold", success_threshold), ("cell_size", cell_size), ("wall_height", wall_height)):
             if length is not None:
                 _check_positive(name, length)
+        if random_start and stitching is not None:
+            raise ValueError(f"random_start and stitching={stitching} both say where episodes start: pass only one of them.")
         for name, value in (("terminate_when_unhealthy", terminate_when_unhealthy), ("random_start", random_start)):
             if not isinstance(value, bool | np.bool_):
                 raise ValueError(f"{name}={value!r}: expected True or False.")
@@ -92,11 +93,6 @@ class GoalTask:
         for name, given in {**of_mazes, "goal_set": goal_set != "train"}.items():
             if maze is None and given not in (None, False):
                 raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
-        if random_start and stitching is not None:
-            raise ValueError(
-                f"random_start and stitching={stitching} contradict each other, both say where episodes start: "
-                "pass random_start=False, or leave stitching out."
-            )
 
         self.robot = ROBOTS[robot](on_field=maze is None)
         self.scene = self._make_scene(maze, table, goal_set, stitching, random_start, cell_size, wall_height)
@@ -142,8 +138,9 @@ class GoalTask:
         robot = self.robot
         if robot.on_table:
             if table is None or maze is not None:
-                tables = ", ".join(TABLES)
-                raise ValueError(f"The {robot.name} works on a table, not in a maze: pass table= one of {tables}, and no maze.")
+                raise ValueError(
+                    f"The arm works on a table, not in a maze: pass table= one of {', '.join(TABLES)}, and no maze."
+                )
             _check_choice("table", table, TABLES)
             return Table(table, robot.goal_tail)
         if table is not None:
@@ -165,10 +162,8 @@ class GoalTask:
         if self.robot.healthy_z_range is None:
             raise ValueError(f"healthy_z_range={heights}: the {self.robot.name} cannot fall. Leave it out.")
         low, high = heights if np.shape(heights) == (2,) else (None, None)
-        if not (_is_number(low) and _is_number(high)):
-            raise ValueError(f"healthy_z_range={heights!r}: expected two heights in meters, e.g. (0.2, 1.0).")
-        if not low < high:
-            raise ValueError(f"healthy_z_range={heights}: the first height must be below the second one.")
+        if not (_is_number(low) and _is_number(high) and low < high):
+            raise ValueError(f"healthy_z_range={heights!r}: expected a lower and a higher height in meters, e.g. (0.2, 1.0).")
         return low, high
 
     def set(self, name: str, value: Any) -> None:
@@ -185,8 +180,7 @@ class GoalTask:
             _check_choice(name, value, GOAL_MODES if name == "goal_mode" else REWARD_TYPES)
         if value == "continuing" and isinstance(self.scene, Maze) and self.scene.stitching:
             raise ValueError(
-                f"goal='continuing' and stitching={self.scene.stitching} contradict each other, both choose among the goals: "
-                "pass goal='resample', or leave stitching out."
+                f"goal='continuing' and stitching={self.scene.stitching} both choose goals: pass only one of them."
             )
         setattr(self, name, value)
 
@@ -209,6 +203,8 @@ class GoalTask:
         self, starts: np.ndarray, exact: np.ndarray, position_noise: np.ndarray, velocity_noise: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """
+        Put robots at their starts, with noise.
+
         :param starts: Start positions in meters, shape (n, 2)
         :param exact: Whether a start is to be met exactly, without noise on its two coordinates, shape (n,)
         :param position_noise: Noise of ``qpos``, see :meth:`draw`
@@ -228,10 +224,11 @@ class GoalTask:
         qpos[:, self.robot.start_address] += starts
         return qpos, qvel
 
-    def check_options(self, options: Mapping[str, Any] | None, where: str = "") -> tuple[np.ndarray | None, np.ndarray | None]:
+    def check_options(self, options: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
         """
-        :param options: Options of ``reset``: "start" (x and y) and "goal", both in meters
-        :param where: Place for the messages, e.g. the env index
+        Check the options of a reset.
+
+        :param options: "start" (x and y) and "goal", both in meters and optional
         :return: Start and goal, None where not given
         :raises ValueError: If an option is unknown, has a wrong shape, is not finite or lies in a wall, or if no way leads
             from the start to the goal
@@ -239,46 +236,39 @@ class GoalTask:
         if options is None:
             return None, None
         if not isinstance(options, Mapping):
-            raise ValueError(f"The reset options {options!r}{where} are no dict: pass {{'start': ..., 'goal': ...}} or None.")
+            raise ValueError(f"The reset options {options!r} are no dict: pass {{'start': ..., 'goal': ...}} or None.")
         if unknown := sorted(set(options) - {"start", "goal"}):
-            raise ValueError(f"Unknown reset options {unknown}{where}. Known options: 'start' and 'goal'.")
-        sizes = {"start": 2, "goal": self.robot.goal_dim}
+            raise ValueError(f"Unknown reset options {unknown}. Known options: 'start' and 'goal'.")
         start, goal = (
-            None if options.get(name) is None else _check_position(name, options[name], size, where)
-            for name, size in sizes.items()
+            None if options.get(name) is None else _check_position(name, options[name], size)
+            for name, size in (("start", 2), ("goal", self.robot.goal_dim))
         )
-        self.scene.check(start, goal, self.robot.radius, where)
-        self.scene.check_way(start, goal, where)
+        self.scene.check(start, goal, self.robot.radius)
+        self.scene.check_way(start, goal)
         return start, goal
 
-    def check_goal(self, goal: Any, where: str = "") -> np.ndarray:
+    def check_goal(self, goal: Any) -> np.ndarray:
         """
-        :param goal: Goal for a running episode in meters
-        :param where: Place for the messages, e.g. the env index
+        Check a goal for a running episode.
+
+        :param goal: The goal in meters
         :return: The goal, shape (goal_dim,)
         :raises ValueError: If it has a wrong shape, is not finite or lies in a wall
         """
-        checked = _check_position("goal", goal, self.robot.goal_dim, where)
-        self.scene.check(None, checked, self.robot.radius, where)
+        checked = _check_position("goal", goal, self.robot.goal_dim)
+        self.scene.check(None, checked, self.robot.radius)
         return checked
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
 
     @staticmethod
     def goal_distance(achieved_goal: np.ndarray, desired_goal: np.ndarray) -> np.ndarray:
-        """
-        :param achieved_goal: Goals reached, shape (..., goal_dim)
-        :param desired_goal: Goals wanted, shape (..., goal_dim)
-        :return: Distances in meters, shape (...)
-        """
+        """Distances in meters between goals of shape (..., goal_dim)."""
         difference = np.asarray(achieved_goal) - np.asarray(desired_goal)
         return np.sqrt((difference * difference).sum(axis=-1))
 
     def reward_from_distance(self, distance: np.ndarray) -> np.ndarray:
-        """
-        :param distance: Distances to the goal in meters
-        :return: Rewards in float32 of the same shape
-        """
+        """Rewards in float32 for distances to the goal in meters."""
         return (distance < self.success_threshold if self.reward_type == "sparse" else -distance).astype(np.float32)
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
@@ -294,42 +284,23 @@ class GoalTask:
 
 
 def task_attribute(name: str) -> property:
-    """
-    :param name: One of ``SETTABLE``
-    :return: Property with which a class that has a ``task`` shows the attribute of it
-    """
+    """Property that shows an attribute of ``SETTABLE`` on a class that has a ``task``."""
     return property(lambda self: getattr(self.task, name), lambda self, value: self.task.set(name, value))
 
 
-def check_task_kwargs(face: Callable[..., Any], task_kwargs: Iterable[str]) -> None:
-    """
-    :param face: The class that was called
-    :param task_kwargs: Names of the arguments that it hands on to ``GoalTask``
-    :raises TypeError: If ``GoalTask`` does not know one of them, with the names that ``face`` takes
-    """
-    known = [*inspect.signature(GoalTask).parameters]
-    if unknown := sorted(set(task_kwargs) - set(known)):
-        own = [name for name in inspect.signature(face).parameters if name != "task_kwargs"]
-        raise TypeError(f"{face.__name__} has no argument {', '.join(unknown)}. Its arguments are {', '.join(own + known)}.")
-
-
 def check_count(name: str, value: int | None) -> None:
-    """
-    :param name: Name of an argument
-    :param value: Its value; None is accepted
-    :raises ValueError: If it is not an integer from 1 on
-    """
+    """Refuse an argument that is neither None nor an integer from 1 on."""
     if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{name}={value!r}: expected an integer that is at least 1.")
 
 
-def _check_position(name: str, value: Any, size: int, where: str) -> np.ndarray:
+def _check_position(name: str, value: Any, size: int) -> np.ndarray:
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         array = np.empty(0)
     if array.shape != (size,) or not np.isfinite(array).all():
-        raise ValueError(f"The {name} {value!r}{where} must be {size} finite numbers in meters.")
+        raise ValueError(f"The {name} {value!r} must be {size} finite numbers in meters.")
     return array
 
 

@@ -21,6 +21,6 @@ class SuccessInfoWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         observation, reward, terminated, truncated, info = self.env.step(action)
         if "is_success" not in info:
             if "success" not in info:
-                raise ValueError(f"The info dict of {self.env} has no key `success`, only {sorted(info)}: do not wrap this env")
+                raise ValueError(f"The info of {self.env} has no key `success`, only {sorted(info)}: do not wrap this env")
             info["is_success"] = bool(info["success"])
         return observation, reward, terminated, truncated, info
