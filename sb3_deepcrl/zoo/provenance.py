@@ -17,10 +17,11 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_deepcrl
 from sb3_deepcrl.common.torch_layers import ResidualTower
-from sb3_deepcrl.envs.arguments import arguments_of, arguments_of_env
+from sb3_deepcrl.envs.arguments import default_arguments, default_env_kwargs
 
 PACKAGE = Path(sb3_deepcrl.__file__).parent
 # Where the code is that decides what comes out of a run
@@ -97,21 +98,23 @@ def _plain(value: Any) -> Any:
 def _arguments(
     model: BaseAlgorithm, hyperparams: Mapping[str, Any], envs: Mapping[str, tuple[str, Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    given = {**arguments_of(type(model)).defaults, "n_envs": model.n_envs, **hyperparams}
+    given = {**default_arguments(type(model)), "n_envs": model.n_envs, **hyperparams}
     found: dict[str, Any] = {}
     for name, value in given.items():
         # A model that was loaded has brought its own, and others are chosen
         own = getattr(model, name, value)
         if name not in OTHER_ARGUMENTS and not name.endswith("_kwargs"):
             found[name] = own if isinstance(own, bool | int | float | str | None) else value
-    buffer_class = type(getattr(model, "replay_buffer", None))
-    for key, owner in {"policy_kwargs": model.policy_class, "replay_buffer_kwargs": buffer_class}.items():
+    owners: dict[str, type] = {"policy_kwargs": model.policy_class}
+    if isinstance(model, OffPolicyAlgorithm):
+        owners["replay_buffer_kwargs"] = type(model.replay_buffer)
+    for key, owner in owners.items():
         # What is an argument of the algorithm too comes from there
-        defaults = {name: value for name, value in arguments_of(owner).defaults.items() if name not in given}
+        defaults = {name: value for name, value in default_arguments(owner).items() if name not in given}
         found |= {f"{key}.{name}": value for name, value in {**defaults, **(getattr(model, key, None) or {})}.items()}
     for name, (env_id, env_kwargs) in envs.items():
         spec = gym.spec(env_id)
-        values = {"id": env_id, "entry_point": spec.entry_point, **arguments_of_env(spec).defaults, **env_kwargs}
+        values = {"id": env_id, "entry_point": spec.entry_point, **default_env_kwargs(spec), **env_kwargs}
         found |= {f"{name}.{key}": value for key, value in values.items()}
     return found
 
