@@ -164,7 +164,7 @@ def test_options_for_one_reset():
     with pytest.raises(ValueError, match=r"Env 1: The goal \[0.0, 0.0\] lies in the wall at row 0, column 0"):
         vec_env.reset()
     vec_env.set_options([{}, {"goal": [0.0]}])
-    with pytest.raises(ValueError, match="Env 1: .* must be 2 finite numbers"):
+    with pytest.raises(ValueError, match=r"Env 1: .* must be 2 finite numbers"):
         vec_env.reset()
 
 

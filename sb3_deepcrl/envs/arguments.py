@@ -60,7 +60,7 @@ def checked_env_kwargs(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> Iterator
 
 
 def _makers(spec: EnvSpec) -> list[Callable[..., Any]]:
-    creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+    creator: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
     if spec.entry_point != ENTRY_POINT:
         return [] if creator is None else [creator]
     from sb3_deepcrl.envs.task import GoalTask

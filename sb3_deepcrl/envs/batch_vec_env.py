@@ -299,7 +299,8 @@ class BatchVecEnv(VecEnv):
         views = self._views(indices)
         if method_name == "set_wrapper_attr":
             # What all environments share is not set in one after the other
-            self.set_attr(*method_args, indices=indices)
+            name, value = method_args
+            self.set_attr(name, value, indices)
             return [True] * len(views)
         return [getattr(view, method_name)(*method_args, **method_kwargs) for view in views]
 

@@ -49,7 +49,7 @@ class GoalEnv(gym.Env, EzPickle):
         **task_kwargs: Any,
     ):
         #: Arguments with which the pictures are made
-        self.picture = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
+        self.picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
         EzPickle.__init__(self, **self.picture, **task_kwargs)
         self.render_mode = render_mode
         self.task_kwargs = task_kwargs

@@ -41,9 +41,9 @@ class OGBenchGoalWrapper(gym.Wrapper):
             raise ValueError(f"{core!r} has a single fixed task. Use an id without 'singletask'.")
         self.core = core
         self.tolerance = float(core._goal_tol)
-        goals = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        observations = spaces.Box(-np.inf, np.inf, space.shape, np.float32)
-        self.observation_space = spaces.Dict(observation=observations, achieved_goal=goals, desired_goal=goals)
+        observation = spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+        goal = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = spaces.Dict({"observation": observation, "achieved_goal": goal, "desired_goal": goal})
         self._legacy_state = self._new_legacy_state(None)
 
     def _new_legacy_state(self, seed: int | None) -> Any:

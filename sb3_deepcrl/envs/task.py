@@ -55,6 +55,8 @@ class GoalTask:
     :param wall_height: Height of the walls in meters. None takes half a cell
     """
 
+    goal_mode: str
+
     def __init__(
         self,
         robot: str,
@@ -117,12 +119,11 @@ class GoalTask:
         free = self.model.jnt_type == int(mujoco.mjtJoint.mjJNT_FREE)
         self._quaternions = (self.model.jnt_qposadr[free] + 3).tolist()
 
-        def box(n: int) -> spaces.Box:
-            return spaces.Box(-np.inf, np.inf, (n,), np.float32)
-
-        goals = box(self.robot.goal_dim)
-        observations = {"observation": box(self.robot.observation_dim), "achieved_goal": goals, "desired_goal": goals}
-        self.observation_space = spaces.Dict(observations)
+        observation = spaces.Box(-np.inf, np.inf, (self.robot.observation_dim,), np.float32)
+        goal_space = spaces.Box(-np.inf, np.inf, (self.robot.goal_dim,), np.float32)
+        self.observation_space = spaces.Dict(
+            {"observation": observation, "achieved_goal": goal_space, "desired_goal": goal_space}
+        )
         self.action_space = spaces.Box(-1.0, 1.0, (self.robot.action_dim,), np.float32)
 
     def _make_scene(
@@ -161,10 +162,9 @@ class GoalTask:
             return self.robot.healthy_z_range
         if self.robot.healthy_z_range is None:
             raise ValueError(f"healthy_z_range={heights}: the {self.robot.name} cannot fall. Leave it out.")
-        low, high = heights if np.shape(heights) == (2,) else (None, None)
-        if not (_is_number(low) and _is_number(high) and low < high):
+        if np.shape(heights) != (2,) or not all(map(_is_number, heights)) or not heights[0] < heights[1]:
             raise ValueError(f"healthy_z_range={heights!r}: expected a lower and a higher height in meters, e.g. (0.2, 1.0).")
-        return low, high
+        return heights[0], heights[1]
 
     def set(self, name: str, value: Any) -> None:
         """
