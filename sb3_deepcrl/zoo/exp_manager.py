@@ -231,8 +231,8 @@ class GoalExperimentManager(ExperimentManager):
         self.args.env_kwargs = self.env_kwargs or None
         if not self.monitor_kwargs and self.entry_point(self.env_name.gym_id).startswith(SUCCESS_REPORTED_BY):
             self.monitor_kwargs = dict(info_keywords=("is_success",))
-        if self.resume and (Path(self.save_path) / f"{self.n_envs - 1}.monitor.csv").is_file():
-            self.monitor_kwargs["override_existing"] = False
+        if self.resume and self.continue_training and (Path(self.save_path) / f"{self.n_envs - 1}.monitor.csv").is_file():
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
         return result
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
