@@ -40,7 +40,6 @@ from sb3_deepcrl.common.utils import (
     check_dict,
     check_number,
     check_positive_int,
-    is_integer,
     update_schedule,
 )
 from sb3_deepcrl.deepcrl.policies import (
@@ -300,11 +299,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self._setup_acceleration()
 
     def _check_arguments(self) -> None:
-        """
-        Check what neither Stable-Baselines3 nor the policy nor the replay buffer checks.
-
-        :raises ValueError: if a value is out of its range
-        """
+        """Check what neither Stable-Baselines3 nor the policy nor the replay buffer checks."""
         hint = 'leave it at "MultiInputPolicy", and load a model with the algorithm that saved it'
         check_class(self.policy_class, DeepCRLPolicy, "policy", hint)
         check_observation_space(getattr(self, "observation_space", None))
@@ -319,10 +314,8 @@ class DeepCRL(OffPolicyAlgorithm):
             learning_rate = getattr(self, name)
             if learning_rate is not None and not callable(learning_rate):
                 check_number(learning_rate, name)
-        if self.gradient_steps is not None and (not is_integer(self.gradient_steps) or self.gradient_steps < -1):
-            raise ValueError(
-                f"`gradient_steps` must be an integer, got {self.gradient_steps!r}: -1 is as many as there were steps, 0 none"
-            )
+        if self.gradient_steps not in (None, -1, 0):
+            check_positive_int(self.gradient_steps, "gradient_steps")
         if self.n_steps != 1:
             raise ValueError(f"`n_steps` must be 1, got {self.n_steps}: contrastive RL bootstraps from no return")
         if self.use_sde:
@@ -375,17 +368,18 @@ class DeepCRL(OffPolicyAlgorithm):
         self, env: VecEnv, callback: BaseCallback, train_freq: TrainFreq, *args: Any, **kwargs: Any
     ) -> RolloutReturn:
         """
-        Collect experiences and store them into the replay buffer. The last rollout of ``learn()`` ends with it. What it is
+        Collect experiences and store them into a ``ReplayBuffer``. The last rollout of ``learn()`` ends with it. What it is
         shorter than ``train_freq``, the first one of the next ``learn()`` is longer, so that the ratio of updates to steps
         does not depend on how a training is divided.
         """
-        # Another number of envs, or the user, may have made rollouts shorter since
-        missing_steps, self._missing_steps = min(self._missing_steps, train_freq.frequency - 1), 0
+        frequency, n_short = train_freq.frequency, 0
         n_left = math.ceil((self._total_timesteps - self.num_timesteps) / env.num_envs)
-        n_short = 0
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
-            n_short = max(train_freq.frequency + missing_steps - n_left, 0)
-            train_freq = TrainFreq(train_freq.frequency + missing_steps - n_short, train_freq.unit)
+            # Another number of envs, or the user, may have made rollouts shorter since
+            n_wanted = frequency + min(self._missing_steps, frequency - 1)
+            n_short = max(n_wanted - n_left, 0)
+            train_freq = TrainFreq(n_wanted - n_short, train_freq.unit)
+        self._missing_steps = 0
         continue_training = False
         try:
             rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
@@ -396,11 +390,9 @@ class DeepCRL(OffPolicyAlgorithm):
                 self._last_obs = None
         has_updates = self.gradient_steps >= 0 and self.num_timesteps > self.learning_starts
         if n_short > 0 and continue_training and has_updates:
-            self._missing_steps = n_short
-            if train_freq.frequency <= missing_steps:
-                # Their updates were done at the end of the last learn()
-                self._missing_steps = missing_steps - train_freq.frequency
-                return rollout._replace(continue_training=False)
+            self._missing_steps = n_short % frequency
+            # If all of its steps were missing in the last learn(), their updates were done there
+            return rollout._replace(continue_training=n_short < frequency)
         return rollout
 
     def dump_logs(self) -> None:
