@@ -27,7 +27,7 @@ GOAL_KEY = "desired_goal"
 SAC_POLICY_KWARGS = {"net_arch", "n_critics", "share_features_extractor", "use_sde", "log_std_init", "use_expln", "clip_mean"}
 
 
-def check_observation_space(observation_space: spaces.Space) -> None:
+def check_observation_space(observation_space: spaces.Space | None) -> None:
     """
     Check that an env is goal-conditioned, with goals that can be relabeled.
 
