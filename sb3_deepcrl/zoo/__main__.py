@@ -1,0 +1,3 @@
+from sb3_deepcrl.zoo.launcher import main
+
+main()
