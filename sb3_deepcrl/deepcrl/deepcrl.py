@@ -1024,7 +1024,7 @@ class DeepCRL(OffPolicyAlgorithm):
             for network in (self.actor, self.critic):
                 flat = self._flat.pop(network.optimizer, None)
                 if flat is None or not flat.holds():
-                    flat = FlatParameters.make(network, network.optimizer)
+                    flat = FlatParameters.make(network.optimizer, network)
                 if flat is not None:
                     self._flat[network.optimizer] = flat
                     stack.enter_context(flat.in_place())

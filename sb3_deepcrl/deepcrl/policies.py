@@ -104,9 +104,8 @@ class Actor(CheckedPolicy):
         :return: Mean and log standard deviation before squashing, each of shape ``(batch_size, action_dim)``;
             the latter is between -5 and 2
         """
-        latent_pi = self.tower(self.extract_features(obs, self.features_extractor))
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(self.log_std(latent_pi)) + 1.0)
-        return self.mu(latent_pi), log_std
+        mean, log_std = self.tower(self.extract_features(obs, self.features_extractor), self.mu, self.log_std)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(log_std) + 1.0)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
