@@ -1,4 +1,5 @@
-// What an update of DeepCRL does on a CPU, besides small change: residual towers forward and backward, InfoNCE and Adam.
+// What an update of DeepCRL does on a CPU, besides small change: residual towers forward and backward, InfoNCE, the sample of
+// a squashed Gaussian and Adam.
 //
 // A tower is a stem, residual blocks and heads. The stem is one layer, [Dense, LayerNorm, Swish], a block four of them whose
 // outcome is added to the features: x + scale * F(x). Heads are Dense layers that take the last features. All is float32, but
@@ -1176,6 +1177,39 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
   });
 }
 
+// ---------------------------------------------------------------- squashed Gaussian
+
+// log(1 + x) within 1e-7, for x between 0 and 1
+inline Vec log1p(Vec x) {
+  const Vec s = x / (all(2.0f) + x), square = s * s;
+  Vec series = all(1.0f / 13.0f);
+#pragma GCC unroll 6
+  for (int n = 11; n > 0; n -= 2) series = fmadd(series, square, all(1.0f / n));
+  return all(2.0f) * s * series;
+}
+
+// Actions are tanh(u) of u = mean + exp(log_std) * noise
+void squash(const float* mean, const float* log_std, const float* noise, int64_t n, int64_t dim, float* actions,
+            float* log_prob) {
+  const float* inputs[] = {mean, log_std, noise};
+  float buffer[3][LANES] = {};
+  std::fill_n(log_prob, n, -0.5f * std::log(2.0f * float(M_PI)) * dim);
+  for (int64_t i = 0; i < n * dim; i += LANES) {
+    const int64_t count = std::min(LANES, n * dim - i);
+    for (int k = 0; k < 3; ++k) std::copy_n(inputs[k] + i, count, buffer[k]);
+    const Vec log = load(buffer[1]), z = load(buffer[2]);
+    const Vec u = fmadd(exp2(log * all(LOG2_E)), z, load(buffer[0])), size = max(u, -u), e = exp2(size * all(-2.0f * LOG2_E));
+    const Vec action = (all(1.0f) - e) / (all(1.0f) + e);
+    // log(1 - tanh(u)^2) where that does not saturate
+    const Vec correction = all(2.0f) * (all(0.6931472f) - size - log1p(e));
+    // Zero and NaN are themselves
+    store(buffer[0], u > all(0.0f) ? action : u < all(0.0f) ? -action : u);
+    store(buffer[1], fnmadd(all(0.5f) * z, z, -log) - correction);
+    std::copy_n(buffer[0], count, actions + i);
+    for (int64_t k = 0; k < count; ++k) log_prob[(i + k) / dim] += buffer[1][k];
+  }
+}
+
 // ---------------------------------------------------------------- Adam
 
 void step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
@@ -1256,6 +1290,12 @@ extern "C" bool tower_backward(const Shape* shape, int64_t n_rows, bool bfloat16
 extern "C" bool info_nce(const float* x, const float* y, int64_t n, int64_t dim, float coef, float* dx, float* dy,
                          float* metrics, int64_t n_threads) {
   return enough_memory([&] { contrast(x, y, n, dim, coef, dx, dy, metrics, n_threads); });
+}
+
+// A sample of a Gaussian squashed by tanh: all of them (n, dim), but log_prob (n,)
+extern "C" void squashed_gaussian(const float* mean, const float* log_std, const float* noise, int64_t n, int64_t dim,
+                                  float* actions, float* log_prob) {
+  squash(mean, log_std, noise, n, dim, actions, log_prob);
 }
 
 // A step of Adam (https://arxiv.org/abs/1412.6980, algorithm 1) for n numbers, a multiple of the lanes of a vector: step_size

@@ -88,7 +88,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.tower_backward.argtypes = [*how, _INTEGER, *[_ADDRESS] * 4]
     library.info_nce.argtypes = [_ADDRESS, _ADDRESS, _INTEGER, _INTEGER, ctypes.c_float, *[_ADDRESS] * 3, _INTEGER]
     library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_float] * 7, _INTEGER]
-    library.adam.restype = None
+    library.squashed_gaussian.argtypes = [*[_ADDRESS] * 3, _INTEGER, _INTEGER, _ADDRESS, _ADDRESS]
+    library.adam.restype = library.squashed_gaussian.restype = None
     library.tower_forward.restype = library.tower_backward.restype = library.info_nce.restype = _BOOL
 
 
@@ -559,6 +560,24 @@ def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bo
     )
     check_memory(enough_memory, x)
     return outcome, *gradients
+
+
+def fused_squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
+    """
+    A sample of a Gaussian squashed by tanh, as one function.
+
+    :param mean: Mean, float32 of shape ``(batch_size, action_dim)``
+    :param log_std: Log of the standard deviation, same shape
+    :param noise: Standard normal noise, same shape
+    :return: Actions, and their log-probability of shape ``(batch_size,)``
+    """
+    library = load_kernel()
+    assert library is not None
+    inputs = [value.contiguous() for value in (mean, log_std, noise)]
+    outputs = th.empty_like(inputs[0]), mean.new_empty(len(mean))
+    addresses = [value.data_ptr() for value in (*inputs, *outputs)]
+    library.squashed_gaussian(*addresses[:3], *mean.shape, *addresses[3:])
+    return outputs
 
 
 @contextmanager

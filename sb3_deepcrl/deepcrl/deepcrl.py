@@ -1021,12 +1021,16 @@ class DeepCRL(OffPolicyAlgorithm):
             return self._update(observations, actions)
         with contextlib.ExitStack() as stack:
             stack.enter_context(threads_of_kernel())
-            for network in (self.actor, self.critic):
-                flat = self._flat.pop(network.optimizer, None)
-                if flat is None or not flat.holds():
-                    flat = FlatParameters.make(network.optimizer, network)
+            for optimizer, *networks in (
+                (self.actor.optimizer, self.actor),
+                (self.critic.optimizer, self.critic),
+                (self.ent_coef_optimizer,),
+            ):
+                flat = self._flat.pop(optimizer, None)
+                if optimizer is not None and (flat is None or not flat.holds()):
+                    flat = FlatParameters.make(optimizer, *networks)
                 if flat is not None:
-                    self._flat[network.optimizer] = flat
+                    self._flat[optimizer] = flat
                     stack.enter_context(flat.in_place())
             return self._update(observations, actions)
 

@@ -15,6 +15,7 @@ from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
+from sb3_deepcrl.common.tower_kernel import has_kernel
 from sb3_deepcrl.common.utils import check_bool, check_choice, check_depth, check_policy_kwargs, check_positive_int
 
 # Range of the log standard deviation before squashing
@@ -125,7 +126,7 @@ class Actor(CheckedPolicy):
             and their log-probability, shape ``(batch_size,)``
         """
         mean, log_std = self.get_action_dist_params(obs)
-        return squashed_gaussian(mean, log_std, th.randn_like(mean))
+        return squashed_gaussian(mean, log_std, th.randn_like(mean), fused=has_kernel(self.tower))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
