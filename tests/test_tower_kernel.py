@@ -15,7 +15,7 @@ from torch import nn
 from sb3_deepcrl import compile_blocks, uncompile_blocks
 from sb3_deepcrl.common import compilation, tower_kernel
 from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
-from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, check_memory, has_kernel, load_kernel
+from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, _check_memory, has_kernel, load_kernel
 
 has_avx2 = th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no AVX2 or no compiler")
@@ -517,7 +517,7 @@ def test_out_of_memory_is_an_error():
     assert not kernel.tower_forward(shape, 1, False, True, 1, None, None, None)
     assert not kernel.tower_backward(shape, 1, False, True, 1, None, None, None, None)
     with pytest.raises(MemoryError, match=re.escape("inputs of shape (64, 5): use a smaller batch")):
-        check_memory(False, th.zeros(64, 5))
+        _check_memory(False, th.zeros(64, 5))
     # The workspace is as it was
     tower, x = make_tower(), th.randn(64, 5)
     assert_close([on_kernel(tower)(x)], [deepcopy(tower).double()(x.double())])
@@ -544,7 +544,7 @@ def test_flat_parameters_do_what_the_optimizer_does(optimizer_class):
     for step, x in enumerate(xs):
         for module, optimizer in zip((ours, theirs), optimizers, strict=True):
             if module is ours and step > 1 and step != 5:
-                flat = flat if flat is not None and flat.holds() else FlatParameters.make(optimizer, module)
+                flat = flat if flat is not None and flat.holds() else FlatParameters.make(module, optimizer)
                 with flat.in_place():
                     # A hook makes the tower run as plain modules, while its gradients are written in place
                     hook = ours.first.stem.register_forward_hook(lambda *_: None) if step == 6 else None
@@ -580,10 +580,10 @@ def test_what_cannot_be_flat():
         th.optim.Adam(parameters, amsgrad=True),
         th.optim.Adam([dict(params=parameters[:3]), dict(params=parameters[3:], lr=0.1)]),
     ):
-        assert FlatParameters.make(optimizer, tower) is None
+        assert FlatParameters.make(tower, optimizer) is None
     optimizer = th.optim.Adam(parameters)
     with frozen(tower.blocks[0]):
-        assert FlatParameters.make(optimizer, tower) is None
+        assert FlatParameters.make(tower, optimizer) is None
     handle = optimizer.register_step_post_hook(lambda *_: None)
-    assert FlatParameters.make(optimizer, tower) is None
+    assert FlatParameters.make(tower, optimizer) is None
     handle.remove()

@@ -1046,7 +1046,8 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
   constexpr int64_t CHUNK = 4 * TILE_ROWS;
   constexpr float FAR = 1e18f;
   enum { LOSS, CORRECT, POSITIVE, TOTAL, LOGSUMEXP, N_METRICS };
-  n_threads = std::max<int64_t>(1, std::min(n_threads, n * n * dim / 2'000'000));
+  // Waking another thread takes as long as so much of it, and longer where the cores are busy
+  n_threads = std::max<int64_t>(1, std::min(n_threads, n * n * dim / 8'000'000));
   const int64_t rows = round_up(n, CHUNK), width = round_up(dim, LANES);
   // From one row or strip to the next: not a multiple of the size of a page, for which caches have few places
   const int64_t pitch = rows + LANES, stride = pitch * LANES;

@@ -93,19 +93,13 @@ def _declare(library: ctypes.CDLL) -> None:
     library.tower_forward.restype = library.tower_backward.restype = library.info_nce.restype = _BOOL
 
 
-def n_threads() -> int:
+def _count_threads() -> int:
     """Number of threads that the kernel may use."""
     return th.get_num_threads() if _n_threads is None else _n_threads
 
 
-def check_memory(enough_memory: bool, x: th.Tensor) -> None:
-    """
-    Raise what the kernel cannot.
-
-    :param enough_memory: What the kernel returned
-    :param x: Its input
-    :raises MemoryError: if there was not enough
-    """
+def _check_memory(enough_memory: bool, x: th.Tensor) -> None:
+    """Raise the error that cannot leave C++, which returns whether there was enough memory."""
     if not enough_memory:
         raise MemoryError(f"Not enough memory for inputs of shape {tuple(x.shape)}: use a smaller batch")
 
@@ -114,13 +108,14 @@ def _addresses(tensors: list[th.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]
     return (_ADDRESS * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-class Layout:
-    """
-    Where the parameters of a residual tower are, in the order of the kernel, as long as nobody changes the tower.
+def _is_plain(tensor: th.Tensor) -> bool:
+    return type(tensor) in PLAIN_TENSORS and tensor.dtype is th.float32 and tensor.is_cpu and tensor.is_contiguous()
 
-    :param tower: The residual tower
-    :param heads: Dense layers that take its features
-    :raises ValueError: if there is anything in it that the kernel does not know
+
+class _Layout:
+    """
+    Where the parameters of a residual tower are, in the order of the kernel, as long as nobody changes the tower. A ValueError
+    says what there is in it that the kernel does not know.
     """
 
     def __init__(self, tower: ResidualTower, heads: tuple[nn.Module, ...]):
@@ -133,7 +128,8 @@ class Layout:
         layers = [list(layers) for layers in (tower.stem, *branches)]
         if [[*map(type, modules)] for modules in layers] != [_LAYER, *[_LAYER * LAYERS_PER_BLOCK] * len(blocks)]:
             raise ValueError("other layers than Dense, LayerNorm and Swish")
-        if any(type(head) is not nn.Linear for head in heads):
+        dense_heads = [head for head in heads if type(head) is nn.Linear]
+        if len(dense_heads) < len(heads):
             raise ValueError("other heads than Dense")
         # What may be exchanged: modules in modules, parameters in modules
         containers: tuple[nn.Module, ...] = (tower, tower.stem, tower.blocks, *blocks, *branches)
@@ -159,26 +155,21 @@ class Layout:
                 where = block._parameters if "scale" in block._parameters else block._buffers
                 self.slots.append((where, "scale") if block.residual else None)
                 shapes.append(() if block.residual else None)
-        for head in heads:
+        for head in dense_heads:
             self.slots += [(head._parameters, name) for name in ("weight", "bias")]
             shapes += [(head.out_features, width), (head.out_features,)]
         # None where it is computed from others, as by a parametrization
         tensors = [None if slot is None else slot[0].get(slot[1]) for slot in self.slots]
         if [None if tensor is None else tuple(tensor.shape) for tensor in tensors] != shapes:
             raise ValueError("parameters of other shapes")
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if type(tensor) not in PLAIN_TENSORS or tensor.dtype is not th.float32 or not tensor.is_cpu:
-                raise ValueError("parameters that are not float32 on the CPU")
-            if not tensor.is_contiguous():
-                raise ValueError("parameters that are not contiguous")
+        if not all([tensor is None or _is_plain(tensor) for tensor in tensors]):
+            raise ValueError("parameters that are not float32 on the CPU, one after the other")
         self.tensors = tensors
         self.parameters: list[nn.Parameter] = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         if len({*map(id, self.parameters)}) < len(self.parameters):
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self.n_outputs = [head.out_features for head in heads] or [width]
+        self.n_outputs = [head.out_features for head in dense_heads] or [width]
         self._addresses, self._sizes = _addresses(tensors), (_INTEGER * len(heads))(*self.n_outputs[: len(heads)])
         addresses = ctypes.cast(self._sizes, _ADDRESS), ctypes.cast(self._addresses, _ADDRESS)
         self.shape = _Shape(n_inputs, width, len(blocks), len(heads), *addresses, norms[0].eps)
@@ -199,12 +190,7 @@ class Layout:
 
 
 class _Memory:
-    """
-    What one forward pass keeps for its backward pass. Its memory serves again: new one would have to be mapped page by page.
-
-    :param size: Number of floats
-    :param spare: Where what was used before waits
-    """
+    """What a forward pass keeps for its backward pass, in memory that serves again: new one is mapped page by page."""
 
     def __init__(self, size: int, spare: list[th.Tensor]):
         self.spare = spare
@@ -228,7 +214,7 @@ class _Tower(th.autograd.Function):
     def forward(
         ctx: Any,
         kernel: "TowerKernel",
-        layout: Layout,
+        layout: _Layout,
         bfloat16: bool,
         gradients: ctypes.Array[ctypes.c_void_p] | None,
         x: th.Tensor,
@@ -238,11 +224,11 @@ class _Tower(th.autograd.Function):
         ctx.how = (layout.shape, len(x), bfloat16, not kernel.tower.checkpoint_activations)
         ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare)
         ctx.save_for_backward(x, *(parameters if gradients is None else ()))
-        return kernel.forward(layout, ctx.how, x, ctx.memory.values.data_ptr())
+        return kernel._forward(layout, ctx.how, x, ctx.memory.values.data_ptr())
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: th.Tensor) -> Any:
-        layout: Layout = ctx.layout
+        layout: _Layout = ctx.layout
         x, *parameters = ctx.saved_tensors
         # With create_graph=True there are gradients to be had of what is computed here
         if th.is_grad_enabled() or is_traced(*of_outputs):
@@ -257,14 +243,14 @@ class _Tower(th.autograd.Function):
             addresses = _addresses([next(of) if isinstance(t, nn.Parameter) else None for t in layout.tensors])
         enough_memory = ctx.kernel.library.tower_backward(
             *ctx.how,
-            n_threads(),
+            _count_threads(),
             _addresses(list(of_outputs)),
             ctx.memory.values.data_ptr(),
             None if dx is None else dx.data_ptr(),
             addresses,
         )
-        check_memory(enough_memory, x)
-        return *[None] * 4, dx, *(gradients or [None] * (len(ctx.needs_input_grad) - 5))
+        _check_memory(enough_memory, x)
+        return *[None] * 4, dx, *(gradients or (None,) * (len(ctx.needs_input_grad) - 5))
 
     @staticmethod
     def _plain_backward(ctx: Any, of_outputs: tuple[th.Tensor, ...], x: th.Tensor, parameters: list[th.Tensor]) -> Any:
@@ -287,9 +273,9 @@ class _Tower(th.autograd.Function):
 
 class TowerKernel:
     """
-    What a residual tower does when it is called: stem, blocks and heads run as the kernel wherever that does the same, i.e. for
-    layers of Dense, LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them. What it does not
-    know, and what traces or transforms, gets the plain modules. This is decided here, once for each change of the tower.
+    What a residual tower does when it is called: stem, blocks and heads run as the kernel wherever that does the same, i.e.
+    for layers of Dense, LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them. What it does
+    not know, and what traces or transforms, gets the plain modules. This is decided here, once for each change of the tower.
 
     :param library: See :func:`load_kernel`
     :param tower: The residual tower
@@ -299,25 +285,25 @@ class TowerKernel:
         self.library = library
         self.tower = tower
         self.multiples = {bfloat16: library.width_multiple(bfloat16) for bfloat16 in (False, True)}
-        self._layout: Layout | None = None
+        self._layout: _Layout | None = None
         #: Who wants the gradients of the parameters written in place, while that lasts
         self.flat: FlatParameters | None = None
         self.token = th.zeros((), requires_grad=True)
         self.spare: list[th.Tensor] = []
 
-    def layout(self, heads: tuple[nn.Module, ...] = (), bfloat16: bool = False) -> Layout | None:
+    def layout(self, heads: tuple[nn.Module, ...] = (), bfloat16: bool = False) -> _Layout | None:
         """
         Look at the tower, unless it is as it was.
 
         :param heads: Dense layers in place of its own head
         :param bfloat16: Whether products are in bfloat16
-        :return: The layout of the tower, None if the kernel does not know it
+        :return: Where its parameters are, None if the kernel does not know it
         """
         if not heads and type(self.tower.head) is not nn.Identity:
             heads = (self.tower.head,)
         if self._layout is None or self._layout.heads != heads or not self._layout.holds():
             try:
-                layout = Layout(self.tower, heads)
+                layout = _Layout(self.tower, heads)
             except ValueError:
                 self._layout = None
                 return None
@@ -328,19 +314,11 @@ class TowerKernel:
         multiple = self.multiples[bfloat16]
         return self._layout if multiple and self._layout.shape.width % multiple == 0 else None
 
-    def forward(self, layout: Layout, how: tuple[Any, ...], x: th.Tensor, kept: int | None) -> tuple[th.Tensor, ...]:
-        """
-        Run the kernel.
-
-        :param layout: The layout of the tower
-        :param how: First arguments of the functions of the kernel
-        :param x: Inputs of shape ``(n_rows, n_inputs)``
-        :param kept: Address of what the backward pass needs
-        :return: Output of each head, or the features
-        """
+    def _forward(self, layout: _Layout, how: tuple[Any, ...], x: th.Tensor, kept: int | None) -> tuple[th.Tensor, ...]:
+        """Output of each head, or the features; ``how`` are the first arguments of all functions of the kernel."""
         outputs = tuple([x.new_empty(len(x), n_outputs) for n_outputs in layout.n_outputs])
-        enough_memory = self.library.tower_forward(*how, n_threads(), x.data_ptr(), _addresses(list(outputs)), kept)
-        check_memory(enough_memory, x)
+        enough_memory = self.library.tower_forward(*how, _count_threads(), x.data_ptr(), _addresses(list(outputs)), kept)
+        _check_memory(enough_memory, x)
         return outputs
 
     def __call__(self, x: th.Tensor, *heads: nn.Module) -> Any:
@@ -355,11 +333,11 @@ class TowerKernel:
         x = x.contiguous()
         trained = th.is_grad_enabled() and any([parameter.requires_grad for parameter in layout.parameters])
         if trained or (th.is_grad_enabled() and x.requires_grad):
-            gradients = self.flat.write_gradients(layout) if self.flat is not None and trained else None
+            gradients = self.flat._write_gradients(layout) if self.flat is not None and trained else None
             parameters = layout.parameters if gradients is None else [self.token]
             outputs = _Tower.apply(self, layout, bfloat16, gradients, x, *parameters)
         else:
-            outputs = self.forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
+            outputs = self._forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
         return outputs if heads else outputs[0]
 
 
@@ -422,31 +400,31 @@ class FlatParameters:
                 if name in optimizer.state[parameter]:
                     value.copy_(th.as_tensor(optimizer.state[parameter][name]))
             optimizer.state[parameter].update(ours)
-        self.last_state = optimizer.state[self.parameters[-1]]
+        self.last_state: dict[str, th.Tensor] = optimizer.state[self.parameters[-1]]
         self.last_average = self.last_state["exp_avg"]
         #: Whether the gradients are written in place now
         self.is_active = False
         # Where towers write their gradients, and which of them will
-        self.addresses: dict[Layout, ctypes.Array[ctypes.c_void_p]] = {}
-        self.written: list[Layout] = []
+        self.addresses: dict[_Layout, ctypes.Array[ctypes.c_void_p]] = {}
+        self.written: list[_Layout] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         # Copies of the parameters have memory of their own, and are laid out anew
         return None
 
     @classmethod
-    def make(cls, optimizer: th.optim.Optimizer, *modules: nn.Module) -> "FlatParameters | None":
+    def make(cls, module: nn.Module | None, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
         """
         Lay out the parameters of an optimizer, if it is Adam and does nothing unusual, and if no towers share them.
 
+        :param module: The network that it trains, if there are towers in it
         :param optimizer: The optimizer
-        :param modules: Networks that it trains
         :return: Its parameters as flat tensors, or None
         """
         library = load_kernel()
         groups = optimizer.param_groups
         parameters = groups[0]["params"]
-        kernels = [kernel for module in modules for kernel in tower_kernels(module)]
+        kernels = [] if module is None else tower_kernels(module)
         layouts = [layout for kernel in kernels if (layout := kernel.layout()) is not None]
         in_towers = [id(parameter) for layout in layouts for parameter in layout.parameters]
         if (
@@ -489,13 +467,8 @@ class FlatParameters:
             for kernel in self.kernels:
                 kernel.flat = None
 
-    def write_gradients(self, layout: Layout) -> ctypes.Array[ctypes.c_void_p] | None:
-        """
-        Let a tower write its gradients, in the backward pass of the next :meth:`step`.
-
-        :param layout: Where its parameters are
-        :return: Where their gradients are, None if it has others than these
-        """
+    def _write_gradients(self, layout: _Layout) -> ctypes.Array[ctypes.c_void_p] | None:
+        """Where a tower writes its gradients in the next :meth:`step`, None if it has others than these parameters."""
         if layout not in self.addresses:
             of = {id(parameter): gradient for parameter, gradient in zip(self.parameters, self.gradient_views, strict=True)}
             if any(id(parameter) not in of for parameter in layout.parameters):
@@ -535,7 +508,7 @@ class FlatParameters:
             group["eps"],
             0.0 if decoupled else decay,
             learning_rate * decay if decoupled else 0.0,
-            n_threads(),
+            _count_threads(),
         )
 
 
@@ -554,11 +527,11 @@ def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bo
     x, y = x.contiguous(), y.contiguous()
     outcome = x.new_empty(5)
     gradients = (th.empty_like(x), th.empty_like(y)) if needed else ()
-    addresses = [gradient.data_ptr() for gradient in gradients] or [None, None]
+    addresses = tuple([gradient.data_ptr() for gradient in gradients]) or (None, None)
     enough_memory = library.info_nce(
-        x.data_ptr(), y.data_ptr(), *x.shape, logsumexp_coef, *addresses, outcome.data_ptr(), n_threads()
+        x.data_ptr(), y.data_ptr(), *x.shape, logsumexp_coef, *addresses, outcome.data_ptr(), _count_threads()
     )
-    check_memory(enough_memory, x)
+    _check_memory(enough_memory, x)
     return outcome, *gradients
 
 
@@ -587,7 +560,7 @@ def threads_of_kernel() -> Iterator[None]:
     milliseconds after each operation, in the way of the kernel's, and on busy cores in the way of each other.
     """
     global _n_threads
-    before, _n_threads = _n_threads, n_threads()
+    before, _n_threads = _n_threads, _count_threads()
     th.set_num_threads(1)
     try:
         yield

@@ -1021,14 +1021,11 @@ class DeepCRL(OffPolicyAlgorithm):
             return self._update(observations, actions)
         with contextlib.ExitStack() as stack:
             stack.enter_context(threads_of_kernel())
-            for optimizer, *networks in (
-                (self.actor.optimizer, self.actor),
-                (self.critic.optimizer, self.critic),
-                (self.ent_coef_optimizer,),
-            ):
+            networks = {self.actor.optimizer: self.actor, self.critic.optimizer: self.critic}
+            for optimizer in self._optimizers():
                 flat = self._flat.pop(optimizer, None)
-                if optimizer is not None and (flat is None or not flat.holds()):
-                    flat = FlatParameters.make(optimizer, *networks)
+                if flat is None or not flat.holds():
+                    flat = FlatParameters.make(networks.get(optimizer), optimizer)
                 if flat is not None:
                     self._flat[optimizer] = flat
                     stack.enter_context(flat.in_place())
