@@ -29,11 +29,11 @@ from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_deepcrl import DeepCRL, GoalEvalCallback
+from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.analysis import plot_value_map
 from sb3_deepcrl.common.utils import STOP_SIGNALS, whole_number
 from sb3_deepcrl.zoo import cli
@@ -92,10 +92,7 @@ def test_train_logs_what_the_zoo_reads(logs, run_folder):
     evaluations = np.load(run_folder / "evaluations.npz")
     assert evaluations["timesteps"].tolist() == [EVERY, N_STEPS]
     assert evaluations["successes"].shape == (2, 4)
-    with (run_folder / "episodes.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 8
-    assert {"success_any", "time_at_goal"} <= set(rows[0])
+    assert evaluations["success_any"].shape == evaluations["time_at_goal"].shape == (2, 4)
     with (run_folder / "0.monitor.csv").open() as file:
         assert file.readlines()[1].strip() == "r,l,t,is_success"
     assert yaml.load((run_folder / ENV / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["vec_env"] == "batch"
@@ -118,9 +115,9 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     # The schedule ends at the end of the whole run: at the last update 16 steps are left
     for optimizer in (longer.actor.optimizer, longer.critic.optimizer):
         assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (1 - 2400 / 2400), abs=1e-3 * 20 / 2400)
-    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [EVERY, N_STEPS, 2400]
-    with (folder / "episodes.csv").open() as file:
-        assert [int(row["timesteps"]) for row in csv.DictReader(file)] == [EVERY] * 4 + [N_STEPS] * 4 + [2400] * 4
+    evaluations = np.load(folder / "evaluations.npz")
+    assert evaluations["timesteps"].tolist() == [EVERY, N_STEPS, 2400]
+    assert evaluations["time_at_goal"].shape == (3, 4)
     assert (folder / "best_model.zip").is_file()
     with pytest.raises(SystemExit, match=r"was trained for 2400 steps already, of 2400 in all"):
         train(tmp_path, "-i", str(folder))
@@ -148,8 +145,7 @@ def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, ca
     # With its replay buffer, a run that stopped in the warm-up would go on with it
     train(tmp_path, "-i", str(path.parent), "-n", "16")
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_3" / f"{ENV}.zip").learning_starts == steps - 128 + 100
-    with (path.parent / "episodes.csv").open() as file:
-        assert [row["timesteps"] for row in csv.DictReader(file)] == [str(EVERY)] * 4
+    assert np.load(path.parent / "evaluations.npz")["timesteps"].tolist() == [EVERY]
 
 
 def test_the_best_model_does_not_take_the_final_replay_buffer(run_folder, tmp_path, capsys):
@@ -160,53 +156,24 @@ def test_the_best_model_does_not_take_the_final_replay_buffer(run_folder, tmp_pa
     assert (longer.num_timesteps, longer.learning_starts) == (steps + 16, steps + 100)
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_the_best_model_goes_on(is_broken, run_folder, tmp_path, monkeypatch, capsys):
+def test_the_best_model_goes_on(run_folder, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
-    best = np.load(folder / "evaluations.npz")["results"].mean(axis=1).max()
-    if is_broken:
-        (folder / "evaluations.npz").write_bytes(b"PK")
     (folder / ENV / "vecnormalize.pkl").write_bytes(b"statistics")
-    seen = []
 
     class Manager(GoalExperimentManager):
         def _maybe_normalize(self, env, eval_env):
             return env
 
-        def learn(self, model):
-            (callback,) = (callback for callback in self.callbacks if isinstance(callback, EvalCallback))
-            seen.append(callback.best_mean_reward)
-            super().learn(model)
-
     monkeypatch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
     # No evaluation before the end
-    train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
-    message = "cannot be read" if is_broken else "have another number of episodes"
-    assert message in capsys.readouterr().out
-    assert seen == [-np.inf if is_broken else best]
+    train(tmp_path, "-i", str(folder), "-n", "16")
     new = tmp_path / "deepcrl" / f"{ENV}_1"
     assert (new / "best_model.zip").read_bytes() == (folder / "best_model.zip").read_bytes()
     assert (new / ENV / "vecnormalize.pkl").read_bytes() == b"statistics"
-
-
-def test_episodes_of_a_killed_run_go_on(run_folder, tmp_path):
-    lines = (run_folder / "episodes.csv").read_text().splitlines(keepends=True)
-    old = tmp_path / "old.csv"
-
-    def continued() -> list[list[str]] | None:
-        callback = GoalEvalCallback(make_vec_env(GoalReachEnv), log_path=str(tmp_path))
-        callback.continue_episodes(old, N_STEPS)
-        path = tmp_path / "episodes.csv"
-        return list(csv.reader(path.read_text().splitlines())) if path.is_file() else None
-
-    # There is none, or its columns are others
-    assert continued() is None
-    old.write_text("timesteps,reward\n800,1.0\n")
-    assert continued() is None
-    # Killed in the middle of the last line
-    old.write_text("".join(lines)[:-3])
-    assert continued() == list(csv.reader(lines[:-1]))
+    # Their number of episodes is another one
+    with pytest.raises(ValueError, match="have 4 episodes each: use `n_eval_episodes=4`"):
+        train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
 
 
 def test_killed_while_saving(tmp_path):
@@ -224,8 +191,6 @@ def test_killed_while_saving(tmp_path):
     chosen = Path(find_model(str(folder)))
     assert models[chosen] == max(models.values())
     assert sibling(chosen, "replay_buffer").is_file()
-    # Not written as a whole, and not needed
-    (folder / "evaluations.npz").write_bytes(b"PK")
     train(tmp_path, "-i", str(folder), "-n", "80")
     assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == models[chosen] + 80
 

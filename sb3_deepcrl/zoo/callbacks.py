@@ -8,7 +8,7 @@ from rl_zoo3.callbacks import TrialEvalCallback
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_deepcrl.common.evaluation import GoalEvalCallback
+from sb3_deepcrl.common.callbacks import GoalEvalCallback
 from sb3_deepcrl.common.utils import atomic_path
 
 
@@ -31,7 +31,7 @@ class TrialGoalEvalCallback(GoalEvalCallback):
 
     :param eval_env: The environment used for evaluation
     :param trial: The trial
-    :param kwargs: Other arguments of :class:`~sb3_deepcrl.common.evaluation.GoalEvalCallback`
+    :param kwargs: Other arguments of :class:`~sb3_deepcrl.common.callbacks.GoalEvalCallback`
     """
 
     def __init__(self, eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any):

@@ -3,7 +3,6 @@ import io
 import os
 import shlex
 import shutil
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from pprint import pprint
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch as th
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
@@ -22,8 +20,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_deepcrl.common.callbacks import TrainingDisplay
-from sb3_deepcrl.common.evaluation import GoalEvalCallback
+from sb3_deepcrl.common.callbacks import GoalEvalCallback, ResumableEvalCallback, TrainingDisplay
 from sb3_deepcrl.common.utils import atomic_path, is_for_user, tell, uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
@@ -263,7 +260,7 @@ class GoalExperimentManager(ExperimentManager):
                 self.callbacks.append(CheckpointCallback(self.save_freq, self.save_path, name_prefix="rl_model", verbose=1))
         if self.eval_freq > 0 and eval_env is not None:
             self.eval_freq = max(self.eval_freq // self.n_envs, 1)
-            callback_class = GoalEvalCallback if has_goals else EvalCallback
+            callback_class = GoalEvalCallback if has_goals else ResumableEvalCallback
             self.callbacks.append(
                 callback_class(
                     eval_env,
@@ -315,46 +312,26 @@ class GoalExperimentManager(ExperimentManager):
         for callback in self.callbacks:
             # Checkpoints and evaluations at the steps they would have been done without the stop
             callback.n_calls = model.num_timesteps // env.num_envs
-            if isinstance(callback, EvalCallback):
-                self._continue_evaluations(callback, model_path.parent, model.num_timesteps)
+            if isinstance(callback, ResumableEvalCallback):
+                self._continue_evaluations(callback, model_path.parent)
         return model
 
-    def _continue_evaluations(self, callback: EvalCallback, folder: Path, num_timesteps: int) -> None:
+    def _continue_evaluations(self, callback: ResumableEvalCallback, folder: Path) -> None:
         """
         Let the evaluations before and after the stop be one curve, and the best model the best of both.
 
         :param callback: The callback that goes on
         :param folder: Folder of the run that stopped
-        :param num_timesteps: Number of env steps from which it goes on
         """
         best_model = folder / "best_model.zip"
-        files = {best_model: Path(self.save_path), sibling(best_model, "vecnormalize"): Path(self.params_path)}
-        for path, target in files.items() if best_model.is_file() else ():
+        files = {folder / "evaluations.npz": Path(self.save_path)}
+        if best_model.is_file():
+            files |= {best_model: Path(self.save_path), sibling(best_model, "vecnormalize"): Path(self.params_path)}
+        callback.resume = True
+        for path, target in files.items():
             if path.is_file():
                 with atomic_path(target / path.name, path.suffix) as temporary:
                     shutil.copyfile(path, temporary)
-        if isinstance(callback, GoalEvalCallback):
-            callback.continue_episodes(folder / "episodes.csv", num_timesteps)
-        try:
-            with np.load(folder / "evaluations.npz") as file:
-                logs = {key: file[key] for key in file.files}
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            # It was killed while it wrote them
-            print(f"{folder / 'evaluations.npz'} cannot be read ({error}): the next evaluation is taken for the best so far")
-            return
-        if best_model.is_file():
-            callback.best_mean_reward = float(logs["results"].mean(axis=1).max())
-        if logs["results"].shape[1:] != (callback.n_eval_episodes,):
-            print("The evaluations before the stop have another number of episodes: they are not continued")
-            return
-        is_before = logs["timesteps"] <= num_timesteps
-        callback.evaluations_timesteps = logs["timesteps"][is_before].tolist()
-        callback.evaluations_results = logs["results"][is_before].tolist()
-        callback.evaluations_length = logs["ep_lengths"][is_before].tolist()
-        if "successes" in logs:
-            callback.evaluations_successes = logs["successes"][is_before].tolist()
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
