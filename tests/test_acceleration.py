@@ -654,7 +654,7 @@ def test_graph_is_captured_anew_when_what_it_keeps_changes(change):
     model = make_model().learn(40)
     backend = graph(model)
     # The stand-in captures what PyTorch's optimizers refuse to do on a CPU
-    model._run_update.prepare = lambda optimizers: None
+    model._run_update.prepare_optimizers = lambda: None
     model.train(5, 32)
     model.train(5, 32)
     assert len(backend.graphs) == 1

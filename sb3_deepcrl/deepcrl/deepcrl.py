@@ -288,7 +288,7 @@ class DeepCRL(OffPolicyAlgorithm):
             # this will throw an error if a malformed string (different from 'auto')
             # is passed
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
-        self._run_update = UpdateRunner(self._update, self.policy)
+        self._run_update = UpdateRunner(self._update, self.policy, self._optimizers)
         self._setup_acceleration()
 
     def _check_arguments(self) -> None:
@@ -316,9 +316,8 @@ class DeepCRL(OffPolicyAlgorithm):
 
     def _setup_acceleration(self, n_updates: int = 0) -> None:
         """Let networks and updates run as the arguments say, for so many updates."""
-        self._run_update.set_up(
-            self._optimizers(), self.compile, self.cuda_graph, self.precision, self.checkpoint_activations, n_updates
-        )
+        settings = (self.compile, self.cuda_graph, self.precision, self.checkpoint_activations)
+        self._run_update.set_up(*settings, n_updates=n_updates)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         optimizers = [self.actor.optimizer, self.critic.optimizer]
@@ -548,7 +547,7 @@ class DeepCRL(OffPolicyAlgorithm):
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
         # They may come from another device, where their steps were captured
-        self._run_update.prepare(self._optimizers())
+        self._run_update.prepare_optimizers()
 
     @classmethod
     def load(

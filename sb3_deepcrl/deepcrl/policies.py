@@ -15,6 +15,7 @@ from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
+from sb3_deepcrl.common.tower_kernel import has_kernel
 from sb3_deepcrl.common.utils import check_bool, check_choice, check_depth, check_policy_kwargs, check_positive_int
 
 # Range of the log standard deviation before squashing
@@ -112,9 +113,8 @@ class Actor(CheckedPolicy):
         :param obs: Observations
         :return: Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``
         """
-        latent_pi = self.tower(self.extract_features(obs, self.features_extractor))
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(self.log_std(latent_pi)) + 1.0)
-        return self.mu(latent_pi), log_std
+        mean, log_std = self.tower(self.extract_features(obs, self.features_extractor), self.mu, self.log_std)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(log_std) + 1.0)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         mean, log_std = self.get_action_dist_params(obs)
@@ -130,7 +130,7 @@ class Actor(CheckedPolicy):
         :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``, and their log-probability, shape ``(batch_size,)``
         """
         mean, log_std = self.get_action_dist_params(obs)
-        return squashed_gaussian(mean, log_std, th.randn_like(mean))
+        return squashed_gaussian(mean, log_std, th.randn_like(mean), fused=has_kernel(self.tower))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
