@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_deepcrl.common.cuda_graphs import GraphBackend, GraphedFunction
+from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction
 from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
@@ -388,7 +388,7 @@ class DeepCRLPolicy(CheckedPolicy):
         key = (addresses, tower.autocast_dtype, self.actor.training)
         return self._graphed_actors[deterministic](observation, key)  # type: ignore[arg-type]
 
-    def graph_actor(self, backend: GraphBackend | None, required: bool = False) -> None:
+    def graph_actor(self, backend: CudaGraphBackend | None, required: bool = False) -> None:
         """
         Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions.
 

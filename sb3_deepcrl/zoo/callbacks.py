@@ -70,9 +70,9 @@ def save_model(model: BaseAlgorithm, path: Path, save_replay_buffer: bool) -> No
     if (vec_normalize := model.get_vec_normalize_env()) is not None:
         write(run.sibling(path, "vecnormalize"), vec_normalize.save)
     write(path, model.save)
-    for buffer in run.path.glob("*replay_buffer*.pkl") if save_replay_buffer else ():
+    for buffer in (run.path / "replay_buffer.pkl", *run.path.glob("rl_model_replay_buffer_*_steps.pkl")):
         # One is enough to go on
-        if buffer != run.sibling(path, "replay_buffer"):
+        if save_replay_buffer and buffer != run.sibling(path, "replay_buffer"):
             buffer.unlink(missing_ok=True)
 
 

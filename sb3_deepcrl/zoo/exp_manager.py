@@ -42,14 +42,8 @@ SCHEDULES = ("critic_learning_rate", "ent_coef_learning_rate")
 EVAL_SEED = 10_000
 
 
-def derived_seed(*numbers: int) -> int:
-    """
-    Make a seed that has nothing to do with that of other numbers.
-
-    :param numbers: Whole numbers from 0 on
-    :return: The seed. Zeros at the end change nothing.
-    """
-    # Envs are seeded with this and the next numbers
+def _derived_seed(*numbers: int) -> int:
+    """A seed that has nothing to do with that of other numbers, nor has the next one: envs are seeded with both."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
@@ -133,7 +127,7 @@ class GoalExperimentManager(ExperimentManager):
             model, hyperparams = result
             assert model.env is not None
             # Envs are seeded with consecutive numbers: with those of the models, seeds 0 and 1 would share all envs but one
-            model.env.seed(derived_seed(self.seed, self.n_done))
+            model.env.seed(_derived_seed(self.seed, self.n_done))
             self._save_made_with(model, hyperparams)
         return result
 
@@ -237,8 +231,8 @@ class GoalExperimentManager(ExperimentManager):
         self.args.env_kwargs = self.env_kwargs or None
         if not self.monitor_kwargs and self.entry_point(self.env_name.gym_id).startswith(SUCCESS_REPORTED_BY):
             self.monitor_kwargs = dict(info_keywords=("is_success",))
-        if self.resume and (Path(self.save_path) / f"{self.n_envs - 1}.monitor.csv").is_file():
-            self.monitor_kwargs["override_existing"] = False
+        if self.resume and self.continue_training and (Path(self.save_path) / f"{self.n_envs - 1}.monitor.csv").is_file():
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
         return result
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
@@ -328,7 +322,7 @@ class GoalExperimentManager(ExperimentManager):
             path,
             env=env,
             # Not the random numbers of the beginning again
-            seed=derived_seed(self.seed, self.n_done),
+            seed=_derived_seed(self.seed, self.n_done),
             tensorboard_log=self.tensorboard_log,
             verbose=self.verbose,
             device=self.device,

@@ -51,9 +51,9 @@ def _is_data(text: str) -> bool:
 
 def _names_class(entry: Any) -> bool:
     """Whether ``module.Class`` or ``{module.Class: arguments}`` is a class that a config may name."""
-    name = next(iter(entry), "") if isinstance(entry, dict) else str(entry)
-    if "." not in name:
-        # The alias of a policy
+    name = next(iter(entry), "") if isinstance(entry, dict) else entry
+    if not isinstance(name, str) or "." not in name:
+        # A class, which was checked when it was read, or the alias of a policy
         return True
     found = get_class_by_name(name)
     return isinstance(found, type) and issubclass(found, CONFIG_CLASSES)
@@ -209,10 +209,10 @@ class RunFolder:
         """
         if match := CHECKPOINT.fullmatch(model_path.stem):
             return self.path / f"rl_model_{kind}_{match[1]}_steps.pkl"
-        if kind == "replay_buffer":
-            # The best model is older than the buffer of the final one
-            return self.path / ("best_replay_buffer.pkl" if model_path.stem == "best_model" else "replay_buffer.pkl")
-        return (self.params_path or self.path) / f"{kind}.pkl"
+        if kind == "vecnormalize":
+            return (self.params_path or self.path) / "vecnormalize.pkl"
+        # The best model is older than the buffer of the final one
+        return self.path / ("best_model_replay_buffer.pkl" if model_path.stem == "best_model" else "replay_buffer.pkl")
 
     @property
     def model_path(self) -> Path | None:
