@@ -288,7 +288,7 @@ def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[],
         return jax_update(size, {key: value.numpy() for key, value in observations.items()}, actions.numpy())
     if mode == "plain":
         return lambda: plain_update(model, observations, actions)
-    return lambda: model._run_update(observations, actions)
+    return lambda: model._runner.run(observations, actions)
 
 
 def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]:

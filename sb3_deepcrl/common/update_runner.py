@@ -94,7 +94,7 @@ class UpdateRunner:
         observations = dict(minibatch)
         return self.update(observations, observations.pop(ACTION_KEY))
 
-    def __call__(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
+    def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
         """
         Do an update.
 

@@ -288,7 +288,7 @@ class DeepCRL(OffPolicyAlgorithm):
             # this will throw an error if a malformed string (different from 'auto')
             # is passed
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
-        self._run_update = UpdateRunner(self._update, self.policy, self._optimizers)
+        self._runner = UpdateRunner(self._update, self.policy, self._optimizers)
         self._setup_acceleration()
 
     def _check_arguments(self) -> None:
@@ -317,7 +317,7 @@ class DeepCRL(OffPolicyAlgorithm):
     def _setup_acceleration(self, n_updates: int = 0) -> None:
         """Let networks and updates run as the arguments say, for so many updates."""
         settings = (self.compile, self.cuda_graph, self.precision, self.checkpoint_activations)
-        self._run_update.set_up(*settings, n_updates=n_updates)
+        self._runner.set_up(*settings, n_updates=n_updates)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         optimizers = [self.actor.optimizer, self.critic.optimizer]
@@ -417,7 +417,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self._warn_of_few_transitions(batch_size)
         self.replay_buffer.gamma = self.gamma
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
-        key = None if self._run_update.graph is None else self._graph_key()
+        key = None if self._runner.graph is None else self._graph_key()
         metrics: list[th.Tensor] = []
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
@@ -426,7 +426,7 @@ class DeepCRL(OffPolicyAlgorithm):
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {name: values[rows] for name, values in observations.items()}
-                metrics.append(self._run_update(minibatch, actions[rows], key))
+                metrics.append(self._runner.run(minibatch, actions[rows], key))
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -478,7 +478,7 @@ class DeepCRL(OffPolicyAlgorithm):
         # pay, as the latter need the gradients of the parameters too.
         with frozen(self.critic.sa_encoder):
             actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
-            self._run_update.step(self.actor.optimizer, actor_loss)
+            self._runner.step(self.actor.optimizer, actor_loss)
         # What its graph held serves the next one
         actor_loss = actor_loss.detach()
 
@@ -489,11 +489,11 @@ class DeepCRL(OffPolicyAlgorithm):
             assert isinstance(self.target_entropy, float)
             entropy_gap = (log_prob + self.target_entropy).mean()
             ent_coef_loss = -(self.log_ent_coef.exp() * entropy_gap).sum()
-            self._run_update.step(self.ent_coef_optimizer, ent_coef_loss)
+            self._runner.step(self.ent_coef_optimizer, ent_coef_loss)
             ent_coef_losses.append(ent_coef_loss.detach())
 
         critic_loss, contrastive_metrics = self._critic_loss(state_features, actions, goal_repr)
-        self._run_update.step(self.critic.optimizer, critic_loss)
+        self._runner.step(self.critic.optimizer, critic_loss)
 
         losses = [actor_loss, critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
         return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])
@@ -547,7 +547,7 @@ class DeepCRL(OffPolicyAlgorithm):
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
         # They may come from another device, where their steps were captured
-        self._run_update.prepare_optimizers()
+        self._runner.prepare_optimizers()
 
     @classmethod
     def load(
@@ -609,7 +609,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["actor", "critic", "_run_update"]
+        excluded = ["actor", "critic", "_runner"]
         if self.transitions_per_update is not None:
             # Chosen for the number of envs, which may be another one when the model is loaded
             excluded += ["train_freq", "gradient_steps"]
