@@ -186,12 +186,16 @@ class ResidualTower(nn.Module):
         #: Whether to keep only the input of each block for the backward pass and compute the rest of it again
         self.checkpoint_activations = False
 
-    def forward(self, x: th.Tensor) -> th.Tensor:
+    def forward(self, x: th.Tensor, *heads: nn.Module) -> Any:
         """
+        Outputs of the tower's own head, or of others.
+
         :param x: Inputs of shape ``(batch_size, input_dim)``
-        :return: Outputs of shape ``(batch_size, output_dim)``
+        :param heads: Dense layers in place of the tower's own head: with it they are one call where towers run as a kernel
+        :return: Outputs of shape ``(batch_size, output_dim)``, or a tuple with those of each of ``heads``
         """
-        return self.head(self.features(x))
+        features = self.features(x)
+        return tuple([head(features) for head in heads]) if heads else self.head(features)
 
     def features(self, x: th.Tensor) -> th.Tensor:
         """
@@ -221,7 +225,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
     :param module: The network
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # `module.parameters()` also makes names, for which the update of a deep and narrow network would wait
+    modules, found = [module], list[nn.Parameter | None]()
+    for part in modules:
+        modules += [child for child in part._modules.values() if child is not None]
+        found += part._parameters.values()
+    parameters = [parameter for parameter in found if parameter is not None and parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
