@@ -306,6 +306,7 @@ OTHERS = {
     "hook of a container": lambda tower: tower.blocks.register_forward_pre_hook(lambda *_: None),
     "hook of the head": lambda tower: tower.head.register_forward_hook(lambda *_: None),
     "head": lambda tower: setattr(tower, "head", nn.Sequential(nn.Linear(32, 3), nn.Tanh())),
+    "empty head": lambda tower: setattr(tower, "head", nn.Linear(32, 0)),
     "head without bias": lambda tower: setattr(tower, "head", nn.Linear(32, 3, bias=False)),
     "hook of the tower": lambda tower: tower.register_full_backward_hook(lambda *_: None),
 }

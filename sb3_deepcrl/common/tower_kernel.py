@@ -29,8 +29,9 @@ _n_threads: int | None = None
 
 
 class _Shape(ctypes.Structure):
-    """A tower as the kernel wants it described."""
+    """A tower as the kernel wants it described, and what it points to."""
 
+    arrays: tuple[ctypes.Array[Any], ...]
     _fields_ = (
         ("n_inputs", _INTEGER),
         ("width", _INTEGER),
@@ -128,7 +129,7 @@ class _Layout:
         layers = [list(layers) for layers in (tower.stem, *branches)]
         if [[*map(type, modules)] for modules in layers] != [_LAYER, *[_LAYER * LAYERS_PER_BLOCK] * len(blocks)]:
             raise ValueError("other layers than Dense, LayerNorm and Swish")
-        dense_heads = [head for head in heads if type(head) is nn.Linear]
+        dense_heads = [head for head in heads if type(head) is nn.Linear and head.out_features > 0]
         if len(dense_heads) < len(heads):
             raise ValueError("other heads than Dense")
         # What may be exchanged: modules in modules, parameters in modules
@@ -170,9 +171,11 @@ class _Layout:
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self.n_outputs = [head.out_features for head in dense_heads] or [width]
-        self._addresses, self._sizes = _addresses(tensors), (_INTEGER * len(heads))(*self.n_outputs[: len(heads)])
-        addresses = ctypes.cast(self._sizes, _ADDRESS), ctypes.cast(self._addresses, _ADDRESS)
-        self.shape = _Shape(n_inputs, width, len(blocks), len(heads), *addresses, norms[0].eps)
+        sizes, pointers = (_INTEGER * len(heads))(*self.n_outputs[: len(heads)]), _addresses(tensors)
+        arrays = ctypes.addressof(sizes), ctypes.addressof(pointers)
+        self.shape = _Shape(n_inputs, width, len(blocks), len(heads), *arrays, norms[0].eps)
+        # They live as long as it points to them
+        self.shape.arrays = (sizes, pointers)
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -334,7 +337,9 @@ class TowerKernel:
         trained = th.is_grad_enabled() and any([parameter.requires_grad for parameter in layout.parameters])
         if trained or (th.is_grad_enabled() and x.requires_grad):
             gradients = self.flat._write_gradients(layout) if self.flat is not None and trained else None
-            parameters = layout.parameters if gradients is None else [self.token]
+            parameters: list[Any] = layout.parameters if self.flat is None or trained else []
+            if gradients is not None:
+                parameters = [self.token]
             outputs = _Tower.apply(self, layout, bfloat16, gradients, x, *parameters)
         else:
             outputs = self._forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
