@@ -298,11 +298,13 @@ class TowerKernel:
         """
         Look at the tower, unless it is as it was.
 
-        :param heads: Dense layers in place of its own head
+        :param heads: Dense layers that take its output, if it has no head
         :param bfloat16: Whether products are in bfloat16
         :return: Where its parameters are, None if the kernel does not know it
         """
-        if not heads and type(self.tower.head) is not nn.Identity:
+        if type(self.tower.head) is not nn.Identity:
+            if heads:
+                return None
             heads = (self.tower.head,)
         if self._layout is None or self._layout.heads != heads or not self._layout.holds():
             try:
@@ -332,7 +334,8 @@ class TowerKernel:
         if x.is_cpu and x.dtype is th.float32 and x.ndim == 2 and len(x) > 0 and (autocast is None or bfloat16):
             layout = None if is_traced(x) else self.layout(heads, bfloat16)
         if layout is None or x.shape[1] != layout.shape.n_inputs:
-            return tower._call_impl(x, *heads)
+            output = tower._call_impl(x)
+            return tuple([head(output) for head in heads]) if heads else output
         x = x.contiguous()
         trained = th.is_grad_enabled() and any([parameter.requires_grad for parameter in layout.parameters])
         if trained or (th.is_grad_enabled() and x.requires_grad):
@@ -344,6 +347,21 @@ class TowerKernel:
         else:
             outputs = self._forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
         return outputs if heads else outputs[0]
+
+
+def apply_heads(tower: ResidualTower, x: th.Tensor, *heads: nn.Module) -> tuple[th.Tensor, ...]:
+    """
+    Let several heads take the features of a tower without one, in one call where it runs as the kernel.
+
+    :param tower: The residual tower
+    :param x: Its inputs
+    :param heads: Dense layers
+    :return: The output of each head
+    """
+    if isinstance(tower._compiled_call_impl, TowerKernel):
+        return tower._compiled_call_impl(x, *heads)
+    features = tower(x)
+    return tuple([head(features) for head in heads])
 
 
 def has_kernel(*towers: ResidualTower) -> bool:
