@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -29,7 +29,7 @@ import yaml
 from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.utils import ALGOS
-from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -38,7 +38,6 @@ from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.__main__ import main
 from sb3_deepcrl.common.utils import STOP_SIGNALS
 from sb3_deepcrl.envs import BatchVecEnv
-from sb3_deepcrl.zoo import launcher
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
 from sb3_deepcrl.zoo.config import config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
@@ -65,13 +64,24 @@ def has_gl() -> bool:
 
 
 def train(folder: Path, *args: str) -> None:
-    run("train", ["-f", str(folder), "--num-threads", "1", *args])
+    # Of two flags the last one counts, and a run that is continued has its own
+    defaults = () if "-i" in args else ("--env", ENV, "--eval-freq", "-1")
+    run("train", ["-f", str(folder), "--num-threads", "1", *defaults, *args])
+
+
+def start(folder: Path, *args: str, **kwargs: Any) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "-f", str(folder), "--env", ENV, "--num-threads", "1"]
+    return subprocess.Popen([*command, "-n", "1000000", "--eval-freq", "-1", *args, *TINY], **kwargs)
+
+
+def final_model(folder: Path, number: int = 1, algo: str = "deepcrl") -> Path:
+    return folder / algo / f"{ENV}_{number}" / f"{ENV}.zip"
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    args = f"--env {ENV} -n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
+    args = f"-n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
     args += f"--save-freq {EVERY} --save-replay-buffer --seed 3 -tb {folder / 'tb'}".split()
     train(folder, *args, *TINY, "learning_rate:'lin_1e-3'", "critic_learning_rate:'lin_1e-3'")
     return folder
@@ -136,7 +146,10 @@ def test_newest_complete_checkpoint(tmp_path):
         (tmp_path / ENV / name).write_text("a: 1\n")
     final, older, newer = (tmp_path / f"{name}.zip" for name in (ENV, "rl_model_9_steps", "rl_model_16_steps"))
     buffers = [run_folder.sibling(path, "replay_buffer") for path in (final, older, newer)]
-    assert [path.name for path in buffers] == ["replay_buffer.pkl", *(f"rl_model_replay_buffer_{n}_steps.pkl" for n in (9, 16))]
+    assert [path.name for path in buffers] == [
+        "replay_buffer.pkl",
+        *(f"rl_model_replay_buffer_{n}_steps.pkl" for n in (9, 16)),
+    ]
     for path, steps in ((final, 20), (older, 9), (newer, 16)):
         save_as(path, steps)
     assert (run_folder.model_path, run_folder.num_timesteps) == (final, 20)
@@ -180,12 +193,12 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     # What is left of the run that was continued, whose number of steps holds for its checkpoints too
     shutil.copy(run_folder / f"{ENV}.zip", folder / f"rl_model_{N_STEPS}_steps.zip")
     train(tmp_path, "-i", str(folder / f"rl_model_{N_STEPS}_steps.zip"))
-    assert num_timesteps(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip") == 2400
+    assert num_timesteps(final_model(tmp_path, 2)) == 2400
 
 
 @pytest.mark.parametrize("algo, small", [("deepcrl", TINY), ("sac", TINY_SAC)])
 def test_resume_goes_on_in_the_same_folder(algo, small, tmp_path, capsys):
-    args = f"--algo {algo} --env {ENV} --seed 1 --eval-freq 400 --eval-episodes 2 --n-eval-envs 2 --resume".split()
+    args = f"--algo {algo} --seed 1 --eval-freq 400 --eval-episodes 2 --n-eval-envs 2 --resume".split()
     args += ["--save-freq", "400", "--save-replay-buffer", *small]
     # There is nothing to go on with yet. The first folder is that of a run that was killed before it had a model
     (tmp_path / algo / f"{ENV}_1").mkdir(parents=True)
@@ -218,10 +231,28 @@ def test_resume_goes_on_in_the_same_folder(algo, small, tmp_path, capsys):
     assert folder.model_path.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("n_steps", [400, 800])
+def test_stopped_in_the_middle_of_an_evaluation(n_steps, tmp_path, monkeypatch):
+    args = ["-n", str(n_steps), "--eval-freq", "400", "--eval-episodes", "1", "--resume", *TINY]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stable_baselines3.common.callbacks.evaluate_policy", stop)
+        train(tmp_path, *args)
+    folder = RunFolder.newest(tmp_path, "deepcrl", ENV)
+    assert (folder.num_timesteps, folder.evaluations()) == (400, {})
+    train(tmp_path, *args)
+    assert folder.evaluations()["timesteps"].tolist() == [*range(400, n_steps + 1, 400)]
+    with pytest.raises(SystemExit):
+        train(tmp_path, *args)
+
+
 def test_seeds_share_no_envs(tmp_path):
     starts = []
     for seed in ("0", "1"):
-        args = ["--env", ENV, "-n", "100", "--eval-freq", "-1", "--save-replay-buffer", "--seed", seed, *TINY]
+        args = ["-n", "100", "--save-replay-buffer", "--seed", seed, *TINY]
         train(tmp_path / seed, *args)
         buffer = pickle.loads((tmp_path / seed / "deepcrl" / f"{ENV}_1" / "replay_buffer.pkl").read_bytes())
         starts += list(buffer.observations["achieved_goal"][0])
@@ -244,7 +275,7 @@ def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, ca
             (path.parent / "replay_buffer.pkl").unlink()
     # With its replay buffer, a run that stopped in the warm-up would go on with it
     train(tmp_path, "-i", str(path.parent), "-n", "16")
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_3" / f"{ENV}.zip").learning_starts == steps - 128 + 100
+    assert DeepCRL.load(final_model(tmp_path, 3)).learning_starts == steps - 128 + 100
     assert RunFolder(path.parent).evaluations()["timesteps"].tolist() == [EVERY]
 
 
@@ -252,7 +283,7 @@ def test_the_best_model_does_not_take_the_final_replay_buffer(run_folder, tmp_pa
     steps = DeepCRL.load(run_folder / "best_model.zip").num_timesteps
     train(tmp_path, "-i", str(run_folder / "best_model.zip"), "-n", "16")
     assert "No replay buffer of best_model.zip: collecting 100 steps" in capsys.readouterr().out
-    longer = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    longer = DeepCRL.load(final_model(tmp_path))
     assert (longer.num_timesteps, longer.learning_starts) == (steps + 16, steps + 100)
 
 
@@ -272,9 +303,8 @@ def test_the_best_model_goes_on(run_folder, tmp_path, monkeypatch):
 
 
 def test_killed_while_saving(tmp_path):
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "-f", str(tmp_path), "--env", ENV, "--resume"]
-    command += "-n 1000000 --eval-freq -1 --save-freq 8 --save-replay-buffer --num-threads 1".split()
-    with subprocess.Popen([*command, *TINY, "buffer_size:200000"], stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
+    args = ["--resume", "--save-freq", "8", "--save-replay-buffer"]
+    with start(tmp_path, *args, stdout=subprocess.DEVNULL) as process:
         folder = RunFolder(tmp_path / "deepcrl" / f"{ENV}_1")
         deadline = time.monotonic() + 60
         # In the middle of writing a file, but not the first one
@@ -286,7 +316,7 @@ def test_killed_while_saving(tmp_path):
     steps = models[folder.model_path]
     assert steps == max(models.values())
     assert folder.sibling(folder.model_path, "replay_buffer").is_file()
-    train(tmp_path, "--env", ENV, "--resume", "-n", str(steps + 80), "--eval-freq", "-1", "--save-replay-buffer")
+    train(tmp_path, "-n", str(steps + 80), *args)
     assert (folder.num_timesteps, folder.model_path.name) == (steps + 80, f"{ENV}.zip")
 
 
@@ -319,16 +349,15 @@ def test_signals_save_and_tell_how_to_go_on(numbers, tmp_path, monkeypatch, caps
     monkeypatch.setattr(DeepCRL, "save", save_and_hear)
     monkeypatch.setattr(Signals, "numbers", numbers)
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
-    args = ["--env", ENV, "-n", "10000", "--eval-freq", "-1"]
     with pytest.raises(SystemExit) as exit_info:
-        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+        train(tmp_path, "-n", "10000", *TINY, "callback:'tests.test_zoo.Signals'")
     assert exit_info.value.code == 128 + numbers[0]
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     folder = tmp_path / "deepcrl" / f"{ENV}_1"
     assert DeepCRL.load(folder / f"{ENV}.zip").num_timesteps == 200
     (command,) = re.findall(r"200 env steps\. To go on from there: sb3-deepcrl train (.*)", capsys.readouterr().out)
     train(tmp_path, *shlex.split(command), "-n", "400", "-params", "callback:[]")
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps >= 400
+    assert num_timesteps(final_model(tmp_path, 2)) >= 400
 
 
 def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
@@ -336,17 +365,15 @@ def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(Signals, "numbers", [signal.SIGHUP])
     try:
-        args = ["--env", ENV, "-n", "320", "--eval-freq", "-1"]
-        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+        train(tmp_path, "-n", "320", *TINY, "callback:'tests.test_zoo.Signals'")
     finally:
         signal.signal(signal.SIGHUP, previous)
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 320
+    assert num_timesteps(final_model(tmp_path)) == 320
 
 
 def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "subproc"]
-    command += "-n 1000000 --eval-freq -1 --num-threads 1".split()
-    with subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    pipe = subprocess.PIPE
+    with start(tmp_path, "--vec-env", "subproc", stdout=pipe, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         # The first line of the training
         assert any(line.startswith("0/1,000,000 env steps") for line in process.stdout)
@@ -355,7 +382,7 @@ def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP
     assert "To go on from there: sb3-deepcrl train -i" in output
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+    assert num_timesteps(final_model(tmp_path)) > 0
 
 
 @pytest.mark.parametrize("output", ["terminal", "pipe"])
@@ -364,9 +391,7 @@ def test_output_that_nobody_reads_any_more(output, tmp_path):
         reader, writer = pty.openpty()
     else:
         reader, writer = os.pipe()
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "-f", str(tmp_path), "--env", ENV]
-    command += "-n 1000000 --eval-freq 4000 --num-threads 1".split()
-    with subprocess.Popen([*command, *TINY], stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+    with start(tmp_path, "--eval-freq", "4000", stdout=writer, stderr=subprocess.PIPE, text=True) as process:
         os.close(writer)
         read = b""
         while b"env steps" not in read:
@@ -376,7 +401,7 @@ def test_output_that_nobody_reads_any_more(output, tmp_path):
         if output == "terminal":
             process.send_signal(signal.SIGHUP)
         _, errors = process.communicate(timeout=60)
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+    assert num_timesteps(final_model(tmp_path)) > 0
     if output == "terminal":
         assert process.returncode == 128 + signal.SIGHUP
     else:
@@ -397,7 +422,7 @@ class FailingEnv(gym.Wrapper):
 
 @pytest.mark.parametrize("algo", ["deepcrl", "sac"])
 def test_an_error_of_the_env_saves_and_keeps_its_traceback(algo, tmp_path):
-    args = ["--algo", algo, "--env", ENV, "-n", "10000", "--eval-freq", "-1"]
+    args = ["--algo", algo, "-n", "10000"]
     small = TINY if algo == "deepcrl" else TINY_SAC
     with pytest.raises(ZeroDivisionError, match="a bug of the env") as error_info:
         train(tmp_path, *args, *small, "env_wrapper:'tests.test_zoo.FailingEnv'")
@@ -405,14 +430,14 @@ def test_an_error_of_the_env_saves_and_keeps_its_traceback(algo, tmp_path):
     (note,) = error_info.value.__notes__
     (command,) = re.findall(r"saved after 200 env steps. To go on from there: sb3-deepcrl train (.*)", note)
     train(tmp_path, *shlex.split(command), "-n", "400", *small, "env_wrapper:None")
-    assert num_timesteps(tmp_path / algo / f"{ENV}_2" / f"{ENV}.zip") >= 400
+    assert num_timesteps(final_model(tmp_path, 2, algo)) >= 400
 
 
 def test_what_cannot_be_saved_is_told(tmp_path, monkeypatch):
     def fail(model, path):
         raise OSError("No space left on device")
 
-    args = ["--env", ENV, "-n", "10000", "--eval-freq", "-1", *TINY]
+    args = ["-n", "10000", *TINY]
     with monkeypatch.context() as patch:
         patch.setattr(DeepCRL, "save", fail)
         patch.setattr(DeepCRL, "train", lambda *args, **kwargs: 1 // 0)
@@ -433,7 +458,7 @@ def test_what_cannot_be_saved_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args", ["", "--log-interval 4", "--verbose 0"])
 def test_output_of_a_training_in_a_log_file(args, tmp_path, capsys):
-    arguments = ["--env", ENV, "-n", "640", "--eval-freq", "320", "--eval-episodes", "2"]
+    arguments = ["-n", "640", "--eval-freq", "320", "--eval-episodes", "2"]
     train(tmp_path, *arguments, *args.split(), *TINY)
     output = capsys.readouterr().out
     lines = re.findall(r"^([\d,]+)/640 env steps, success at any step .* left .*$", output, flags=re.MULTILINE)
@@ -452,11 +477,11 @@ def test_output_of_a_training_in_a_log_file(args, tmp_path, capsys):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_interrupted_run_saves_what_it_has(resume, run_folder, tmp_path):
-    args = f"--env {ENV} -n 10000 --progress --eval-freq -1".split()
+    args = ["-n", "10000", "--progress"]
     args += ["-i", str(run_folder)] if resume else []
     train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Interrupter'")
     # A run that is continued counts its calls from the start
-    assert num_timesteps(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip") == (N_STEPS + 4 if resume else 200)
+    assert num_timesteps(final_model(tmp_path)) == (N_STEPS + 4 if resume else 200)
 
 
 class RecordedBar(ProgressBarCallback):
@@ -485,13 +510,13 @@ def test_two_runs_that_start_at_the_same_moment(depth, tmp_path, monkeypatch):
         return read(manager)
 
     monkeypatch.setattr(GoalExperimentManager, "read_hyperparameters", read_slowly)
-    args = ["--env", ENV, "-n", "16", "--eval-freq", "-1", *TINY, f"depth:{depth}"]
+    args = ["-n", "16", *TINY, f"depth:{depth}"]
     if depth == 6:
         with pytest.raises(SystemExit, match="`depth` must be a positive multiple of 4"):
             train(tmp_path, *args)
     else:
         train(tmp_path, *args)
-        assert (tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").is_file()
+        assert (final_model(tmp_path, 2)).is_file()
     assert [path.name for path in (tmp_path / "deepcrl" / f"{ENV}_1").iterdir()] == ["theirs"]
     assert (tmp_path / "deepcrl" / f"{ENV}_2").exists() == (depth == 4)
 
@@ -524,7 +549,10 @@ def test_plots(logs, tmp_path, capsys):
     for number in (1, 2):
         shutil.copytree(logs / "deepcrl" / f"{ENV}_1", tmp_path / "deepcrl" / f"{ENV}_{number}")
     run("plot_train", [*common, "-y", "success", "-w", "2", "--figure", str(tmp_path / "new" / "train.png")])
-    run("all_plots", [*common, "-k", "time_at_goal", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "new" / "all.png")])
+    run(
+        "all_plots",
+        [*common, "-k", "time_at_goal", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "new" / "all.png")],
+    )
     run("plot_from_file", ["-i", str(tmp_path / "all.pkl"), "--figure", str(tmp_path / "new" / "file.png")])
     for name in ("train", "all", "file"):
         assert (tmp_path / "new" / f"{name}.png").stat().st_size > 5000
@@ -539,7 +567,7 @@ def test_value_map(logs, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "new" / "value.png").stat().st_size > 5000
     (tmp_path / "file").touch()
     for more, message in {
-        ("--goal", "0", "0"): "The goal [0. 0.] lies in a wall",
+        ("--goal", "0", "0"): "lies in a wall",
         ("-o", str(tmp_path / "file" / "value.png")): f"choose another place than {tmp_path / 'file' / 'value.png'}",
         ("-f", str(tmp_path)): f"there is no run of {ENV}",
     }.items():
@@ -605,7 +633,7 @@ def test_command(capsys):
 
 def test_optimize_and_train_a_trial(tmp_path, capsys):
     # Few updates, as a trial may have 64 layers
-    storage = ["--storage", str(tmp_path / "study.log"), "--study-name", "maze", "--eval-episodes", "1", "--env", ENV]
+    storage = ["--storage", str(tmp_path / "study.log"), "--study-name", "maze", "--eval-episodes", "1"]
     tiny = [*storage, "-n", "48", "-params", "n_envs:4", "learning_starts:44"]
     train(tmp_path, "-optimize", "--n-trials", "2", "--n-evaluations", "1", "--no-optim-plots", *tiny)
     (report,) = (tmp_path / "deepcrl").glob("report_*.csv")
@@ -615,10 +643,10 @@ def test_optimize_and_train_a_trial(tmp_path, capsys):
     assert all(0.0 <= float(trial["value"]) <= 1.0 for trial in trials)
     # A search is no run: enjoy does not take it for the latest one
     assert not list((tmp_path / "deepcrl").glob(f"{ENV}_*"))
-    train(tmp_path, "--trial-id", "0", "--eval-freq", "-1", *tiny)
-    model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    train(tmp_path, "--trial-id", "0", *tiny)
+    model = DeepCRL.load(final_model(tmp_path))
     assert model.depth == 2 ** int(trials[0]["params_depth_pow"])
-    assert model.energy == trials[0]["params_energy"]
+    assert model.policy_kwargs["energy"] == trials[0]["params_energy"]
     with pytest.raises(SystemExit, match="no trial 7 of study 'maze'"):
         train(tmp_path, "--trial-id", "7", *tiny)
 
@@ -683,7 +711,7 @@ def test_every_entry_trains(config, tmp_path):
         else:
             # HerReplayBuffer has nothing to sample before the end of an episode
             small |= {"policy_kwargs": {"net_arch": [16]}, "gradient_steps": 0 if "replay_buffer_class" in entry else 1}
-        args = ["--algo", algo, "-conf", config, "--env", env_id, "-n", "10", "--eval-freq", "-1"]
+        args = ["--algo", algo, "-conf", config, "--env", env_id, "-n", "10"]
         train(tmp_path, *args, "-params", *(f"{key}:{value!r}" for key, value in small.items()))
         with zipfile.ZipFile(tmp_path / algo / f"{env_id}_1" / f"{env_id}.zip") as archive:
             data = json.loads(archive.read("data"))
@@ -710,17 +738,14 @@ def test_configs_say_what_was_run():
     paper = entries("deepcrl-paper").values()
     assert {(entry["n_envs"], entry["batch_size"], entry["depth"]) for entry in paper} == {(512, 512, 64)}
     for config in CONFIGS:
-        lines = (config_folder() / f"{config}.yml").read_text().splitlines()
-        for index, line in enumerate(lines):
-            if re.match(r"\S.*:( &\S+)?$", line) and not line.startswith("#"):
-                comment = ""
-                while lines[index - 1].startswith("# "):
-                    index -= 1
-                    comment = lines[index][2:] + " " + comment
+        # Groups of entries with a comment above
+        for group in (config_folder() / f"{config}.yml").read_text().split("\n\n"):
+            comment = " ".join(line[2:] for line in group.splitlines() if line.startswith("# "))
+            if re.search(r"^[^#\s].*:", group, re.MULTILINE):
                 said = re.search(r"[Nn]ot run here|[Rr]un .* seed", comment)
-                assert said, f"{config}: {line} has no comment that says what was run: {comment!r}"
+                assert said, f"{config}: {group} has no comment that says what was run"
                 for result in re.findall(r"docs/results/\S+\.md", comment):
-                    assert (config_folder().parent / result).is_file(), f"{config}: {line} names {result}, which is not there"
+                    assert (config_folder().parent / result).is_file(), f"{config}: {group} names a file that is not there"
 
 
 HER_ENTRY = """
@@ -766,7 +791,7 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
     command("value_map", "--env", env_id, "-f", str(tmp_path), "-o", str(tmp_path / "value.png"))
     assert (tmp_path / "value.png").stat().st_size > 5000
     statistics.unlink()
-    with pytest.raises(SystemExit, match=r"-i: .*vecnormalize\.pkl is missing"):
+    with pytest.raises(SystemExit, match=r"vecnormalize\.pkl is missing"):
         train(tmp_path, "-i", str(folder), "-n", "10")
     with pytest.raises(ValueError, match=r"vecnormalize.pkl not found"):
         RunFolder(folder).make_env()
@@ -779,17 +804,14 @@ def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
     return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("env_id, conf", [(ENV, []), ("AntU4Maze-v0", ["-conf", "deepcrl-paper"])])
-def test_plain_zoo_with_custom_envs(env_id, conf, tmp_path):
-    args = f"--algo deepcrl --env {env_id} -f logs".split()
-    train_args = [*conf, *"-n 128 --eval-freq -1 --num-threads 1".split()]
-    output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *train_args, *TINY)
-    assert f"Loading hyperparameters from: {config_folder() / (conf or ['', 'deepcrl'])[1]}.yml" in output
-    assert num_timesteps(tmp_path / "logs" / "deepcrl" / f"{env_id}_1" / f"{env_id}.zip") == 128
-    if not conf:
-        assert "Success rate: " in run_plain_zoo(tmp_path, ROOT, "rl_zoo3.enjoy", *args, "-n", "301", "--no-render")
-        # Reads the command line before it makes an env
-        run_plain_zoo(tmp_path, ROOT, "rl_zoo3.record_video", *args, "--help")
+def test_plain_zoo_with_custom_envs(tmp_path):
+    args = f"--algo deepcrl --env {ENV} -f logs".split()
+    output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *"-n 128 --eval-freq -1 --num-threads 1".split(), *TINY)
+    assert f"Loading hyperparameters from: {config_folder() / 'deepcrl.yml'}" in output
+    assert num_timesteps(final_model(tmp_path / "logs")) == 128
+    assert "Success rate: " in run_plain_zoo(tmp_path, ROOT, "rl_zoo3.enjoy", *args, "-n", "301", "--no-render")
+    # Reads the command line before it makes an env
+    run_plain_zoo(tmp_path, ROOT, "rl_zoo3.record_video", *args, "--help")
 
 
 def test_rl_zoos_own_algorithms_keep_their_configs():
@@ -847,7 +869,7 @@ def test_default_configs():
 def test_envs_of_this_package_are_stepped_natively(args, vec_env_class, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(GoalExperimentManager, "learn", lambda manager, model: seen.append(type(model.env.unwrapped)))
-    train(tmp_path, "--eval-freq", "-1", *args.split())
+    train(tmp_path, *args.split())
     assert seen == [vec_env_class]
 
 
@@ -896,7 +918,6 @@ BAD = [
 
 @pytest.mark.parametrize(("args", "message"), BAD)
 def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
-    args = args if "--env " in args else f"--env {ENV} {args}"
     with pytest.raises(SystemExit) as exit_info:
         train(tmp_path, *args.split())
     assert exit_info.value.code not in (0, None)
@@ -912,8 +933,8 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
     "args, message",
     [
         ("enjoy --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: add --no-render"),
-        ("record_video --env PointUMaze-v0", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
-        ("push_to_hub --env PointUMaze-v0 -orga me", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
+        ("record_video --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: .*MUJOCO_GL=egl"),
+        ("push_to_hub --env PointUMaze-v0 -orga me", "there is no screen"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
@@ -928,7 +949,7 @@ def test_without_a_screen(args, message, logs, monkeypatch):
 def test_nowhere_to_write(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
-    args = ["--env", ENV, "-n", "16", "--eval-freq", "-1", *TINY]
+    args = ["-n", "16", *TINY]
     with pytest.raises(SystemExit, match=rf"^sb3-deepcrl train: error: .*: choose another place than {file}$"):
         train(file, *args)
 
@@ -961,9 +982,9 @@ def read_yaml(path: Path) -> dict:
 
 
 UNSAFE = [
-    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
-    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "`!!python/object/new:os.mkdir`"),
-    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
+    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "python/object/apply:os.mkdir"),
+    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "python/object/new:os.mkdir"),
+    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "python/object/apply:os.mkdir"),
     ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:os.mkdir ''}}", "`os.mkdir`"),
     ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:this.s ''}}", "`this.s`"),
     ("config.yml", "normalize: __import__('os').mkdir('{}')", "`normalize: __import__('os').mkdir('"),
@@ -988,8 +1009,7 @@ def test_the_files_of_a_run_execute_nothing(script, name, line, told, run_folder
             command(script, "--env", ENV, "-f", str(tmp_path), *(["--no-render"] if script == "enjoy" else []))
     assert exit_info.value.code not in (0, None)
     message = f"{exit_info.value.code}{capsys.readouterr().err}"
-    assert f"{path} holds {told.replace('{{', '{')}" in message
-    assert "which is more than data" in message
+    assert str(path) in message and told.replace("{{", "{") in message
     assert not target.exists()
 
 
@@ -1013,7 +1033,7 @@ def test_files_of_a_run_are_read_as_they_were_written(tmp_path):
 
 def test_env_of_another_package(tmp_path, monkeypatch, capsys):
     add_package(tmp_path, monkeypatch)
-    args = ["--env", "elsewhere:ElsewhereReach-v0", "-n", "32", "--eval-freq", "-1"]
+    args = ["--env", "elsewhere:ElsewhereReach-v0", "-n", "32"]
     train(tmp_path, *args, *TINY[:-2], "learning_starts:16", "buffer_size:4000")
     folder = tmp_path / "deepcrl" / "ElsewhereReach-v0_1"
     # As from a process that has not imported the package
@@ -1025,21 +1045,11 @@ def test_env_of_another_package(tmp_path, monkeypatch, capsys):
     assert "Success rate: " in capsys.readouterr().out
 
 
-def test_bad_config_has_no_traceback(tmp_path):
-    config = tmp_path / "my.yml"
-    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  policy: 'MultiInputPolicy'\n  depht: 8\n")
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "--env", ENV, "-conf", str(config), "-f", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    *_, line = result.stderr.strip().splitlines()
-    assert line == (f"sb3-deepcrl train: error: {config}, {ENV}: DeepCRL.__init__() got an unexpected keyword argument 'depht'")
-    assert "Traceback" not in result.stderr
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (f"{ENV}: 3", f"my.yml, {ENV}: "),
+        (f"{ENV}:\n  n_timesteps: 10\n  policy: 'MultiInputPolicy'\n  depht: 8", f"my.yml, {ENV}: .* argument 'depht'"),
         (f"{ENV}:\n  policy: 'MultiInputPolicy'", "'n_timesteps' is missing"),
         (f"{ENV}:\n  n_timesteps: 10", "missing 1 required positional argument: 'policy'"),
         ("Other-v0:\n  n_timesteps: 10", f"not found for deepcrl-{ENV}"),
@@ -1050,14 +1060,14 @@ def test_bad_config_file(text, message, tmp_path):
     config = tmp_path / "my.yml"
     config.write_text(text)
     with pytest.raises(SystemExit, match=message):
-        train(tmp_path, "--env", ENV, "-conf", str(config))
+        train(tmp_path, "-conf", str(config))
 
 
 def test_an_error_inside_of_a_python_config_keeps_its_traceback(tmp_path):
     config = tmp_path / "my.py"
     config.write_text("hyperparams = dict(n_timesteps=1 + '1')\n")
     with pytest.raises(TypeError, match="unsupported operand"):
-        train(tmp_path, "--env", ENV, "-conf", str(config))
+        train(tmp_path, "-conf", str(config))
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, RuntimeError, gym.error.ResetNeeded])
@@ -1079,7 +1089,7 @@ def test_a_bug_in_a_module_of_a_config_keeps_its_traceback(entry, tmp_path, monk
     (tmp_path / "broken_module.py").write_text("import nowhere_else\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
-        train(tmp_path, "--env", ENV, "-params", entry)
+        train(tmp_path, "-params", entry)
 
 
 def test_missing_model_ends_in_one_line(tmp_path):
@@ -1102,8 +1112,6 @@ def test_env_kwargs_of_a_config_hold_for_evaluation_and_videos(tmp_path, monkeyp
         return env
 
     monkeypatch.setattr(GoalExperimentManager, "create_envs", create_and_see)
-    train(tmp_path, "--env", ENV, "--vec-env", "dummy", "-conf", str(config), "--eval-env-kwargs", "goal_set:'eval'")
+    train(tmp_path, "--vec-env", "dummy", "-conf", str(config), "--eval-env-kwargs", "goal_set:'eval'", "--eval-freq", "10")
     assert sorted(seen) == [(False, "u4", None), (True, "u4", "eval")]
     assert RunFolder.newest(tmp_path, "deepcrl", ENV).args()["env_kwargs"] == {"maze": "u4"}
-
-

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,12 @@ from numpy.typing import ArrayLike
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_deepcrl.common.utils import check_class
+
+# Keyword arguments that only HerReplayBuffer knows
+HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
 # ``remaining`` of a transition whose episode is still running
 RUNNING = -1
 # What a slot holds of the transition that starts there
@@ -37,6 +43,31 @@ def check_finite(values: Mapping[str, ArrayLike], env_indices: np.ndarray | None
             "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
             "`stable_baselines3.common.vec_env.VecCheckNan`"
         )
+
+
+def replace_her_replay_buffer(buffer_class: Any, buffer_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """
+    Put the contrastive replay buffer in the place of HerReplayBuffer, which existing code may ask for, with a warning.
+
+    :param buffer_class: What the user asks for
+    :param buffer_kwargs: With which keyword arguments
+    :return: The same for contrastive RL
+    :raises ValueError: if it is another class, whose samples hold no goals that were reached later
+    """
+    is_her = isinstance(buffer_class, type) and issubclass(buffer_class, HerReplayBuffer)
+    unused = [f"`{name}`" for name in HER_KWARGS if name in buffer_kwargs]
+    if is_her or unused:
+        warnings.warn(
+            "DeepCRL uses its ContrastiveReplayBuffer in place of HerReplayBuffer, whose batches hold real goals, which "
+            "are no positives for the contrastive loss"
+            + (f"; {', '.join(unused)} not used" if unused else "")
+            + ". Leave `replay_buffer_class` and its arguments out to get rid of this warning"
+        )
+    if "gamma" in buffer_kwargs:
+        raise ValueError("`replay_buffer_kwargs` has `gamma`, but the replay buffer takes that of the algorithm: set that one")
+    buffer_class = ContrastiveReplayBuffer if is_her else buffer_class
+    check_class(buffer_class, ContrastiveReplayBuffer, "replay_buffer_class", "leave it out")
+    return buffer_class, {name: value for name, value in buffer_kwargs.items() if name not in HER_KWARGS}
 
 
 def _in_order(name: str, shift: int = 0) -> Any:

@@ -232,6 +232,10 @@ class ResumableEvalCallback(EvalCallback):
     def _on_training_start(self) -> None:
         super()._on_training_start()
         self._clock = time.process_time()
+        is_due = self.eval_freq > 0 and self.n_calls > 0 and self.n_calls % self.eval_freq == 0
+        if self.resume and is_due and self.num_timesteps not in self.evaluations_timesteps:
+            # Stopped in the middle of it
+            self._on_step()
 
     def _on_rollout_start(self) -> None:
         super()._on_rollout_start()

@@ -42,8 +42,7 @@ def register() -> None:
         from sb3_deepcrl.zoo.callbacks import make_trial_callback
         from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 
-        rl_zoo3_manager.ExperimentManager = GoalExperimentManager
-        rl_zoo3_manager.TrialEvalCallback = make_trial_callback
+        vars(rl_zoo3_manager).update(ExperimentManager=GoalExperimentManager, TrialEvalCallback=make_trial_callback)
 
 
 register()

@@ -1,3 +1,4 @@
 from sb3_deepcrl.zoo.launcher import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -34,9 +34,7 @@ class TrialGoalEvalCallback(TrialEvalCallback, GoalEvalCallback):
     """Callback used for evaluating and reporting a trial by the fraction of the steps that are spent at the goal."""
 
     #: What RL Zoo reports to Optuna, in place of the reward
-    last_mean_reward = property(
-        lambda self: self.last_means.get("time_at_goal_fraction", -np.inf), lambda self, value: None
-    )
+    last_mean_reward = property(lambda self: self.last_means.get("time_at_goal_fraction", -np.inf), lambda self, value: None)
 
 
 def make_trial_callback(eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any) -> EvalCallback:
@@ -72,9 +70,9 @@ def save_model(model: BaseAlgorithm, path: Path, save_replay_buffer: bool) -> No
     if (vec_normalize := model.get_vec_normalize_env()) is not None:
         write(run.sibling(path, "vecnormalize"), vec_normalize.save)
     write(path, model.save)
-    for buffer in run.path.glob("*replay_buffer*.pkl") if save_replay_buffer else ():
+    for buffer in (run.path / "replay_buffer.pkl", *run.path.glob("rl_model_replay_buffer_*_steps.pkl")):
         # One is enough to go on
-        if buffer != run.sibling(path, "replay_buffer"):
+        if save_replay_buffer and buffer != run.sibling(path, "replay_buffer"):
             buffer.unlink(missing_ok=True)
 
 

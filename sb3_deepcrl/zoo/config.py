@@ -1,9 +1,11 @@
 import importlib.util
+import traceback
 from pathlib import Path
 
 import yaml
 
 import sb3_deepcrl
+from sb3_deepcrl.common.utils import is_for_user
 
 
 def config_folder() -> Path:
@@ -50,3 +52,30 @@ def _is_module(name: str) -> bool:
     except (ModuleNotFoundError, ValueError):
         # There is no package that it could be in, or it is no name at all
         return False
+
+
+def describe_input_error(error: BaseException) -> str | None:
+    """
+    Tell in one line what is wrong in a config or on the command line.
+
+    :param error: An error that was caught
+    :return: The line; None for somebody's bug, which is found by its traceback
+    """
+    message = " ".join(str(error).split())
+    if is_for_user(error) or isinstance(error, yaml.YAMLError):
+        return message
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # Where it went wrong
+    file, module = frames[-1].f_code.co_filename, frames[-1].f_globals.get("__name__", "")
+    package = module.partition(".")[0]
+    if hasattr(error, "__notes__"):
+        return None
+    if file == "<string>" and frames[-2].f_code.co_name != "read_hyperparameters":
+        # RL Zoo evaluates the values of some options
+        return f"{message}: values are Python, in which text has quotes, as in policy:\"'MlpPolicy'\""
+    if isinstance(error, TypeError) and "keyword argument" in message and package in ("stable_baselines3", "sb3_contrib"):
+        return message
+    if package == "rl_zoo3" or module == "importlib._bootstrap":
+        # It takes the values as they are, and imports the modules that they name
+        return f"{message} is missing" if isinstance(error, KeyError) else message
+    return None

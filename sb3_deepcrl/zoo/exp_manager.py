@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import sys
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
@@ -23,16 +21,17 @@ from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
 from sb3_contrib.common.vec_env import AsyncEval
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_deepcrl.common.callbacks import GoalEvalCallback, ResumableEvalCallback, TrainingDisplay
-from sb3_deepcrl.common.utils import atomic_path, check_positive_int, is_for_user, tell, uninterrupted
+from sb3_deepcrl.common.utils import atomic_path, check_positive_int, tell, uninterrupted
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.arguments import checked_env_kwargs
 from sb3_deepcrl.envs.registration import ENTRY_POINT
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, reports_goals, save_model
-from sb3_deepcrl.zoo.config import find_config
-from sb3_deepcrl.zoo.provenance import made_with, resolved_arguments
+from sb3_deepcrl.zoo.config import describe_input_error, find_config
+from sb3_deepcrl.zoo.provenance import made_with
 from sb3_deepcrl.zoo.runs import RunFolder, num_timesteps
 
 # Envs that report `is_success`: these packages, see `sb3_deepcrl.zoo`
@@ -43,41 +42,9 @@ SCHEDULES = ("critic_learning_rate", "ent_coef_learning_rate")
 EVAL_SEED = 10_000
 
 
-def derived_seed(*numbers: int) -> int:
-    """
-    Make a seed that has nothing to do with that of other numbers.
-
-    :param numbers: Whole numbers from 0 on
-    :return: The seed. Zeros at the end change nothing.
-    """
-    # Envs are seeded with this and the next numbers
+def _derived_seed(*numbers: int) -> int:
+    """A seed that has nothing to do with that of other numbers, nor has the next one: envs are seeded with both."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
-
-
-def describe_input_error(error: BaseException) -> str | None:
-    """
-    Describe in one line what is wrong in a config or on the command line.
-
-    :param error: An error that was caught
-    :return: The line; None for somebody's bug, which is found by its traceback
-    """
-    message = " ".join(str(error).split())
-    if is_for_user(error) or isinstance(error, yaml.YAMLError):
-        return message
-    frames = traceback.extract_tb(error.__traceback__)
-    last = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    package = last.partition(".")[0]
-    if hasattr(error, "__notes__") or not isinstance(error, Exception):
-        return None
-    if isinstance(error, TypeError) and "keyword argument" in message and package in ("stable_baselines3", "sb3_contrib"):
-        return message
-    if isinstance(error, KeyError):
-        message = f"{message} is missing"
-    if frames[-1].filename == "<string>" and frames[-2].name != "read_hyperparameters":
-        # RL Zoo evaluates the values of these options
-        return f"{message}: values are Python, in which text has quotes, as in policy:\"'MlpPolicy'\""
-    # RL Zoo takes the values as they are, and imports the modules that they name
-    return message if package == "rl_zoo3" or last == "importlib._bootstrap" else None
 
 
 def _close(env: VecEnv) -> None:
@@ -120,7 +87,6 @@ class GoalExperimentManager(ExperimentManager):
         check_positive_int(self.n_eval_envs, "n_eval_envs")
         self.vec_env_type = vec_env_type
         self.eval_env_id = getattr(args, "eval_env", None) or env_id
-        self.has_display = False
         # Whether this process has created the folder of the run, and whether the training was interrupted
         self.has_folder = self.is_stopped = False
         self.resume = getattr(args, "resume", False)
@@ -146,7 +112,7 @@ class GoalExperimentManager(ExperimentManager):
         """
         Read hyperparameters, pre-process them, create the environment and possibly the model.
 
-        :return: the initialized RL model, None for a hyperparameter search
+        :return: the initialized RL model and its hyperparameters, None for a search of hyperparameters
         :raises ValueError: If something that the user gave cannot be used. A new folder of the run is removed then.
         """
         try:
@@ -161,20 +127,16 @@ class GoalExperimentManager(ExperimentManager):
             model, hyperparams = result
             assert model.env is not None
             # Envs are seeded with consecutive numbers: with those of the models, seeds 0 and 1 would share all envs but one
-            model.env.seed(derived_seed(self.seed, self.n_done))
+            model.env.seed(_derived_seed(self.seed, self.n_done))
             self._save_made_with(model, hyperparams)
         return result
 
     def _save_made_with(self, model: BaseAlgorithm, hyperparams: dict[str, Any]) -> None:
-        envs = {
-            "env": (self.env_name.gym_id, self.env_kwargs),
-            "eval_env": (self.eval_env_id, self.eval_env_kwargs),
-        }
+        envs = {"env": (self.env_name.gym_id, self.env_kwargs), "eval_env": (self.eval_env_id, self.eval_env_kwargs)}
         before = self.source.made_with() if self.continue_training else []
         records = [record for record in before if record["num_timesteps"] < self.n_done]
-        records.append(made_with(model, resolved_arguments(model, hyperparams, envs)))
         with atomic_path(Path(self.params_path) / "made_with.json", ".json") as temporary:
-            temporary.write_text(json.dumps(records, indent=2) + "\n")
+            temporary.write_text(json.dumps([*records, made_with(model, hyperparams, envs)], indent=2) + "\n")
 
     def create_log_folder(self) -> None:
         """
@@ -184,13 +146,13 @@ class GoalExperimentManager(ExperimentManager):
         """
         if self.optimize_hyperparameters:
             return
-        if self.continue_training and self.n_done >= self.n_timesteps:
+        if self.continue_training and self.n_done >= self.n_timesteps and not self._lacks_evaluation():
             if self.resume:
                 tell(f"{self.save_path} is complete: {self.n_done:,} of {self.n_timesteps:,} env steps")
                 sys.exit()
             raise ValueError(
-                f"-i: {self.trained_agent} was trained for {self.n_done} steps already, of {self.n_timesteps} in all: give the "
-                "number of further steps with -n"
+                f"-i: {self.trained_agent} was trained for {self.n_done} steps already, of {self.n_timesteps} in all: give "
+                "the number of further steps with -n"
             )
         if self.resume and Path(self.save_path).is_dir():
             for leftover in Path(self.save_path).glob("**/.*.tmp"):
@@ -199,6 +161,12 @@ class GoalExperimentManager(ExperimentManager):
         else:
             self._create_new_folder()
         super().create_log_folder()
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the run was stopped in the middle of its last evaluation."""
+        eval_freq = max(self.eval_freq // self.n_envs, 1)
+        is_due = self.resume and self.eval_freq > 0 and self.n_done // self.n_envs % eval_freq == 0
+        return is_due and self.n_done not in self.source.evaluations().get("timesteps", ())
 
     def _create_new_folder(self) -> None:
         while not self.has_folder:
@@ -213,9 +181,9 @@ class GoalExperimentManager(ExperimentManager):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        Read the hyperparameters of the env, of a run that goes on from its own config.
+        Read the hyperparameters of the env; those of a run that goes on are in its own config.
 
-        :return: The entry of the config, and the same as it will be saved
+        :return: The hyperparameters, and the same as they will be saved
         """
         if self.resumed_config is None:
             if self.trial_id == 0 and self.storage and self.study_name:
@@ -233,16 +201,7 @@ class GoalExperimentManager(ExperimentManager):
         return hyperparams, saved_hyperparams
 
     def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> dict[str, Any]:
-        """
-        Load the hyperparameters of a trial.
-
-        :param storage: Storage of the study
-        :param study_name: Name of the study
-        :param trial_id: Number of the trial, the best one by default
-        :param convert: Whether to make keyword arguments of the algorithm of them
-        :return: Hyperparameters of the trial
-        :raises ValueError: If there is no such study or trial
-        """
+        """See RL Zoo's experiment manager. An unknown trial is an error that names it."""
         try:
             return super().load_trial(storage, study_name, trial_id, convert)
         except (LookupError, OSError) as error:
@@ -272,20 +231,12 @@ class GoalExperimentManager(ExperimentManager):
         self.args.env_kwargs = self.env_kwargs or None
         if not self.monitor_kwargs and self.entry_point(self.env_name.gym_id).startswith(SUCCESS_REPORTED_BY):
             self.monitor_kwargs = dict(info_keywords=("is_success",))
-        if self.resume and (Path(self.save_path) / f"{self.n_envs - 1}.monitor.csv").is_file():
-            self.monitor_kwargs["override_existing"] = False
+        if self.resume and self.continue_training and (Path(self.save_path) / f"{self.n_envs - 1}.monitor.csv").is_file():
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
         return result
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        """
-        Create the environment and wrap it if necessary.
-
-        :param n_envs: Number of environments
-        :param eval_env: Whether is it an environment used for evaluation or not
-        :param no_log: Do not log training when doing hyperparameter optim
-        :return: the vectorized environment, with appropriate wrappers
-        :raises ValueError: If the env does not take an argument
-        """
+        """See RL Zoo's experiment manager. Evaluation may have another env, and has the same seed in all runs."""
         env_id = self.eval_env_id if eval_env else self.env_name.gym_id
         env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
         if self.vec_env_type in ("auto", "batch"):
@@ -308,7 +259,7 @@ class GoalExperimentManager(ExperimentManager):
         if not path.is_file():
             if self.normalize:
                 raise ValueError(
-                    f"-i: {path} is missing, the statistics of VecNormalize that {self.trained_agent} was trained with: "
+                    f"{path} is missing, the statistics of VecNormalize that {self.trained_agent} was trained with: "
                     "new ones would spoil it. Choose a model that has them"
                 )
             return env
@@ -331,10 +282,6 @@ class GoalExperimentManager(ExperimentManager):
             self.callbacks.append(TrainingDisplay(replaces_tables=takes_display))
         elif self.show_progress:
             self.callbacks.append(ProgressBarCallback())
-        if self.save_freq > 0:
-            # Account for the number of parallel environments
-            save_freq = max(self.save_freq // self.n_envs, 1)
-            self.callbacks.append(ResumableCheckpointCallback(save_freq, self.save_path, self.save_replay_buffer))
         if eval_env is not None:
             if self.continue_training and not self.resume:
                 self._copy_evaluations()
@@ -351,6 +298,10 @@ class GoalExperimentManager(ExperimentManager):
                     resume=self.continue_training,
                 )
             )
+        if self.save_freq > 0:
+            # After the evaluation of the same step, which would be missing if the run was killed in between
+            save_freq = max(self.save_freq // self.n_envs, 1)
+            self.callbacks.append(ResumableCheckpointCallback(save_freq, self.save_path, self.save_replay_buffer))
 
     def _copy_evaluations(self) -> None:
         """Let the evaluations before and after the stop be one curve, and the best model the best of both."""
@@ -366,24 +317,22 @@ class GoalExperimentManager(ExperimentManager):
         path = Path(self.trained_agent)
         print(f"Loading pretrained agent {path}")
         # Policy should not be changed, and learning starts when it would have, where the replay buffer goes on
-        kept = ("policy", "policy_kwargs", "learning_starts")
+        kept = {"policy", "policy_kwargs", "learning_starts"}
         model = ALGOS[self.algo].load(
             path,
             env=env,
             # Not the random numbers of the beginning again
-            seed=derived_seed(self.seed, self.n_done),
+            seed=_derived_seed(self.seed, self.n_done),
             tensorboard_log=self.tensorboard_log,
             verbose=self.verbose,
             device=self.device,
             **{key: value for key, value in hyperparams.items() if key not in kept},
         )
         buffer_path = self.source.sibling(path, "replay_buffer")
-        if not hasattr(model, "load_replay_buffer"):
-            pass
-        elif buffer_path.is_file():
+        if isinstance(model, OffPolicyAlgorithm) and buffer_path.is_file():
             print(f"Loading replay buffer {buffer_path}")
             model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
-        else:
+        elif isinstance(model, OffPolicyAlgorithm):
             # Learning from the first few transitions alone would spoil the policy
             warmup = hyperparams.get("learning_starts", inspect.signature(type(model)).parameters["learning_starts"].default)
             print(f"No replay buffer of {path.name}: collecting {warmup} steps of random actions first")
@@ -398,7 +347,7 @@ class GoalExperimentManager(ExperimentManager):
         Train the model. A run that is continued does the steps that are left of ``n_timesteps``, and its counters and
         schedules go on. If an error ends the training, the model is saved as it is, and the error tells how to go on.
 
-        :param model: an initialized RL model
+        :param model: The model, new or loaded
         """
         kwargs: dict[str, Any] = {"callback": self.callbacks, "reset_num_timesteps": not self.continue_training}
         # As RL Zoo does: the default at -1, no log below
@@ -441,9 +390,8 @@ class GoalExperimentManager(ExperimentManager):
             error.add_note(self._how_to_go_on(model))
 
     def _how_to_go_on(self, model: BaseAlgorithm) -> str:
-        return (
-            f"Stopped and saved after {model.num_timesteps:,} env steps. To go on from there: sb3-deepcrl train "
-            + ("with the same arguments" if self.resume else f"-i {shlex.quote(self.save_path)}")
+        return f"Stopped and saved after {model.num_timesteps:,} env steps. To go on from there: sb3-deepcrl train " + (
+            "with the same arguments" if self.resume else f"-i {shlex.quote(self.save_path)}"
         )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:

@@ -20,20 +20,13 @@ import sb3_deepcrl
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals
 from sb3_deepcrl.env_ids import find_spec
-from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager, describe_input_error
+from sb3_deepcrl.zoo.config import describe_input_error
+from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.runs import RunFolder, RunLoader
 
 DEFAULT_ENV = "PointMaze_UMaze-v3"
-# Function of RL Zoo, or None where its module has to be run as a script
-SCRIPTS = {
-    "train": ("rl_zoo3.train", "train"),
-    "enjoy": ("rl_zoo3.enjoy", "enjoy"),
-    "record_video": ("rl_zoo3.record_video", None),
-    "plot_train": ("rl_zoo3.plots", "plot_train"),
-    "plot_from_file": ("rl_zoo3.plots", "plot_from_file"),
-    "all_plots": ("rl_zoo3.plots", "all_plots"),
-    "push_to_hub": ("rl_zoo3.push_to_hub", None),
-}
+PLOTS = ("plot_train", "plot_from_file", "all_plots")
+SCRIPTS = ("train", "enjoy", "record_video", *PLOTS, "push_to_hub")
 # Envs whose pictures are made by MuJoCo
 MUJOCO_ENVS = ("sb3_deepcrl.envs", "gymnasium_robotics.envs", "gymnasium.envs.mujoco")
 # Arguments of a run that do not hold for its continuation, or are in its config already
@@ -44,34 +37,22 @@ NOT_CONTINUED = {
 
 
 class TrainParser(argparse.ArgumentParser):
-    """RL Zoo's arguments of ``train``, and those of :class:`~sb3_deepcrl.zoo.exp_manager.GoalExperimentManager`."""
+    """RL Zoo's arguments of ``train``, and more of :class:`~sb3_deepcrl.zoo.exp_manager.GoalExperimentManager`."""
 
     def __init__(self) -> None:
         super().__init__(prog="sb3-deepcrl train")
 
     def add_argument(self, *flags: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
-        """
-        Add an argument. See ``argparse.ArgumentParser``.
-
-        :param flags: Flags
-        :param kwargs: Other arguments
-        :return: The action
-        """
+        """See ``argparse.ArgumentParser``. Some of RL Zoo's arguments mean more here."""
         if "--vec-env" in flags:
             kwargs.update(default="auto", choices=["auto", "batch", "dummy", "subproc"])
-            kwargs["help"] = "VecEnv type, batch: native threads, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
+            kwargs["help"] = "VecEnv type, batch: native, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
         elif "-i" in flags:
             kwargs["help"] = "Model or folder of a run to continue in a new folder, with the arguments that it had"
         return super().add_argument(*flags, **kwargs)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """
-        Parse the command line. What it does not tell about a run to continue is as it was.
-
-        :param args: Arguments of the command line, ``sys.argv`` by default
-        :param namespace: Where to put them
-        :return: The parsed arguments
-        """
+        """See ``argparse.ArgumentParser``. What the command line does not tell about a run to continue is as it was."""
         self.add_argument("--resume", action="store_true", help="Go on in its folder with the last run of the env, if any")
         self.add_argument("--eval-env", help="Environment ID for evaluations (default: that of the training)")
         self.set_defaults(algo="deepcrl", env=DEFAULT_ENV)
@@ -94,11 +75,7 @@ class TrainParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> Any:
-        """
-        Leave with one line.
-
-        :param message: What is wrong
-        """
+        """See ``argparse.ArgumentParser``. One line is enough."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -108,44 +85,38 @@ def _prepare_run(script: str, argv: Sequence[str]) -> list[str]:
     parser.add_argument("--env", default=DEFAULT_ENV)
     parser.add_argument("--gym-packages", nargs="+", default=[])
     parser.add_argument("--no-render", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
     args, _ = parser.parse_known_args(argv)
     spec = find_spec(args.env, args.gym_packages)
-    is_mujoco = str(spec.entry_point).startswith(MUJOCO_ENVS)
     has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    # MuJoCo would abort the process
-    if is_mujoco and not args.no_render and not has_screen and not {"-h", "--help"} & set(argv):
-        if script == "enjoy":
-            raise ValueError(
-                f"there is no screen to show {spec.id} on: add --no-render, or make a video by `MUJOCO_GL=egl sb3-deepcrl "
-                f"record_video --env {spec.id}`"
-            )
-        if not os.environ.get("MUJOCO_GL"):
-            raise ValueError(
-                f"without a screen the pictures of {spec.id} need MUJOCO_GL=egl (Debian: libegl1) or MUJOCO_GL=osmesa "
-                f"(libosmesa6) in front of the command: `MUJOCO_GL=egl sb3-deepcrl {script} ...`"
-            )
+    draws = not args.no_render and not args.help and str(spec.entry_point).startswith(MUJOCO_ENVS)
+    if draws and not has_screen and (script == "enjoy" or not os.environ.get("MUJOCO_GL")):
+        # MuJoCo would abort the process
+        raise ValueError(
+            f"there is no screen to show {spec.id} on: add --no-render, or make a video by `MUJOCO_GL=egl sb3-deepcrl "
+            f"record_video --env {spec.id}` (egl: Debian's libegl1, or MUJOCO_GL=osmesa: libosmesa6)"
+        )
     return ["--algo", "deepcrl", "-f", "logs", *argv, "--env", spec.id]
 
 
-def _run_plot(function: str, argv: Sequence[str]) -> None:
+def _run_plot(script: str, argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--figure", type=Path, help="Save the figure to this file, in place of showing it")
     args, sys.argv[1:] = parser.parse_known_args(argv)
-    if args.figure is None:
-        getattr(importlib.import_module("rl_zoo3.plots"), function)()
-        return
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
     import matplotlib
 
-    # It shows nothing, so that the figures are still there afterwards
-    matplotlib.use("Agg")
+    if args.figure is not None:
+        # It shows nothing, so that the figures are still there afterwards
+        matplotlib.use("Agg")
+        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
+        if not args.figure.parent.exists():
+            args.figure.parent.mkdir(parents=True)
+    getattr(importlib.import_module("rl_zoo3.plots"), script)()
     import matplotlib.pyplot as plt
 
-    if not args.figure.parent.exists():
-        args.figure.parent.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
-        getattr(importlib.import_module("rl_zoo3.plots"), function)()
-    for index, number in enumerate(plt.get_fignums(), start=1):
+    for index, number in enumerate(plt.get_fignums() if args.figure else [], start=1):
         target = args.figure if index == 1 else args.figure.with_stem(f"{args.figure.stem}-{index}")
         plt.figure(number).savefig(target, dpi=150)
         plt.close(number)
@@ -157,7 +128,7 @@ def _repair_hub() -> None:
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(hub, "generate_metadata"):
         # The private function is what became of it
-        hub.generate_metadata = lambda *args: hub._generate_metadata(*args).to_dict()
+        vars(hub).update(generate_metadata=lambda *args: hub._generate_metadata(*args).to_dict())
 
 
 def run(script: str, argv: Sequence[str]) -> None:
@@ -171,27 +142,22 @@ def run(script: str, argv: Sequence[str]) -> None:
     """
     end_start()
     sys.argv = [f"sb3-deepcrl {script}", *argv]
-    # Names that RL Zoo's scripts look up when they run: this process is theirs. They read the files of runs with the loader
-    yaml.UnsafeLoader = RunLoader  # type: ignore[misc, assignment]
-    rl_zoo3.train.ExperimentManager = GoalExperimentManager
-    rl_zoo3.train.argparse = SimpleNamespace(ArgumentParser=TrainParser)
-    module, function = SCRIPTS[script]
+    # What RL Zoo's scripts find under these names when they run: this process is theirs
+    vars(yaml).update(UnsafeLoader=RunLoader)
+    vars(rl_zoo3.train).update(argparse=SimpleNamespace(ArgumentParser=TrainParser), ExperimentManager=GoalExperimentManager)
     numbers: list[int] = []
     try:
         if script == "train":
             # Elsewhere there is nothing to save
             with stopped_by_signals() as numbers:
                 rl_zoo3.train.train()
-        elif module == "rl_zoo3.plots":
-            _run_plot(str(function), argv)
+        elif script in PLOTS:
+            _run_plot(script, argv)
         else:
             sys.argv[1:] = _prepare_run(script, argv)
             if script == "push_to_hub":
                 _repair_hub()
-            if function is None:
-                runpy.run_module(module, run_name="__main__")
-            else:
-                getattr(importlib.import_module(module), function)()
+            runpy.run_module(f"rl_zoo3.{script}", run_name="__main__")
     except KeyboardInterrupt:
         # Before the training or after it
         if not numbers:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_deepcrl
 from sb3_deepcrl.common.torch_layers import ResidualTower
-from sb3_deepcrl.envs.arguments import arguments_of, arguments_of_env
+from sb3_deepcrl.envs.arguments import default_arguments, default_env_kwargs
 
 PACKAGE = Path(sb3_deepcrl.__file__).parent
 # Where the code is that decides what comes out of a run
@@ -72,71 +74,62 @@ def _processor() -> str:
 
 
 def _packages() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in DEPENDENCIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    # With the platform that it was built for
-    return {**versions, "torch": th.__version__}
+    installed = {name: next(iter(metadata.distributions(name=name)), None) for name in DEPENDENCIES}
+    versions = {name: distribution.version for name, distribution in installed.items() if distribution}
+    # The version of PyTorch with the platform that it was built for
+    return {"python": platform.python_version(), **versions, "torch": th.__version__}
 
 
 def _plain(value: Any) -> Any:
     """What JSON has in place of an object, the same in each process."""
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (int, float, str):
-        # Those of NumPy are among them
-        if isinstance(value, kind):
-            return kind(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def resolved_arguments(
+def _arguments(
     model: BaseAlgorithm, hyperparams: Mapping[str, Any], envs: Mapping[str, tuple[str, Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """
-    Collect all that a model and its envs are made with.
-
-    :param model: The model
-    :param hyperparams: The entry of a config that it was made with
-    :param envs: Id and arguments of envs, by name
-    :return: Arguments with those that have their default, each under a name such as ``gamma``, ``policy_kwargs.norm`` or
-        ``eval_env.maze``
-    """
-    given = {**arguments_of(type(model)).defaults, "n_envs": model.n_envs, **hyperparams}
+    given = {**default_arguments(type(model)), "n_envs": model.n_envs, **hyperparams}
     found: dict[str, Any] = {}
     for name, value in given.items():
         # A model that was loaded has brought its own, and others are chosen
         own = getattr(model, name, value)
         if name not in OTHER_ARGUMENTS and not name.endswith("_kwargs"):
             found[name] = own if isinstance(own, bool | int | float | str | None) else value
-    buffer_class = type(getattr(model, "replay_buffer", None))
-    for key, owner in {"policy_kwargs": model.policy_class, "replay_buffer_kwargs": buffer_class}.items():
+    owners: dict[str, type] = {"policy_kwargs": model.policy_class}
+    if isinstance(model, OffPolicyAlgorithm):
+        owners["replay_buffer_kwargs"] = type(model.replay_buffer)
+    for key, owner in owners.items():
         # What is an argument of the algorithm too comes from there
-        defaults = {name: value for name, value in arguments_of(owner).defaults.items() if name not in given}
+        defaults = {name: value for name, value in default_arguments(owner).items() if name not in given}
         found |= {f"{key}.{name}": value for name, value in {**defaults, **(getattr(model, key, None) or {})}.items()}
     for name, (env_id, env_kwargs) in envs.items():
         spec = gym.spec(env_id)
-        values = {"id": env_id, "entry_point": spec.entry_point, **arguments_of_env(spec).defaults, **env_kwargs}
+        values = {"id": env_id, "entry_point": spec.entry_point, **default_env_kwargs(spec), **env_kwargs}
         found |= {f"{name}.{key}": value for key, value in values.items()}
-    return {name: _plain(value) for name, value in found.items()}
+    return found
 
 
-def made_with(model: BaseAlgorithm, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def made_with(
+    model: BaseAlgorithm, hyperparams: Mapping[str, Any], envs: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
     """
     Describe what a run is made with from now on.
 
     :param model: The model
-    :param arguments: See :func:`resolved_arguments`
-    :return: The record in ``made_with.json``
+    :param hyperparams: The entry of a config that it was made with
+    :param envs: Id and arguments of its envs, by name
+    :return: The record in ``made_with.json``. Its ``arguments`` include defaults, each under a name such as ``gamma``,
+        ``policy_kwargs.norm`` or ``eval_env.maze``.
     """
     is_low = any(tower.autocast_dtype for tower in model.policy.modules() if isinstance(tower, ResidualTower))
     return {
@@ -150,5 +143,5 @@ def made_with(model: BaseAlgorithm, arguments: Mapping[str, Any]) -> dict[str, A
         "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": th.get_num_threads(),
         "precision": "bfloat16" if is_low else "float32",
-        "arguments": dict(arguments),
+        "arguments": _plain(_arguments(model, hyperparams, envs)),
     }

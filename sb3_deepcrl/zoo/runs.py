@@ -51,9 +51,9 @@ def _is_data(text: str) -> bool:
 
 def _names_class(entry: Any) -> bool:
     """Whether ``module.Class`` or ``{module.Class: arguments}`` is a class that a config may name."""
-    name = next(iter(entry), "") if isinstance(entry, dict) else str(entry)
-    if "." not in name:
-        # The alias of a policy
+    name = next(iter(entry), "") if isinstance(entry, dict) else entry
+    if not isinstance(name, str) or "." not in name:
+        # A class, which was checked when it was read, or the alias of a policy
         return True
     found = get_class_by_name(name)
     return isinstance(found, type) and issubclass(found, CONFIG_CLASSES)
@@ -99,9 +99,6 @@ class RunLoader(yaml.SafeLoader):
             raise self._refusal(f"`{name}`")
         return found
 
-    def _construct_other(self, tag: str, node: yaml.Node) -> Any:
-        raise self._refusal(f"`!!python/{tag}`")
-
 
 TAG = "tag:yaml.org,2002:python/"
 RunLoader.add_constructor(
@@ -110,7 +107,6 @@ RunLoader.add_constructor(
 )
 RunLoader.add_constructor(f"{TAG}tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
 RunLoader.add_multi_constructor(f"{TAG}name:", RunLoader._construct_class)
-RunLoader.add_multi_constructor(TAG, RunLoader._construct_other)
 
 
 def num_timesteps(model_path: Path) -> int:
@@ -213,10 +209,10 @@ class RunFolder:
         """
         if match := CHECKPOINT.fullmatch(model_path.stem):
             return self.path / f"rl_model_{kind}_{match[1]}_steps.pkl"
-        if kind == "replay_buffer":
-            # The best model is older than the buffer of the final one
-            return self.path / ("best_replay_buffer.pkl" if model_path.stem == "best_model" else "replay_buffer.pkl")
-        return (self.params_path or self.path) / f"{kind}.pkl"
+        if kind == "vecnormalize":
+            return (self.params_path or self.path) / "vecnormalize.pkl"
+        # The best model is older than the buffer of the final one
+        return self.path / ("best_model_replay_buffer.pkl" if model_path.stem == "best_model" else "replay_buffer.pkl")
 
     @property
     def model_path(self) -> Path | None:
@@ -247,7 +243,9 @@ class RunFolder:
         if (path := self.model_path) is None:
             raise ValueError(f"There is no model in {self.path}, neither a final one nor a checkpoint (`--save-freq`)")
         # Without an env it needs no place to store transitions
-        small = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}} if env is None else {}
+        small: dict[str, Any] = (
+            {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}} if env is None else {}
+        )
         return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=small)
 
     def make_env(self) -> VecEnv:
