@@ -113,7 +113,7 @@ def test_evaluations_up_to_the_steps(tmp_path):
     ("what", "message"),
     [
         ("source", r"was made with other code of sb3_deepcrl \(source other, now \w+\)\. Use another folder"),
-        ("config", r"`gamma=0\.5`, where deepcrl\.yml has 0\.95 now; and 1 more of these runs\. Use another folder"),
+        ("config", r"`gamma=0\.5`, where zoo_configs has 0\.95 now; and 1 more of these runs\. Use another folder"),
     ],
 )
 def test_runs_of_other_code_are_not_taken(tmp_path, what, message):

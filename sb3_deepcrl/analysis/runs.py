@@ -147,6 +147,24 @@ def mean_evaluations(folder: "RunFolder", steps: int) -> dict[str, np.ndarray]:
     return {name: values[:n].reshape(n, -1).astype(float).mean(axis=1) for name, values in arrays.items()} if n else {}
 
 
+def config_entry(algo: str, env_id: str) -> dict[str, Any]:
+    """
+    Read the defaults of a run.
+
+    :param algo: The algorithm
+    :param env_id: Id of the env
+    :return: Its entry in ``zoo_configs``, empty if there is none
+    """
+    import yaml
+
+    from sb3_deepcrl.zoo.config import find_config
+
+    if (path := find_config(None, algo, env_id)) is None:
+        return {}
+    entries = yaml.safe_load(Path(path).read_text())
+    return dict(entries.get(env_id, entries.get("default", {})))
+
+
 def check_origin(all_runs: Sequence[Run], runs: Path) -> None:
     """
     Check that what there is of runs was made with the code and the configs that are here.
@@ -166,21 +184,16 @@ def check_origin(all_runs: Sequence[Run], runs: Path) -> None:
 
 def _differences(run: Run, runs: Path) -> str:
     """What a run was made with in place of what there is now, in words; nothing if it has not begun."""
-    import yaml
-
-    from sb3_deepcrl.zoo.config import find_config
     from sb3_deepcrl.zoo.provenance import source_digest
 
     records = run.made_with(runs)
     sources = dict.fromkeys(record["source"] for record in records if record["source"] != source_digest())
     changes = [f"other code of sb3_deepcrl (source {', '.join(sources)}, now {source_digest()})"] if sources else []
-    env_id = run.env.rpartition(":")[2]
-    if records and (path := find_config(None, run.algo, env_id)) is not None:
-        entries, then = yaml.safe_load(Path(path).read_text()), run.read(runs).config()
-        entry = entries.get(env_id, entries.get("default"))
+    if records:
+        then = run.read(runs).config()
         changes += [
-            f"`{name}={then.get(name)!r}`, where {Path(path).name} has {value!r} now"
-            for name, value in entry.items()
+            f"`{name}={then.get(name)!r}`, where zoo_configs has {value!r} now"
+            for name, value in config_entry(run.algo, run.env.rpartition(":")[2]).items()
             if name not in run.hyperparams and name not in ("n_timesteps", "env_kwargs") and then.get(name) != value
         ]
     return "; ".join(changes)
