@@ -217,7 +217,7 @@ def _locked(folder: Path, is_stopped: threading.Event) -> Iterator[tuple[int, ..
         yield (file.fileno(),)
 
 
-class LocalRuns:
+class _LocalRuns:
     """The runs in training that this process has started, so that they can be stopped."""
 
     def __init__(self) -> None:
@@ -225,14 +225,7 @@ class LocalRuns:
         self.processes: set[subprocess.Popen[bytes]] = set()
 
     def train(self, command: Sequence[str], folder: Path, n_threads: int) -> None:
-        """
-        Train one run, with all that it says in ``train.log``.
-
-        :param command: Its command
-        :param folder: Its folder
-        :param n_threads: Number of threads
-        :raises ChildProcessError: if it fails
-        """
+        """Train one run, with all that it says in ``train.log``."""
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
         with _locked(folder, self.is_stopped) as lock, (folder / "train.log").open("ab+") as log:
@@ -249,6 +242,9 @@ class LocalRuns:
                 process_group=0 if os.name == "posix" else None,
             )
             self.processes.add(process)
+            if self.is_stopped.is_set():
+                # A moment ago
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
             if code != 0 and not self.is_stopped.is_set():
@@ -271,7 +267,7 @@ class LocalRuns:
 
 
 # joblib's backends that send a run elsewhere find this one there
-_local_runs = LocalRuns()
+_local_runs = _LocalRuns()
 
 
 def _train(command: Sequence[str], folder: Path, n_threads: int) -> None:
@@ -287,12 +283,7 @@ def _describe_failure(code: int, said: str, folder: Path) -> str:
     return "\n".join([f"A run {how}. The end of {folder / 'train.log'}:", *lines[-20:]])
 
 
-def usable_cores() -> int:
-    """
-    Count the cores that this process may use.
-
-    :return: Their number
-    """
+def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -331,9 +322,9 @@ def train_all(
 
             register_ray()
         is_local = backend == "threading"
-        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or (usable_cores() if is_local else -1)))
+        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or (_usable_cores() if is_local else -1)))
         n_jobs = max(1, min(effective_n_jobs(), len(open_runs)))
-        n_threads = max(1, usable_cores() // n_jobs)
+        n_threads = max(1, _usable_cores() // n_jobs)
         stack.enter_context(_progress(all_runs, runs, len(open_runs), console or get_console()))
         _local_runs.is_stopped.clear()
         stack.callback(_local_runs.stop)
