@@ -15,7 +15,7 @@ from torch import nn
 from sb3_deepcrl import compile_blocks, uncompile_blocks
 from sb3_deepcrl.common import compilation, tower_kernel
 from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
-from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, _check_memory, has_kernel, load_kernel
+from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, _check_memory, apply_heads, has_kernel, load_kernel
 
 has_avx2 = th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no AVX2 or no compiler")
@@ -143,7 +143,7 @@ def test_other_heads(sizes, n_rows, width, n_threads):
 
     def differentiate(modules, x, n_used):
         x = x.clone().requires_grad_()
-        outputs = modules[0](x, *modules[1:])
+        outputs = apply_heads(modules[0], x, *modules[1:])
         assert [tuple(output.shape) for output in outputs] == [(n_rows, size) for size in sizes]
         loss = sum(output.square().sum() for output in outputs[:n_used])
         inputs = [x, *modules.parameters()]
@@ -154,9 +154,9 @@ def test_other_heads(sizes, n_rows, width, n_threads):
     # What is done to a head, or in place of it, counts
     with th.no_grad():
         kernel[1].weight.zero_()
-        assert th.equal(kernel[0](x, *kernel[1:])[0], kernel[1].bias.expand(n_rows, -1))
+        assert th.equal(apply_heads(kernel[0], x, *kernel[1:])[0], kernel[1].bias.expand(n_rows, -1))
         other = nn.Linear(width, 2)
-        assert_close(kernel[0](x, other), [deepcopy(other).double()(exact[0](x.double()))])
+        assert_close(apply_heads(kernel[0], x, other), [deepcopy(other).double()(exact[0](x.double()))])
 
 
 @needs_bfloat16
@@ -306,6 +306,7 @@ OTHERS = {
     "hook of a container": lambda tower: tower.blocks.register_forward_pre_hook(lambda *_: None),
     "hook of the head": lambda tower: tower.head.register_forward_hook(lambda *_: None),
     "head": lambda tower: setattr(tower, "head", nn.Sequential(nn.Linear(32, 3), nn.Tanh())),
+    "empty head": lambda tower: setattr(tower, "head", nn.Linear(32, 0)),
     "head without bias": lambda tower: setattr(tower, "head", nn.Linear(32, 3, bias=False)),
     "hook of the tower": lambda tower: tower.register_full_backward_hook(lambda *_: None),
 }

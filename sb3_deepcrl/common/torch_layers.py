@@ -186,16 +186,12 @@ class ResidualTower(nn.Module):
         #: Whether to keep only the input of each block for the backward pass and compute the rest of it again
         self.checkpoint_activations = False
 
-    def forward(self, x: th.Tensor, *heads: nn.Module) -> Any:
+    def forward(self, x: th.Tensor) -> th.Tensor:
         """
-        Outputs of the tower's own head, or of others.
-
         :param x: Inputs of shape ``(batch_size, input_dim)``
-        :param heads: Dense layers in place of the tower's own head: with it they are one call where towers run as a kernel
-        :return: Outputs of shape ``(batch_size, output_dim)``, or a tuple with those of each of ``heads``
+        :return: Outputs of shape ``(batch_size, output_dim)``
         """
-        features = self.features(x)
-        return tuple([head(features) for head in heads]) if heads else self.head(features)
+        return self.head(self.features(x))
 
     def features(self, x: th.Tensor) -> th.Tensor:
         """

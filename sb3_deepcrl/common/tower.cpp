@@ -1201,7 +1201,7 @@ void squash(const float* mean, const float* log_std, const float* noise, int64_t
     const Vec log = load(buffer[1]), z = load(buffer[2]);
     const Vec u = fmadd(exp2(log * all(LOG2_E)), z, load(buffer[0])), size = max(u, -u), e = exp2(size * all(-2.0f * LOG2_E));
     const Vec action = (all(1.0f) - e) / (all(1.0f) + e);
-    // log(1 - tanh(u)^2) where that does not saturate
+    // log(1 - tanh(u)^2), in the form that does not saturate
     const Vec correction = all(2.0f) * (all(0.6931472f) - size - log1p(e));
     // Zero and NaN are themselves
     store(buffer[0], u > all(0.0f) ? action : u < all(0.0f) ? -action : u);

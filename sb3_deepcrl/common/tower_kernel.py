@@ -29,8 +29,9 @@ _n_threads: int | None = None
 
 
 class _Shape(ctypes.Structure):
-    """A tower as the kernel wants it described."""
+    """A tower as the kernel wants it described, and what it points to."""
 
+    arrays: tuple[ctypes.Array[Any], ...]
     _fields_ = (
         ("n_inputs", _INTEGER),
         ("width", _INTEGER),
@@ -128,7 +129,7 @@ class _Layout:
         layers = [list(layers) for layers in (tower.stem, *branches)]
         if [[*map(type, modules)] for modules in layers] != [_LAYER, *[_LAYER * LAYERS_PER_BLOCK] * len(blocks)]:
             raise ValueError("other layers than Dense, LayerNorm and Swish")
-        dense_heads = [head for head in heads if type(head) is nn.Linear]
+        dense_heads = [head for head in heads if type(head) is nn.Linear and head.out_features > 0]
         if len(dense_heads) < len(heads):
             raise ValueError("other heads than Dense")
         # What may be exchanged: modules in modules, parameters in modules
@@ -170,9 +171,11 @@ class _Layout:
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self.n_outputs = [head.out_features for head in dense_heads] or [width]
-        self._addresses, self._sizes = _addresses(tensors), (_INTEGER * len(heads))(*self.n_outputs[: len(heads)])
-        addresses = ctypes.cast(self._sizes, _ADDRESS), ctypes.cast(self._addresses, _ADDRESS)
-        self.shape = _Shape(n_inputs, width, len(blocks), len(heads), *addresses, norms[0].eps)
+        sizes, pointers = (_INTEGER * len(heads))(*self.n_outputs[: len(heads)]), _addresses(tensors)
+        arrays = ctypes.addressof(sizes), ctypes.addressof(pointers)
+        self.shape = _Shape(n_inputs, width, len(blocks), len(heads), *arrays, norms[0].eps)
+        # They live as long as it points to them
+        self.shape.arrays = (sizes, pointers)
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -295,11 +298,13 @@ class TowerKernel:
         """
         Look at the tower, unless it is as it was.
 
-        :param heads: Dense layers in place of its own head
+        :param heads: Dense layers that take its output, if it has no head
         :param bfloat16: Whether products are in bfloat16
         :return: Where its parameters are, None if the kernel does not know it
         """
-        if not heads and type(self.tower.head) is not nn.Identity:
+        if type(self.tower.head) is not nn.Identity:
+            if heads:
+                return None
             heads = (self.tower.head,)
         if self._layout is None or self._layout.heads != heads or not self._layout.holds():
             try:
@@ -329,16 +334,34 @@ class TowerKernel:
         if x.is_cpu and x.dtype is th.float32 and x.ndim == 2 and len(x) > 0 and (autocast is None or bfloat16):
             layout = None if is_traced(x) else self.layout(heads, bfloat16)
         if layout is None or x.shape[1] != layout.shape.n_inputs:
-            return tower._call_impl(x, *heads)
+            output = tower._call_impl(x)
+            return tuple([head(output) for head in heads]) if heads else output
         x = x.contiguous()
         trained = th.is_grad_enabled() and any([parameter.requires_grad for parameter in layout.parameters])
         if trained or (th.is_grad_enabled() and x.requires_grad):
             gradients = self.flat._write_gradients(layout) if self.flat is not None and trained else None
-            parameters = layout.parameters if gradients is None else [self.token]
+            parameters: list[Any] = layout.parameters if self.flat is None or trained else []
+            if gradients is not None:
+                parameters = [self.token]
             outputs = _Tower.apply(self, layout, bfloat16, gradients, x, *parameters)
         else:
             outputs = self._forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
         return outputs if heads else outputs[0]
+
+
+def apply_heads(tower: ResidualTower, x: th.Tensor, *heads: nn.Module) -> tuple[th.Tensor, ...]:
+    """
+    Let several heads take the features of a tower without one, in one call where it runs as the kernel.
+
+    :param tower: The residual tower
+    :param x: Its inputs
+    :param heads: Dense layers
+    :return: The output of each head
+    """
+    if isinstance(tower._compiled_call_impl, TowerKernel):
+        return tower._compiled_call_impl(x, *heads)
+    features = tower(x)
+    return tuple([head(features) for head in heads])
 
 
 def has_kernel(*towers: ResidualTower) -> bool:

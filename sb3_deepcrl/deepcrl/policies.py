@@ -15,7 +15,7 @@ from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
-from sb3_deepcrl.common.tower_kernel import has_kernel
+from sb3_deepcrl.common.tower_kernel import apply_heads, has_kernel
 from sb3_deepcrl.common.utils import check_bool, check_choice, check_depth, check_policy_kwargs, check_positive_int
 
 # Range of the log standard deviation before squashing
@@ -113,7 +113,8 @@ class Actor(CheckedPolicy):
         :param obs: Observations
         :return: Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``
         """
-        mean, log_std = self.tower(self.extract_features(obs, self.features_extractor), self.mu, self.log_std)
+        features = self.extract_features(obs, self.features_extractor)
+        mean, log_std = apply_heads(self.tower, features, self.mu, self.log_std)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(log_std) + 1.0)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
