@@ -235,6 +235,7 @@ def test_policy_and_actor_alone(trained, tmp_path):
     th.testing.assert_close(policy.critic(tensors, th.zeros(5, 2)), trained.critic(tensors, th.zeros(5, 2)))
 
 
+@pytest.mark.slow
 def test_a_thousand_layers(tmp_path):
     model = make_model(GoalReachEnv(), depth=1024, learning_starts=10, train_freq=12, gradient_steps=2).learn(12)
     assert model._n_updates == 2

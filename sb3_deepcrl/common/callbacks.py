@@ -107,9 +107,7 @@ class TrainingDisplay(BaseCallback):
         return Group(table, self._progress)
 
     def _show(self, is_due: bool = False) -> None:
-        """
-        :param is_due: Whether to write a line where there is no terminal, even if the last one was a moment ago
-        """
+        """Show the measures; where there is no terminal, as a line if it is due or the last one was a while ago."""
         # At the start of a rollout, right after an update, the logger has not been dumped yet
         self.accuracy = self.logger.name_to_value.get("train/categorical_accuracy", self.accuracy)
         total = self.locals["total_timesteps"]
@@ -142,9 +140,7 @@ class TrainingDisplay(BaseCallback):
         return True
 
     def stop(self) -> None:
-        """
-        Leave the terminal as it was. Called at the end of the training, and to be called when it was interrupted.
-        """
+        """Leave the terminal as it was. Called at the end of the training, and to be called when it was interrupted."""
         if not self._is_shown:
             return
         self._show(is_due=True)

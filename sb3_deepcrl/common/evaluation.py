@@ -38,8 +38,10 @@ class GoalEpisode:
 
 def mean_of_episodes(episodes: list[GoalEpisode]) -> dict[str, float]:
     """
+    Mean of each measure over episodes.
+
     :param episodes: At least one episode
-    :return: Mean of each measure over the episodes, by name
+    :return: The means by name
     """
     names = [field.name for field in fields(GoalEpisode) if field.name != "env_index"]
     return {name: float(np.mean([getattr(episode, name) for episode in episodes])) for name in names}
@@ -68,6 +70,8 @@ class GoalEpisodeRecorder:
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """
+        Record a step of one env.
+
         :param locals_: Local variables of ``evaluate_policy``
         :param globals_: Its global variables
         :raises ValueError: if the info dict tells nothing about success, or if the action is NaN or infinite
@@ -96,7 +100,7 @@ class GoalEpisodeRecorder:
             original = self.vec_normalize.get_original_obs()
             distances.append(self._distance(original["achieved_goal"][index], original["desired_goal"][index]))
         elif not distances:
-            # Of the last observation there is only the normalised one: do without it unless it is all there is
+            # Of the last observation there is only the normalized one: do without it unless it is all there is
             original = self.vec_normalize.unnormalize_obs(last)
             distances.append(self._distance(original["achieved_goal"], original["desired_goal"]))
         self._rewards[index] += float(locals_["reward"])
@@ -127,7 +131,7 @@ def evaluate_goals(
     as :func:`~stable_baselines3.common.evaluation.evaluate_policy` does.
 
     :param model: Anything that has ``predict``
-    :param env: Goal-conditioned environment, vectorised or not
+    :param env: Goal-conditioned environment, vectorized or not
     :param n_eval_episodes: Number of episodes
     :param deterministic: Whether to use deterministic or stochastic actions
     :return: One row for each episode

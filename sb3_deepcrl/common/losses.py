@@ -1,7 +1,7 @@
 """
 Energies and contrastive losses, as pure functions of tensors.
 
-They hold no state, draw no random number and never synchronise with the host.
+They hold no state, draw no random number and never synchronize with the host.
 """
 
 import functools

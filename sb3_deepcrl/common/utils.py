@@ -341,14 +341,6 @@ def how_to_write(error: BaseException, given: Iterable[Any]) -> str | None:
     return None
 
 
-def number(text: str) -> float:
-    """Read a number of the command line."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number such as 3e-4, got {text!r}") from None
-
-
 def whole_number(text: str) -> int:
     """Read a whole number of the command line, which may be written as 1e6."""
     with contextlib.suppress(ValueError):
