@@ -25,9 +25,12 @@ Beside busy neighbors, the second time as the commands of this package do it, wh
 """
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
+import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -46,8 +49,6 @@ from gymnasium import spaces
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
-from sb3_deepcrl.analysis.provenance import processor
-from sb3_deepcrl.analysis.runs import write_rows
 from sb3_deepcrl.common import compilation
 
 # Observation, goal and action of the humanoid tasks
@@ -330,7 +331,9 @@ def machine(args: argparse.Namespace) -> str:
     """
     if args.device == "cuda":
         return f"{th.cuda.get_device_name()}, torch {th.__version__}"
-    return f"{args.n_threads} threads of {processor()} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
+    processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    name = processor[1] if processor else platform.machine()
+    return f"{args.n_threads} threads of {name} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
 
 
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
@@ -444,7 +447,10 @@ def main() -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text)
-        write_rows(args.output.with_suffix(".csv"), rows)
+        with args.output.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
         draw(rows, args.output.with_suffix(".png"))
 
 

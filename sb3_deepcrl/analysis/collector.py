@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_deepcrl import GoalEvalCallback
 from sb3_deepcrl.analysis.episodes import make_envs
@@ -103,15 +104,19 @@ class Learners(BaseCallback):
         for name in ("policy", "env", "actor_depth", "critic_depth"):
             kwargs.pop(name, None)
         policy_kwargs = {name: value for name, value in collector.policy_kwargs.items() if "depth" not in name}
-        # Not the seed of the collector, or one of the same depth would start with its networks
-        seed = int(np.random.SeedSequence([collector.seed or 0, depth]).generate_state(1)[0])
-        with _own_random_numbers(seed):
-            kwargs.update(depth=depth, policy_kwargs=policy_kwargs, seed=seed)
+        # Not the networks of the collector, if that is as deep; a seed would be that of the envs too
+        with _own_random_numbers(collector.seed or 0, depth):
+            kwargs.update(depth=depth, policy_kwargs=policy_kwargs, seed=None)
             return DeepCRL("MultiInputPolicy", self.training_env, **kwargs)
 
     def _on_training_start(self) -> None:
-        for evaluations in self.evaluations.values():
-            evaluations.on_training_start(self.locals, self.globals)
+        collector = self.model
+        assert isinstance(collector, DeepCRL) and isinstance(collector.train_freq, TrainFreq)
+        rollout = collector.train_freq.frequency * self.training_env.num_envs
+        for depth, learner in self.learners.items():
+            # As `learn()` does, which they never see
+            learner._setup_acceleration(self.locals["total_timesteps"] * max(collector.gradient_steps, 1) // rollout)
+            self.evaluations[depth].on_training_start(self.locals, self.globals)
 
     def _on_rollout_start(self) -> None:
         self._catch_up()
@@ -133,9 +138,10 @@ class Learners(BaseCallback):
         self._catch_up()
 
     def _catch_up(self) -> None:
+        # Counters of Stable-Baselines3 that nothing public tells or sets
         for depth, learner in self.learners.items():
             learner._current_progress_remaining = self.model._current_progress_remaining
-            with _own_random_numbers(learner.seed or 0, self.num_timesteps):
+            with _own_random_numbers(self.model.seed or 0, depth, self.num_timesteps):
                 learner.train(self.model._n_updates - learner._n_updates, learner.batch_size)
             self.evaluations[depth].on_rollout_start()
 

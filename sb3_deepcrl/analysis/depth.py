@@ -1,9 +1,13 @@
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from sb3_deepcrl.analysis.report import Results, draw_learning_curves
 from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import Estimate, critical_depth
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(kw_only=True)
@@ -33,6 +37,9 @@ class DepthStudy(ComparisonOfDepths):
     @staticmethod
     def _label(part: str, depth: int) -> str:
         return f"depth {depth}" if part == "both" else f"{part} depth {depth}"
+
+    def draw(self, results: Results) -> "Figure":
+        return draw_learning_curves(results, is_ordered=True)
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
         return [

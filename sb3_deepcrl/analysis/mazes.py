@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from sb3_deepcrl.envs.goal_env import GoalEnv
+from sb3_deepcrl.envs.plotting import draw_walls
 from sb3_deepcrl.envs.scenes import Maze
 
 if TYPE_CHECKING:
@@ -46,10 +47,8 @@ class MazeMap:
         """
         scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
         if isinstance(scene, Maze):
-            walls = np.ones(scene.layout.shape, dtype=bool)
-            walls[tuple(scene.layout.free.T)] = False
             row_step, column_step = scene.cell_size * np.eye(2)
-            return cls(walls, scene.cell_size, np.zeros(2), column_step, row_step)
+            return cls(scene.layout.walls, scene.cell_size, np.zeros(2), column_step, row_step)
         maze = getattr(env.unwrapped, "maze", None)
         if maze is None:
             return None
@@ -138,17 +137,10 @@ class MazeMap:
 
         :param ax: Where
         """
-        from matplotlib.patches import Rectangle
-
-        for center in self.to_picture(self.positions(np.argwhere(self.walls))):
-            corner = center - self.cell_size / 2
-            ax.add_patch(Rectangle(corner, self.cell_size, self.cell_size, facecolor="0.25", edgecolor="0.25"))
-        x_min, x_max, y_min, y_max = self.limits()
-        (left, bottom), (right, top) = self.to_picture(np.array([(x_min, y_min), (x_max, y_max)]))
+        corners = self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
+        (left, top), (right, bottom) = self.to_picture(corners)
         across, up = self.to_picture(np.array(["x", "y"]))
-        ax.set(xlabel=f"{across} (m)", ylabel=f"{up} (m)", aspect="equal", xlim=(left, right), ylim=(bottom, top))
-        if self.to_picture(self.row_step)[1] > 0:
-            ax.invert_yaxis()
+        draw_walls(ax, self.walls, (left, right, bottom, top), (across, up))
 
     def distances(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """

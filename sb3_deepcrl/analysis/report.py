@@ -208,18 +208,18 @@ def draw_estimates(ax: "Axes", points: Mapping[float, Estimate], label: str, col
     ax.errorbar(sorted(points), means, errors, fmt="o-", label=label, color=color, capsize=3)
 
 
-def draw_learning_curves(results: Results) -> "Figure":
+def draw_learning_curves(results: Results, is_ordered: bool = False) -> "Figure":
     """
     Draw time at goal and success over env steps and over seconds.
 
     :param results: Evaluations of each seed by setting
+    :param is_ordered: Whether the settings have an order, such as that of depths, which their colors show
     :return: The figure
     """
-    from matplotlib import colormaps
-
+    shades = depth_colors(range(len(results)))
     figure, axes = new_figure(2, 2)
     for number, (label, seeds) in enumerate(results.items()):
-        color = colormaps["viridis_r"](0.15 + 0.8 * number / max(len(results) - 1, 1))
+        color = shades[number] if is_ordered else f"C{number}"
         for column, (over, name, unit) in enumerate(
             (("timesteps", "env steps (thousands)", 1000), ("seconds", "CPU seconds", 1))
         ):

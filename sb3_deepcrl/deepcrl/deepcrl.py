@@ -270,13 +270,11 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.target_entropy == "auto":
             self.target_entropy = -0.5 * float(np.prod(self.action_space.shape))  # type: ignore[arg-type]
         else:
-            # Force conversion
-            # this will also throw an error for unexpected string
+            # Force conversion, this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
 
         # The entropy coefficient or entropy can be learned automatically
         if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
-            # Default initial value of ent_coef when learned
             init_value = 1.0
             if "_" in self.ent_coef:
                 init_value = float(self.ent_coef.split("_")[1])
@@ -284,9 +282,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
         else:
-            # Force conversion to float
-            # this will throw an error if a malformed string (different from 'auto')
-            # is passed
+            # Force conversion, this will also throw an error for unexpected string
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
         self._runner = UpdateRunner(self._update, self.policy, self._optimizers)
         self._setup_acceleration()
@@ -316,8 +312,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
     def _setup_acceleration(self, n_updates: int = 0) -> None:
         """Let networks and updates run as the arguments say, for so many updates."""
-        settings = (self.compile, self.cuda_graph, self.precision, self.checkpoint_activations)
-        self._runner.set_up(*settings, n_updates=n_updates)
+        self._runner.set_up(self.compile, self.cuda_graph, self.precision, self.checkpoint_activations, n_updates)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         optimizers = [self.actor.optimizer, self.critic.optimizer]

@@ -356,6 +356,7 @@ class DeepCRLPolicy(CheckedPolicy):
         return data
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        """Make an actor."""
         actor_kwargs = dict(
             observation_space=self.observation_space,
             action_space=self.action_space,
@@ -365,6 +366,7 @@ class DeepCRLPolicy(CheckedPolicy):
         return Actor(**self._update_features_extractor(actor_kwargs, features_extractor)).to(self.device)
 
     def make_critic(self) -> ContrastiveCritic:
+        """Make a critic, with features extractors of its own for state and goal."""
         state_space, goal_space = split_observation_space(self.observation_space)
         return ContrastiveCritic(
             self.observation_space,
