@@ -17,6 +17,11 @@ peak memory are its own. The roof is the rate of the three matrix products of a 
 precision, measured before and after the updates; products of our own may be above it. Run it on an idle machine::
 
     python benchmarks/update.py --output docs/results/update.md
+
+Beside busy neighbors, the second time as the commands of this package do it, whose OpenMP threads soon sleep::
+
+    python benchmarks/update.py --busy 2 --sizes 16x256x512 4x32x256 --modes eager compiled bfloat16
+    GOMP_SPINCOUNT=1000 python benchmarks/update.py --busy 2 --sizes 16x256x512 4x32x256 --modes eager compiled bfloat16
 """
 
 import argparse
@@ -283,7 +288,7 @@ def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[],
         return jax_update(size, {key: value.numpy() for key, value in observations.items()}, actions.numpy())
     if mode == "plain":
         return lambda: plain_update(model, observations, actions)
-    return lambda: model._run_update(observations, actions)
+    return lambda: model._runner.run(observations, actions)
 
 
 def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]:
@@ -335,6 +340,8 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     :return: Table in Markdown
     """
     beside = f" with {args.busy} busy processes beside" if args.busy else ""
+    if "GOMP_SPINCOUNT" in os.environ:
+        beside += f" and GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}"
     plain = {row["size"]: row["ms"] for row in rows if row["mode"] == "plain"}
     lines = [
         "# Time and memory of one update",
