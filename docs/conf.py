@@ -1,0 +1,39 @@
+"""Configuration of Sphinx, see https://www.sphinx-doc.org/en/master/usage/configuration.html"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+project = "sb3_deepcrl"
+copyright = "the sb3_deepcrl contributors"  # noqa: A001
+author = "the sb3_deepcrl contributors"
+release = version = (ROOT / "sb3_deepcrl" / "version.txt").read_text().strip()
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+# Fails the build (-W) where a link inside of a page or between pages leads nowhere
+nitpick_ignore_regex = [("py:.*", ".*")]
+linkcheck_ignore = [r"https?://.*"]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 100
+
+html_theme = "sphinx_rtd_theme"
+html_title = f"sb3_deepcrl {release}"
+html_show_copyright = False
+copybutton_prompt_text = r"\$ |>>> "
+copybutton_prompt_is_regexp = True
