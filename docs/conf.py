@@ -20,11 +20,9 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-# Fails the build (-W) where a link inside of a page or between pages leads nowhere
-nitpick_ignore_regex = [("py:.*", ".*")]
-linkcheck_ignore = [r"https?://.*"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
+# Links to headings, `page.md#heading`: one that leads nowhere is a warning, and with -W an error
 myst_heading_anchors = 4
 
 autodoc_typehints = "description"
