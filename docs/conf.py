@@ -14,14 +14,12 @@ release = version = (ROOT / "sb3_deepcrl" / "version.txt").read_text().strip()
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 # Links to headings, `page.md#heading`: one that leads nowhere is a warning, and with -W an error
 myst_heading_anchors = 4
 
@@ -35,3 +33,5 @@ html_title = f"sb3_deepcrl {release}"
 html_show_copyright = False
 copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
