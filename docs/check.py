@@ -22,8 +22,13 @@ LINKED = ("benchmarks", "examples", "zoo_configs")
 
 def pages() -> list[Path]:
     """README and the pages of the documentation, without the reports and what Sphinx has built."""
-    docs = sorted(path for path in (ROOT / "docs").rglob("*.md") if path.relative_to(ROOT).parts[1] not in ("results", "_build"))
-    return [ROOT / "README.md", *docs]
+    docs = ROOT / "docs"
+    return [
+        ROOT / "README.md",
+        docs / "index.md",
+        *sorted((docs / "guide").glob("*.md")),
+        *sorted((docs / "modules").glob("*.md")),
+    ]
 
 
 def run_block(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 project = "sb3_deepcrl"
-copyright = "the sb3_deepcrl contributors"  # noqa: A001
+copyright = "the sb3_deepcrl contributors"
 author = "the sb3_deepcrl contributors"
 release = version = (ROOT / "sb3_deepcrl" / "version.txt").read_text().strip()
 
@@ -26,7 +26,6 @@ myst_heading_anchors = 4
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
-python_maximum_signature_line_length = 100
 
 html_theme = "sphinx_rtd_theme"
 html_title = f"sb3_deepcrl {release}"
