@@ -22,13 +22,8 @@ LINKED = ("benchmarks", "examples", "zoo_configs")
 
 def pages() -> list[Path]:
     """README and the pages of the documentation, without the reports and what Sphinx has built."""
-    docs = ROOT / "docs"
-    return [
-        ROOT / "README.md",
-        docs / "index.md",
-        *sorted((docs / "guide").glob("*.md")),
-        *sorted((docs / "modules").glob("*.md")),
-    ]
+    guide = sorted(page for folder in ("guide", "modules") for page in (ROOT / "docs" / folder).glob("*.md"))
+    return [ROOT / "README.md", ROOT / "docs" / "index.md", *guide]
 
 
 def run_block(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
