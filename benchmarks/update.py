@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.analysis.provenance import processor
 from sb3_deepcrl.analysis.runs import write_rows
-from sb3_deepcrl.common import acceleration
+from sb3_deepcrl.common import compilation
 
 # Observation, goal and action of the humanoid tasks
 OBSERVATION_DIM, GOAL_DIM, ACTION_DIM = 246, 3, 17
@@ -262,7 +262,7 @@ def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[],
     if mode == "plain":
         settings["policy_kwargs"] = dict(optimizer_kwargs=dict(fused=False))
     if mode == "inductor":
-        acceleration.load_kernel = lambda: None
+        compilation.load_kernel = lambda: None
     model = DeepCRL(
         "MultiInputPolicy",
         HumanoidSizes(),

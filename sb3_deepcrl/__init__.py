@@ -5,10 +5,10 @@ from sb3_deepcrl.common.startup import is_command, start_command
 if is_command():
     start_command()
 
-from sb3_deepcrl.common.acceleration import compile_blocks, uncompile_blocks
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
-from sb3_deepcrl.common.deep_policies import DeepResidualExtractor, register_policies, unregister_policies
+from sb3_deepcrl.common.compilation import compile_blocks, uncompile_blocks
 from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
+from sb3_deepcrl.deep_policies import DeepResidualExtractor, register_policies, unregister_policies
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.compat import patch_gymnasium_robotics_on_import
 from sb3_deepcrl.envs.registration import register_envs

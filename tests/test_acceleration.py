@@ -18,20 +18,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL, uncompile_blocks
-from sb3_deepcrl.common import acceleration
-from sb3_deepcrl.common.acceleration import (
-    GraphedFunction,
-    compile_blocks,
-    prepare_optimizer,
-    set_learning_rate,
-    set_precision,
-)
+from sb3_deepcrl.common import compilation
+from sb3_deepcrl.common.compilation import compile_blocks, set_precision
+from sb3_deepcrl.common.cuda_graphs import GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
 from sb3_deepcrl.common.torch_layers import ResidualTower
 from sb3_deepcrl.common.tower_kernel import load_kernel
 from tests.envs import GoalReachEnv
 
 needs_compiler = pytest.mark.skipif(
-    acceleration.why_not_compiled("cpu") is not None, reason=f"torch.compile fails: {acceleration.why_not_compiled('cpu')}"
+    compilation.why_not_compiled("cpu") is not None, reason=f"torch.compile fails: {compilation.why_not_compiled('cpu')}"
 )
 
 
@@ -122,7 +117,7 @@ def test_settings_may_change_while_compiled():
 @needs_compiler
 def test_settings_may_change_between_two_calls_of_learn():
     model = make_model(compile=False).learn(40)
-    towers = acceleration.residual_towers(model.policy)
+    towers = compilation.residual_towers(model.policy)
     model.compile, model.precision, model.checkpoint_activations = True, "bfloat16", True
     model.learn(20, reset_num_timesteps=False)
     compiled = [each for tower in towers for each in ([tower] if load_kernel() else tower.blocks)]
@@ -136,7 +131,7 @@ def test_settings_may_change_between_two_calls_of_learn():
 
 @needs_compiler
 def test_compiler_is_found_without_gradients():
-    acceleration.why_not_compiled.cache_clear()
+    compilation.why_not_compiled.cache_clear()
     with th.no_grad():
         assert compile_blocks(ResidualTower(5, 3, depth=4, width=16))
 
@@ -145,15 +140,15 @@ def test_without_a_compiler_there_is_one_warning(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(acceleration, "load_kernel", lambda: None)
-    for function in (acceleration.why_not_compiled, acceleration.can_compile):
+    monkeypatch.setattr(compilation, "load_kernel", lambda: None)
+    for function in (compilation.why_not_compiled, compilation.can_compile):
         function.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(th, "compile", fail)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             models = [make_model(compile=True).learn(40) for _ in range(2)]
-    for function in (acceleration.why_not_compiled, acceleration.can_compile):
+    for function in (compilation.why_not_compiled, compilation.can_compile):
         function.cache_clear()
     messages = [str(warning.message) for warning in caught if "uncompiled" in str(warning.message)]
     assert len(messages) == 1
@@ -619,13 +614,12 @@ def test_policy_with_graphs_can_be_copied():
     )
 
 
-def test_optimizer_that_cannot_be_captured(monkeypatch):
-    model = make_model(policy_kwargs=dict(optimizer_class=th.optim.SGD))
-    assert not model._optimizers_are_capturable()
-    assert make_model()._optimizers_are_capturable()
-    model.cuda_graph = True
+def test_optimizer_that_cannot_be_captured():
+    assert can_capture(make_model()._optimizers())
+    optimizers = make_model(policy_kwargs=dict(optimizer_class=th.optim.SGD))._optimizers()
+    assert not can_capture(optimizers)
     with pytest.raises(ValueError, match="SGD"):
-        model._optimizers_are_capturable()
+        can_capture(optimizers, required=True)
 
 
 def graph(model: DeepCRL) -> StandInBackend:
@@ -813,7 +807,7 @@ def test_bfloat16_multiplies_only():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_precision_follows_the_hardware(monkeypatch, native):
-    monkeypatch.setattr(acceleration, "has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr(compilation, "has_native_bfloat16", lambda device: native)
     tower = ResidualTower(5, 3, depth=4, width=16)
     set_precision(tower, "auto", th.device("cpu"))
     assert tower.autocast_dtype is (th.bfloat16 if native else None)

@@ -23,9 +23,9 @@ from stable_baselines3.sac.policies import MlpPolicy
 from torch import nn
 
 from sb3_deepcrl import DeepResidualExtractor, SuccessInfoWrapper, compile_blocks, register_policies, unregister_policies
-from sb3_deepcrl.common import acceleration
-from sb3_deepcrl.common.deep_policies import POLICIES, DeepContinuousCritic, DeepDQNPolicy, DeepSACPolicy
+from sb3_deepcrl.common import compilation
 from sb3_deepcrl.common.torch_layers import ResidualTower
+from sb3_deepcrl.deep_policies.policies import POLICIES, DeepContinuousCritic, DeepDQNPolicy, DeepSACPolicy
 from tests.envs import GoalReachEnv
 
 README = Path(__file__).parent.parent / "README.md"
@@ -40,7 +40,7 @@ TABLE = [
 ]
 
 needs_compiler = pytest.mark.skipif(
-    acceleration.why_not_compiled("cpu") is not None, reason=f"torch.compile fails: {acceleration.why_not_compiled('cpu')}"
+    compilation.why_not_compiled("cpu") is not None, reason=f"torch.compile fails: {compilation.why_not_compiled('cpu')}"
 )
 
 
@@ -400,7 +400,7 @@ def test_compiled_policy_learns_and_saves_the_same(tmp_path):
     compiled.save(tmp_path / "model")
     loaded = SAC.load(tmp_path / "model", device="cpu")
     assert list(loaded.policy.state_dict()) == list(plain.policy.state_dict())
-    assert all(block._compiled_call_impl is None for block in acceleration.residual_blocks(loaded.policy))
+    assert all(block._compiled_call_impl is None for block in compilation.residual_blocks(loaded.policy))
     obs = observations(plain)
     np.testing.assert_allclose(compiled.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0], 1e-4)
 
@@ -443,9 +443,9 @@ def test_names_of_others_are_left_alone(monkeypatch):
 def test_paths_of_the_classes_are_part_of_the_file_format():
     pytest.importorskip("sb3_contrib")
     for algorithm, policies in POLICIES.items():
-        room = "deep_contrib_policies" if algorithm.__name__ in ("TQC", "CrossQ", "QRDQN") else "deep_policies"
+        room = "contrib_policies" if algorithm.__name__ in ("TQC", "CrossQ", "QRDQN") else "policies"
         for policy in policies.values():
-            assert policy.__module__ == f"sb3_deepcrl.common.{room}"
+            assert policy.__module__ == f"sb3_deepcrl.deep_policies.{room}"
             assert pickle.loads(pickle.dumps(policy)) is policy
 
 
@@ -466,7 +466,7 @@ NAMES = "print(*(name for name in TQC.policy_aliases if name.startswith('Deep'))
         # Looking whether it is there is not importing it
         "import importlib.util, sb3_deepcrl; importlib.util.find_spec('sb3_contrib'); from sb3_contrib.tqc import TQC",
         # As when a saved policy is unpickled
-        "import sb3_deepcrl.common.deep_contrib_policies; from sb3_contrib import TQC",
+        "import sb3_deepcrl.deep_policies.contrib_policies; from sb3_contrib import TQC",
         "import sb3_deepcrl; sb3_deepcrl.unregister_policies(); from sb3_contrib import TQC\n"
         f"{NAMES}; sb3_deepcrl.register_policies()",
     ],

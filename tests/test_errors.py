@@ -5,9 +5,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.envs import IdentityEnv
 
 from sb3_deepcrl.analysis.runs import update_schedule
-from sb3_deepcrl.common.errors import is_for_user
-from sb3_deepcrl.common.losses import check_choice
-from sb3_deepcrl.common.torch_layers import check_depth
+from sb3_deepcrl.common.utils import check_choice, check_depth, is_for_user
 
 
 def raise_here():

@@ -5,7 +5,8 @@ import torch as th
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ENERGIES, info_nce, rowwise_energy, squashed_gaussian
+from sb3_deepcrl.common.distributions import squashed_gaussian
+from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ENERGIES, info_nce, rowwise_energy
 from sb3_deepcrl.common.tower_kernel import load_kernel
 
 FUSED = [False, pytest.param(True, marks=pytest.mark.skipif(load_kernel() is None, reason="no AVX2 or no compiler"))]

@@ -5,7 +5,8 @@ from gymnasium import spaces
 from torch import nn
 
 from sb3_deepcrl.common.losses import info_nce
-from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, check_depth
+from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
+from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import MultiInputPolicy
 
 

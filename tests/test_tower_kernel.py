@@ -13,7 +13,7 @@ import torch as th
 from torch import nn
 
 from sb3_deepcrl import compile_blocks, uncompile_blocks
-from sb3_deepcrl.common import acceleration, tower_kernel
+from sb3_deepcrl.common import compilation, tower_kernel
 from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
 from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, check_memory, has_kernel, load_kernel
 
@@ -70,10 +70,10 @@ def n_threads():
     th.set_num_threads(before)
 
 
-@pytest.mark.skipif(not has_avx2 or acceleration.why_not_compiled("cpu") is not None, reason="no AVX2 or no compiler")
+@pytest.mark.skipif(not has_avx2 or compilation.why_not_compiled("cpu") is not None, reason="no AVX2 or no compiler")
 def test_there_is_a_kernel_wherever_there_should_be(monkeypatch):
     assert load_kernel() is not None
-    monkeypatch.setattr(acceleration, "lean_inductor", refuse)
+    monkeypatch.setattr(compilation, "lean_inductor", refuse)
     tower = ResidualTower(5, 3, depth=8, width=16)
     assert compile_blocks(tower) and has_kernel(tower)
     tower._call_impl = refuse

@@ -35,8 +35,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL, GoalEvalCallback
 from sb3_deepcrl.analysis import plot_value_map
-from sb3_deepcrl.common.command_line import whole_number
-from sb3_deepcrl.common.signals import STOP_SIGNALS
+from sb3_deepcrl.common.utils import STOP_SIGNALS, whole_number
 from sb3_deepcrl.zoo import cli
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
 from sb3_deepcrl.zoo.checkpoints import find_model, num_timesteps, read_run_file, sibling

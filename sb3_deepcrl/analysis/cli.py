@@ -25,10 +25,8 @@ from sb3_deepcrl.analysis.stitching import StitchingStudy
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.analysis.value_study import ValueMapStudy
 from sb3_deepcrl.analysis.walk import WalkStudy
-from sb3_deepcrl.common.command_line import number, whole_number
-from sb3_deepcrl.common.errors import how_to_write, is_for_user
-from sb3_deepcrl.common.signals import stopped_by_signals
 from sb3_deepcrl.common.startup import end_start
+from sb3_deepcrl.common.utils import how_to_write, is_for_user, number, stopped_by_signals, whole_number
 from sb3_deepcrl.envs.arguments import advice_for
 
 GOES_ON = "The same command goes on from the last evaluations."

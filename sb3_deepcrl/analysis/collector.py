@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from sb3_deepcrl.analysis.runs import COLLECTOR, Run
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_scores, interquartile_mean
 from sb3_deepcrl.analysis.study import Report, Results, Study, depth_colors, draw_curve, new_figure, option, rows_of
-from sb3_deepcrl.common.torch_layers import check_depth
+from sb3_deepcrl.common.utils import check_depth
 
 
 def rows_of_learner(seeds: Sequence[Sequence[Mapping[str, str]]], learner: str) -> list[list[Mapping[str, str]]]:

@@ -15,7 +15,7 @@ from sb3_deepcrl.analysis.study import (
     rows_of,
     summarize,
 )
-from sb3_deepcrl.common.losses import check_choice
+from sb3_deepcrl.common.utils import check_choice
 
 # What becomes deeper, and its argument of DeepCRL
 PARTS = {"both": "depth", "actor": "actor_depth", "critic": "critic_depth"}

@@ -8,7 +8,7 @@ import numpy as np
 from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import Estimate
 from sb3_deepcrl.analysis.study import Report, Results, Study, final_estimate, new_figure, option, rows_of
-from sb3_deepcrl.common.torch_layers import check_depth
+from sb3_deepcrl.common.utils import check_depth
 
 
 def grid_of(

@@ -43,10 +43,8 @@ from torch import nn
 
 from sb3_deepcrl.analysis.provenance import code, dependencies, machine, n_usable_cores, plain
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
-from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
-from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.signals import STOP_SIGNALS
+from sb3_deepcrl.common.utils import STOP_SIGNALS, atomic_path, is_for_user, update_schedule
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.deepcrl import HER_KWARGS
 from sb3_deepcrl.deepcrl.policies import SAC_POLICY_KWARGS
@@ -205,16 +203,6 @@ def eval_env_of(env_id: str) -> str:
     name, _, version = env_id.rpartition("-")
     twin = f"{name}Eval-{version}"
     return twin if twin in ENV_TABLE else env_id
-
-
-def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
-    """
-    :param n_envs: Number of envs
-    :param transitions_per_update: Number of transitions for each update
-    :return: ``train_freq`` and ``gradient_steps``, the smallest ones with that ratio
-    """
-    divisor = math.gcd(n_envs, transitions_per_update)
-    return {"train_freq": transitions_per_update // divisor, "gradient_steps": n_envs // divisor}
 
 
 def model_kwargs(run: Run) -> dict[str, Any]:

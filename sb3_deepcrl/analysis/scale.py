@@ -22,8 +22,7 @@ from sb3_deepcrl.analysis.study import (
     rows_of,
     summarize,
 )
-from sb3_deepcrl.common.losses import check_choice
-from sb3_deepcrl.common.torch_layers import check_depth
+from sb3_deepcrl.common.utils import check_choice, check_depth
 from sb3_deepcrl.deepcrl.deepcrl import ARCHITECTURE
 from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
 

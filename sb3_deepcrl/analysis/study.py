@@ -32,8 +32,7 @@ from sb3_deepcrl.analysis.runs import (
     write_rows,
 )
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_scores, interquartile_mean
-from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.torch_layers import check_depth
+from sb3_deepcrl.common.utils import atomic_path, check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.arguments import check_env_kwargs

@@ -10,7 +10,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from sb3_deepcrl.common.policies import check_actions
+from sb3_deepcrl.common.utils import check_actions
 
 
 @dataclass

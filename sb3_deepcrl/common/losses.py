@@ -1,10 +1,9 @@
 """
-Energies, contrastive losses and the squashed Gaussian, as pure functions of tensors.
+Energies and contrastive losses, as pure functions of tensors.
 
 They hold no state, draw no random number and never synchronise with the host.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from sb3_deepcrl.common.tower_kernel import fused_info_nce
 from sb3_deepcrl.common.tracing import is_traced
+from sb3_deepcrl.common.utils import check_choice
 
 
 def _unit(x: th.Tensor) -> th.Tensor:
@@ -29,19 +29,6 @@ _ENERGIES: dict[str, Callable[[th.Tensor, th.Tensor], th.Tensor]] = {
 }
 ENERGIES = tuple(_ENERGIES)
 CONTRASTIVE_LOSSES = ("forward", "backward", "symmetric")
-
-
-def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
-    """
-    :param value: What the user chose
-    :param choices: What there is
-    :param name: What the choice is called in the error message
-    :return: The same value
-    :raises ValueError: if it is not one of the choices
-    """
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
 
 
 def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tensor:
@@ -253,44 +240,3 @@ def info_nce(
     check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
     loss, metrics = _ContrastiveLoss.apply(x, y, energy, contrastive_loss, logsumexp_coef, chunk_size, fused)
     return loss, ContrastiveMetrics(*metrics)
-
-
-class _SquashedGaussian(th.autograd.Function):
-    """Its gradient worked out by hand takes a third of the operations."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> Any:
-        gaussian_action = th.addcmul(mean, log_std.exp(), noise)
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2.0 * (math.log(2.0) - gaussian_action - F.softplus(-2.0 * gaussian_action))
-        return th.tanh(gaussian_action), log_prob.sum(dim=1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[th.Tensor, ...], output: tuple[th.Tensor, ...]) -> None:
-        ctx.save_for_backward(output[0], *inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, of_actions: th.Tensor, of_log_prob: th.Tensor) -> Any:
-        actions, log_std, noise = ctx.saved_tensors
-        of_log_prob = of_log_prob.unsqueeze(1)
-        # The correction's derivative is 2 tanh(u)
-        of_gaussian_action = th.addcmul(of_actions, actions, 2.0 * of_log_prob - actions * of_actions)
-        return of_gaussian_action, th.addcmul(-of_log_prob, of_gaussian_action, log_std.exp() * noise), None
-
-
-def squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Reparametrised sample of a diagonal Gaussian squashed by tanh, with its log-probability
-    (appendix C of the SAC paper, https://arxiv.org/abs/1801.01290).
-
-    The correction ``log(1 - tanh(u)^2)`` is computed as ``2 (log 2 - u - softplus(-2 u))``, which is exact where the
-    usual form saturates.
-
-    :param mean: Mean before squashing, shape ``(batch_size, action_dim)``
-    :param log_std: Log of the standard deviation before squashing, same shape
-    :param noise: Standard normal noise, same shape
-    :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``, and their log-probability, shape ``(batch_size,)``
-    """
-    return _SquashedGaussian.apply(mean, log_std, noise)  # type: ignore[no-any-return]

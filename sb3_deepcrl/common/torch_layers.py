@@ -1,7 +1,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch as th
@@ -9,32 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-LAYERS_PER_BLOCK = 4
+from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_bool, check_depth, check_positive_int
 
 # Name of a normalisation, or what makes the module from the number of features
 Norm = str | Callable[[int], nn.Module]
-
-
-def check_depth(depth: int, name: str = "depth") -> int:
-    """
-    Check that a residual tower of this depth can be built.
-
-    :param depth: Number of Dense layers inside the residual blocks
-    :param name: What the number is called in the error message
-    :return: The number of residual blocks, ``depth / 4``
-    :raises ValueError: if ``depth`` is not a positive multiple of 4
-    """
-    if not is_integer(depth) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
-        if isinstance(depth, Real) and depth > 0:
-            below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK
-            fix = f"use {below or LAYERS_PER_BLOCK}" + (f" or {below + LAYERS_PER_BLOCK}" if below else "")
-        else:
-            fix = "use 4, 8, 16, 64, ..."
-        raise ValueError(
-            f"`{name}` must be a positive multiple of {LAYERS_PER_BLOCK}, because a residual block holds "
-            f"{LAYERS_PER_BLOCK} Dense layers, got {depth!r}: {fix}"
-        )
-    return int(depth) // LAYERS_PER_BLOCK
 
 
 def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
@@ -275,51 +253,3 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def is_integer(value: Any) -> bool:
-    """
-    :param value: What the user gave
-    :return: Whether it is an integer, of Python or NumPy
-    """
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def check_positive_int(value: int, name: str) -> int:
-    """
-    :param value: The number to check
-    :param name: What it is called in the error message
-    :return: The same number
-    :raises ValueError: if it is not a positive integer
-    """
-    if not is_integer(value) or value < 1:
-        fix = f": use {int(value)}" if isinstance(value, float) and value >= 1 and float(value).is_integer() else ""
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}{fix}")
-    return value
-
-
-def check_number(value: float, name: str, maximum: float = math.inf) -> float:
-    """
-    :param value: The number to check
-    :param name: What it is called in the error message
-    :param maximum: The largest that it may be
-    :return: The same number
-    :raises ValueError: if it is not a finite number between 0 and the maximum
-    """
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
-    if not is_number or not 0 <= value <= maximum:
-        wanted = f"be between 0 and {maximum:g}" if maximum < math.inf else "not be negative" if is_number else "be a number"
-        raise ValueError(f"`{name}` must {wanted}, got {value!r}")
-    return value
-
-
-def check_bool(value: bool, name: str) -> bool:
-    """
-    :param value: What the user chose
-    :param name: What it is called in the error message
-    :return: The same value
-    :raises ValueError: if it is neither True nor False
-    """
-    if value not in (True, False):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}")
-    return value

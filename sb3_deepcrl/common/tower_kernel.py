@@ -15,8 +15,9 @@ import torch as th
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sb3_deepcrl.common.torch_layers import LAYERS_PER_BLOCK, ResidualBlock, ResidualTower
+from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
 from sb3_deepcrl.common.tracing import PLAIN_TENSORS, is_traced, is_watched
+from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK
 
 _LAYER = [nn.Linear, nn.LayerNorm, nn.SiLU]
 _ADDRESS, _INTEGER, _BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool

@@ -7,7 +7,7 @@ import os
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
@@ -33,30 +33,30 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_deepcrl.common.acceleration import (
-    PRECISIONS,
+from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite
+from sb3_deepcrl.common.compilation import PRECISIONS, compile_blocks, compile_pays, set_precision, uncompile_blocks
+from sb3_deepcrl.common.cuda_graphs import (
     CudaGraphBackend,
     GraphedFunction,
-    check_switch,
-    compile_blocks,
-    compile_pays,
+    can_capture,
+    graph_key,
     prepare_optimizer,
     set_learning_rate,
-    set_precision,
-    uncompile_blocks,
 )
-from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite
-from sb3_deepcrl.common.losses import (
-    CONTRASTIVE_LOSSES,
-    ContrastiveMetrics,
-    check_choice,
-    info_nce,
-    rowwise_energy,
-)
-from sb3_deepcrl.common.policies import check_class, check_dict
-from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.torch_layers import ResidualTower, check_bool, check_number, check_positive_int, frozen, is_integer
+from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
+from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, threads_of_kernel
+from sb3_deepcrl.common.utils import (
+    atomic_path,
+    check_bool,
+    check_choice,
+    check_class,
+    check_dict,
+    check_number,
+    check_positive_int,
+    check_switch,
+    is_integer,
+)
 from sb3_deepcrl.deepcrl.policies import (
     GOAL_KEY,
     Actor,
@@ -291,7 +291,7 @@ class DeepCRL(OffPolicyAlgorithm):
         near ones: without others the actor never practises the far goals.
     :param critic_learning_rate: learning rate of the critic, ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the entropy coefficient, ``learning_rate`` by default
-    :param compile: Whether to compile the networks, see :func:`~sb3_deepcrl.common.acceleration.compile_blocks`: the start-up
+    :param compile: Whether to compile the networks, see :func:`~sb3_deepcrl.common.compilation.compile_blocks`: the start-up
         does not depend on the depth. ``"auto"`` does it on GPUs, and on CPUs with AVX2 or AVX-512 if ``learn()`` is long
         enough to earn it. Saved models do not depend on it.
     :param cuda_graph: Whether to run the updates, and the policy in ``predict``, as CUDA graphs. ``"auto"`` does it on GPUs.
@@ -733,23 +733,10 @@ class DeepCRL(OffPolicyAlgorithm):
         backend = CudaGraphBackend(self.device) if self.device.type == "cuda" and self.cuda_graph is not False else None
         required = self.cuda_graph is True
         self._graphed_update = None
-        if backend is not None and self._optimizers_are_capturable():
+        if backend is not None and can_capture(self._optimizers(), required):
             self._graphed_update = GraphedFunction(self._update_minibatch, backend, required=required)
         self.policy.graph_actor(backend, required)
         self._prepare_optimizers()
-
-    def _optimizers_are_capturable(self) -> bool:
-        """
-        :return: Whether the steps of all optimizers can be captured in a CUDA graph
-        :raises ValueError: if ``cuda_graph=True`` asks for it and they cannot
-        """
-        others = [type(o).__name__ for o in self._optimizers() if not all("capturable" in group for group in o.param_groups)]
-        if others and self.cuda_graph is True:
-            raise ValueError(
-                f'`cuda_graph=True` needs optimizers that know `capturable`, which {others[0]} does not: leave it at "auto", '
-                "or use th.optim.Adam"
-            )
-        return not others
 
     def _prepare_optimizers(self) -> None:
         for optimizer in self._optimizers():
@@ -759,12 +746,12 @@ class DeepCRL(OffPolicyAlgorithm):
         optimizers = [self.actor.optimizer, self.critic.optimizer]
         return optimizers if self.ent_coef_optimizer is None else [*optimizers, self.ent_coef_optimizer]
 
-    def _graph_key(self) -> tuple[Any, ...]:
+    def _graph_key(self) -> tuple[Hashable, ...]:
         """
         :return: All that a graph of ``_update`` keeps besides the minibatch: numbers that are read on the host, and where
             parameters and the state of the optimizers are
         """
-        settings: list[Any] = [
+        settings = (
             self.logsumexp_coef,
             self.random_goals,
             self.contrastive_loss,
@@ -774,17 +761,9 @@ class DeepCRL(OffPolicyAlgorithm):
             self.precision,
             self.checkpoint_activations,
             self._compiled,
-        ]
-        tensors = [*self.policy.parameters(), self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef]
-        for optimizer in self._optimizers():
-            for group in optimizer.param_groups:
-                hyperparameters = tuple((name, value) for name, value in group.items() if name not in ("params", "lr"))
-                settings.append(hyperparameters)
-                tensors.append(group["lr"])
-                tensors += [value for p in group["params"] for value in optimizer.state.get(p, {}).values()]
-        addresses = tuple(t.data_ptr() if isinstance(t, th.Tensor) else t for t in tensors)
-        trained = tuple(parameter.requires_grad for parameter in self.policy.parameters())
-        return (*settings, hash(addresses), hash(trained))
+        )
+        ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef
+        return graph_key(settings, self.policy, self._optimizers(), [ent_coef])
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -1026,7 +1005,7 @@ class DeepCRL(OffPolicyAlgorithm):
         return self._update(observations, observations.pop(ACTION_KEY))
 
     def _run_update(
-        self, observations: dict[str, th.Tensor], actions: th.Tensor, graph_key: tuple[Any, ...] | None = None
+        self, observations: dict[str, th.Tensor], actions: th.Tensor, graph_key: tuple[Hashable, ...] | None = None
     ) -> th.Tensor:
         """
         Do what ``_update`` does, in the fastest way that there is: as a CUDA graph, or with the kernel for CPUs.

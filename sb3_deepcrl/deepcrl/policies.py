@@ -10,10 +10,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_deepcrl.common.acceleration import GraphBackend, GraphedFunction
-from sb3_deepcrl.common.losses import ENERGIES, check_choice, rowwise_energy, squashed_gaussian
-from sb3_deepcrl.common.policies import CheckedPolicy, check_policy_kwargs
-from sb3_deepcrl.common.torch_layers import ResidualTower, check_bool, check_depth, check_positive_int, lecun_uniform_
+from sb3_deepcrl.common.cuda_graphs import GraphBackend, GraphedFunction
+from sb3_deepcrl.common.distributions import squashed_gaussian
+from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
+from sb3_deepcrl.common.policies import CheckedPolicy
+from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
+from sb3_deepcrl.common.utils import check_bool, check_choice, check_depth, check_policy_kwargs, check_positive_int
 
 # Range of the log standard deviation before squashing
 LOG_STD_MAX = 2

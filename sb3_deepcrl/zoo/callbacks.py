@@ -9,7 +9,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.evaluation import GoalEvalCallback
-from sb3_deepcrl.common.save_util import atomic_path
+from sb3_deepcrl.common.utils import atomic_path
 
 
 def reports_goals(env: VecEnv) -> bool:

@@ -23,10 +23,8 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_deepcrl.common.callbacks import TrainingDisplay
-from sb3_deepcrl.common.errors import is_for_user
 from sb3_deepcrl.common.evaluation import GoalEvalCallback
-from sb3_deepcrl.common.save_util import atomic_path
-from sb3_deepcrl.common.signals import tell, uninterrupted
+from sb3_deepcrl.common.utils import atomic_path, is_for_user, tell, uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.arguments import checked_env_kwargs

@@ -23,10 +23,8 @@ from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, StoreDict, get_model_path
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn, VecEnvWrapper
 
-from sb3_deepcrl.common.command_line import whole_number
-from sb3_deepcrl.common.errors import how_to_write
-from sb3_deepcrl.common.signals import stopped_by_signals
 from sb3_deepcrl.common.startup import end_start
+from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals, whole_number
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.registration import ENTRY_POINT

@@ -15,8 +15,8 @@ from rl_zoo3.utils import create_test_env, get_model_path, get_saved_hyperparams
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.analysis.value_map import MazeMap, plot_value_map
-from sb3_deepcrl.common.errors import how_to_write, is_for_user
 from sb3_deepcrl.common.startup import end_start
+from sb3_deepcrl.common.utils import how_to_write, is_for_user
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo.checkpoints import RunLoader, saved_env_kwargs

@@ -13,7 +13,9 @@ from sb3_contrib.qrdqn import policies as qrdqn
 from sb3_contrib.tqc import policies as tqc
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_deepcrl.common.deep_policies import (
+from sb3_deepcrl.common.torch_layers import Norm
+from sb3_deepcrl.common.utils import check_choice
+from sb3_deepcrl.deep_policies.policies import (
     ACTOR_CRITIC_POLICIES,
     DeepContinuousPolicy,
     DeepNetwork,
@@ -21,8 +23,6 @@ from sb3_deepcrl.common.deep_policies import (
     add_policies,
     policy_names,
 )
-from sb3_deepcrl.common.losses import check_choice
-from sb3_deepcrl.common.torch_layers import Norm
 
 
 class DeepTQCActor(DeepNetwork, tqc.Actor):
@@ -43,7 +43,7 @@ class DeepTQCCritic(DeepNetwork, tqc.Critic):
 
 class DeepTQCPolicy(DeepContinuousPolicy, tqc.TQCPolicy):
     """
-    Deep residual policy for TQC, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
+    Deep residual policy for TQC, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
     """
 
     actor_class = DeepTQCActor
@@ -52,13 +52,13 @@ class DeepTQCPolicy(DeepContinuousPolicy, tqc.TQCPolicy):
 
 class DeepTQCCnnPolicy(DeepTQCPolicy, tqc.CnnPolicy):
     """
-    Deep residual policy for TQC and images, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
+    Deep residual policy for TQC and images, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
     """
 
 
 class DeepTQCMultiInputPolicy(DeepTQCPolicy, tqc.MultiInputPolicy):
     """
-    Deep residual policy for TQC and Dict observations, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
+    Deep residual policy for TQC and Dict observations, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
     """
 
 
@@ -80,7 +80,7 @@ class DeepCrossQCritic(DeepNetwork, crossq.CrossQCritic):
 
 class DeepCrossQPolicy(DeepContinuousPolicy, crossq.CrossQPolicy):
     """
-    Deep residual policy for CrossQ, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
+    Deep residual policy for CrossQ, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
 
     CrossQ has no target networks. What keeps it stable in their place is batch normalization of every layer, with
     statistics over the actions of the replay buffer and of the policy together. So the towers have CrossQ's batch
@@ -143,7 +143,7 @@ class DeepQuantileNetwork(DeepNetwork, qrdqn.QuantileNetwork):
 
 class DeepQRDQNPolicy(DeepPolicy, qrdqn.QRDQNPolicy):
     """
-    Deep residual policy for QR-DQN, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
+    Deep residual policy for QR-DQN, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
     """
 
     tower_names = ("qf",)
@@ -157,13 +157,13 @@ class DeepQRDQNPolicy(DeepPolicy, qrdqn.QRDQNPolicy):
 
 class DeepQRDQNCnnPolicy(DeepQRDQNPolicy, qrdqn.CnnPolicy):
     """
-    Deep residual policy for QR-DQN and images, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
+    Deep residual policy for QR-DQN and images, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
     """
 
 
 class DeepQRDQNMultiInputPolicy(DeepQRDQNPolicy, qrdqn.MultiInputPolicy):
     """
-    Deep residual policy for QR-DQN and Dict observations, see :class:`~sb3_deepcrl.common.deep_policies.DeepPolicy`.
+    Deep residual policy for QR-DQN and Dict observations, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
     """
 
 

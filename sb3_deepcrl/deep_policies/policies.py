@@ -1,7 +1,7 @@
 """
 Deep residual policies for the algorithms of Stable-Baselines3: its own policies, whose hidden layers are residual towers.
 
-The ones for sb3-contrib are in ``deep_contrib_policies.py``, so that nothing here needs it.
+The ones for sb3-contrib are in ``contrib_policies.py``, so that nothing here needs it.
 """
 
 import importlib
@@ -31,8 +31,9 @@ from stable_baselines3.sac import policies as sac
 from stable_baselines3.td3 import policies as td3
 from torch import nn
 
-from sb3_deepcrl.common.policies import CheckedPolicy, check_policy_kwargs
-from sb3_deepcrl.common.torch_layers import Norm, ResidualTower, check_depth, check_positive_int, make_activation
+from sb3_deepcrl.common.policies import CheckedPolicy
+from sb3_deepcrl.common.torch_layers import Norm, ResidualTower, make_activation
+from sb3_deepcrl.common.utils import check_depth, check_policy_kwargs, check_positive_int
 from sb3_deepcrl.import_hook import ImportHook
 
 
@@ -108,7 +109,7 @@ class DeepPolicy(CheckedPolicy):
     networks, or a dict with one for actor and critic: with the keys ``pi`` and ``qf`` for off-policy algorithms, ``pi``
     and ``vf`` for on-policy ones, e.g. ``depth=dict(pi=16, qf=64)``. DQN and QR-DQN have one network, so one value.
 
-    ``compile_blocks(model.policy)`` compiles the towers, see :func:`~sb3_deepcrl.common.acceleration.compile_blocks`. It is
+    ``compile_blocks(model.policy)`` compiles the towers, see :func:`~sb3_deepcrl.common.compilation.compile_blocks`. It is
     not saved, and ``uncompile_blocks`` undoes it. TRPO needs second derivatives, which ``torch.compile`` does not have: where
     it does the blocks, only the critic can be compiled, ``compile_blocks(model.policy.mlp_extractor.value_net)``.
 
@@ -486,7 +487,7 @@ def import_contrib_policies() -> None:
     Import the policies for sb3-contrib, which add themselves, with a warning if they do not fit to its release.
     """
     try:
-        importlib.import_module("sb3_deepcrl.common.deep_contrib_policies")
+        importlib.import_module("sb3_deepcrl.deep_policies.contrib_policies")
     except (ImportError, AttributeError, TypeError) as error:  # of another release: the user only wanted to import sb3-contrib
         warnings.warn(f"No deep policies for sb3-contrib ({error}): they need `pip install 'sb3-contrib>=2.9'`")
 

@@ -1,0 +1,388 @@
+"""
+Checks of what users pass, and small helpers that know nothing of networks.
+"""
+
+import argparse
+import contextlib
+import dis
+import errno
+import math
+import os
+import pathlib
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral, Real
+from types import FrameType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+# Number of Dense layers in a residual block, of which depths are multiples
+LAYERS_PER_BLOCK = 4
+
+# Windows has no SIGHUP
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Signals that come together, as when a service is stopped, are one
+SECONDS_TOGETHER = 1.0
+
+# Their `raise` and `assert` statements check what somebody gave, and say what is wrong with it
+CHECKING = ("sb3_deepcrl", "stable_baselines3", "sb3_contrib", "rl_zoo3")
+GYMNASIUM_ERRORS = (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv, gym.error.DependencyNotInstalled)
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+
+
+def is_integer(value: Any) -> bool:
+    """
+    :param value: What the user gave
+    :return: Whether it is an integer, of Python or NumPy
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_positive_int(value: int, name: str) -> int:
+    """
+    :param value: The number to check
+    :param name: What it is called in the error message
+    :return: The same number
+    :raises ValueError: if it is not a positive integer
+    """
+    if not is_integer(value) or value < 1:
+        fix = f": use {int(value)}" if isinstance(value, float) and value >= 1 and float(value).is_integer() else ""
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}{fix}")
+    return value
+
+
+def check_number(value: float, name: str, maximum: float = math.inf) -> float:
+    """
+    :param value: The number to check
+    :param name: What it is called in the error message
+    :param maximum: The largest that it may be
+    :return: The same number
+    :raises ValueError: if it is not a finite number between 0 and the maximum
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if not is_number or not 0 <= value <= maximum:
+        wanted = f"be between 0 and {maximum:g}" if maximum < math.inf else "not be negative" if is_number else "be a number"
+        raise ValueError(f"`{name}` must {wanted}, got {value!r}")
+    return value
+
+
+def check_bool(value: bool, name: str) -> bool:
+    """
+    :param value: What the user chose
+    :param name: What it is called in the error message
+    :return: The same value
+    :raises ValueError: if it is neither True nor False
+    """
+    if value not in (True, False):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}")
+    return value
+
+
+def check_switch(value: bool | str, name: str) -> bool | str:
+    """
+    :param value: What the user chose
+    :param name: What it is called in the error message
+    :return: The same value
+    :raises ValueError: if it is neither True, False nor "auto"
+    """
+    if value not in (True, False, "auto") or not isinstance(value, (bool, str)):
+        raise ValueError(f'`{name}` must be True, False or "auto", got {value!r}')
+    return value
+
+
+def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
+    """
+    :param value: What the user chose
+    :param choices: What there is
+    :param name: What the choice is called in the error message
+    :return: The same value
+    :raises ValueError: if it is not one of the choices
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_depth(depth: int, name: str = "depth") -> int:
+    """
+    Check that a residual tower of this depth can be built.
+
+    :param depth: Number of Dense layers inside the residual blocks
+    :param name: What the number is called in the error message
+    :return: The number of residual blocks, ``depth / 4``
+    :raises ValueError: if ``depth`` is not a positive multiple of 4
+    """
+    if not is_integer(depth) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
+        if isinstance(depth, Real) and depth > 0:
+            below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK
+            fix = f"use {below or LAYERS_PER_BLOCK}" + (f" or {below + LAYERS_PER_BLOCK}" if below else "")
+        else:
+            fix = "use 4, 8, 16, 64, ..."
+        raise ValueError(
+            f"`{name}` must be a positive multiple of {LAYERS_PER_BLOCK}, because a residual block holds "
+            f"{LAYERS_PER_BLOCK} Dense layers, got {depth!r}: {fix}"
+        )
+    return int(depth) // LAYERS_PER_BLOCK
+
+
+def check_class(value: Any, base: type, name: str, fix: str) -> None:
+    """
+    :param value: What the user chose: a class, or a function that makes an instance
+    :param base: What its instances have to be
+    :param name: What the choice is called in the error message
+    :param fix: What to do instead
+    :raises ValueError: if it is another class, an instance, or nothing that can be called
+    """
+    is_suitable = issubclass(value, base) if isinstance(value, type) else callable(value) and not isinstance(value, nn.Module)
+    if not is_suitable:
+        raise ValueError(f"`{name}` must be {base.__name__} or a subclass of it, got {value!r}: {fix}")
+
+
+def check_dict(value: Any, name: str) -> None:
+    """
+    :param value: Keyword arguments that the user gave, None for none
+    :param name: What they are called in the error message
+    :raises ValueError: if it is no dict
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"`{name}` must be a dict of keyword arguments, got {value!r}: use for instance `dict(name=value)`")
+
+
+def check_policy_kwargs(policy_kwargs: Mapping[str, Any]) -> None:
+    """
+    Check the arguments that all policies have.
+
+    :param policy_kwargs: Arguments of a policy
+    :raises ValueError: if one of them is of another kind
+    """
+    extractor = policy_kwargs.get("features_extractor_class", BaseFeaturesExtractor)
+    check_class(extractor, BaseFeaturesExtractor, "features_extractor_class", "pass the class, such as `CombinedExtractor`")
+    optimizer = policy_kwargs.get("optimizer_class", th.optim.Optimizer)
+    check_class(optimizer, th.optim.Optimizer, "optimizer_class", "pass the class, such as `th.optim.Adam`")
+    for name in ("features_extractor_kwargs", "optimizer_kwargs"):
+        check_dict(policy_kwargs.get(name), name)
+    if "lr" in (policy_kwargs.get("optimizer_kwargs") or {}):
+        raise ValueError(
+            f"`optimizer_kwargs` has `lr={policy_kwargs['optimizer_kwargs']['lr']!r}`, but the learning rate follows a "
+            "schedule: give it as `learning_rate`"
+        )
+
+
+def check_actions(actions: Any, observation: Any, policy: Any) -> None:
+    """
+    Check that what a policy gave are numbers, as the actions of a network are not once its weights are not.
+
+    :param actions: Actions as a NumPy array
+    :param observation: What it saw: an array, or arrays by key
+    :param policy: Who gave them: a policy, an algorithm that has one, or anything else
+    :raises ValueError: if an action is NaN or infinite, telling whether weights or observation are at fault
+    """
+    actions = np.asarray(actions)
+    if actions.dtype.kind != "f" or np.isfinite(actions).all():
+        return
+    policy = getattr(policy, "policy", policy)
+    # The critic has no part in them
+    network = getattr(policy, "actor", policy)
+    parameters = network.named_parameters() if isinstance(network, nn.Module) else ()
+    faults = [
+        f"the weights `{name}` are not finite, since training diverged (load an earlier checkpoint, lower `learning_rate`)"
+        for name, values in parameters
+        if not th.isfinite(values).all()
+    ][:1]
+    for key, value in observation.items() if isinstance(observation, Mapping) else [("observation", observation)]:
+        value = np.asarray(value)
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            where = tuple(np.argwhere(~np.isfinite(value))[0].tolist())
+            faults.append(f"`{key}` of the observation is {value[where]} at {where} (check the env, e.g. with `VecCheckNan`)")
+    reason = " and ".join(faults) or (
+        "its weights and the observation are finite, so that numbers on the way are too large (normalize the observations, "
+        "e.g. with `VecNormalize`)"
+    )
+    raise ValueError(f"The policy gives actions that are NaN or infinite: {reason}")
+
+
+def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
+    """
+    Settings of an off-policy algorithm with which it does one update for so many transitions.
+
+    :param n_envs: Number of envs
+    :param transitions_per_update: Number of transitions for each update
+    :return: ``train_freq`` and ``gradient_steps``, the smallest ones with that ratio
+    """
+    divisor = math.gcd(n_envs, transitions_per_update)
+    return {"train_freq": transitions_per_update // divisor, "gradient_steps": n_envs // divisor}
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
+    """
+    Write a file as a whole or not at all: the body of the ``with`` statement writes to a temporary file in the same folder,
+    which takes the place of the real one when it is complete. Whatever happens before, the previous file stays as it was.
+
+    :param path: Where the file goes. Missing folders are created; if it is a folder, ``_2`` is
+        appended to its name (as Stable-Baselines3 does)
+    :param suffix: Ending to append if the path has none, with its dot
+    :return: Path of the temporary file
+    """
+    path = pathlib.Path(path)
+    if path.suffix == "":
+        path = path.with_name(path.name + suffix)
+    if path.is_dir():
+        path = path.with_name(path.name + "_2")
+    # Write through a link, not over it
+    path = pathlib.Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """
+    Handle the signals that stop a program. Those that are ignored, as SIGHUP is under ``nohup``, stay ignored, and nothing is
+    changed outside of the main thread, which cannot handle signals.
+
+    :param handler: What a signal calls
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS} if is_main_thread else {}
+    # None: handled by something else than Python
+    changed = {number: old for number, old in previous.items() if old not in (signal.SIG_IGN, None)}
+    for number in changed:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in changed.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[list[int]]:
+    """
+    Let each of the signals that stop a program raise a KeyboardInterrupt, as Ctrl-C does.
+
+    :return: Context with the numbers of the signals that have come so far
+    """
+    numbers: list[int] = []
+    deaf_until = 0.0
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal deaf_until
+        if time.monotonic() > deaf_until:
+            deaf_until = time.monotonic() + SECONDS_TOGETHER
+            numbers.append(number)
+            raise KeyboardInterrupt
+
+    with _handled(interrupt):
+        yield numbers
+
+
+def uninterrupted() -> contextlib.AbstractContextManager[None]:
+    """
+    :return: Context in which no signal stops the program, for what must come to its end, such as saving
+    """
+    return _handled(lambda number, frame: None)
+
+
+def tell(text: str) -> None:
+    """
+    Print a line, without an error if the terminal was closed or nobody reads the pipe any more: from then on what is printed
+    goes to the standard error, and nowhere if that is gone too.
+
+    :param text: The line
+    """
+    try:
+        print(text, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (sys.__stderr__.fileno() if sys.__stderr__ else nowhere, nowhere):
+            with contextlib.suppress(OSError):
+                os.dup2(descriptor, sys.stdout.fileno())
+                # The line is still in the buffer
+                sys.stdout.flush()
+                break
+        os.close(nowhere)
+
+
+def is_for_user(error: BaseException) -> bool:
+    """
+    Whether the message of an error says all, because a check of this package, or of one that it builds on, has raised it.
+    Whatever else goes wrong, for instance inside of an env, is somebody's bug, which is found by its traceback.
+
+    :param error: An error that was caught
+    :return: Whether it may be shown as one line
+    """
+    # A bug in another process has its traceback as a note
+    if not str(error) or hasattr(error, "__notes__"):
+        return False
+    if isinstance(error, GYMNASIUM_ERRORS):
+        return True
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in CHECKING:
+        return False
+    # A statement that raises, not one in which something failed
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def how_to_write(error: BaseException, given: Iterable[Any]) -> str | None:
+    """
+    :param error: An error that was caught
+    :param given: What the user gave, among which may be paths
+    :return: What to do, if the disk is full or one of those paths is no place to write to; None for any other error
+    """
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in NO_SPACE:
+        return "free some space or choose another disk (what was saved before is whole)"
+    if error.errno in NOT_WRITABLE and isinstance(error.filename, str):
+        path = pathlib.Path(error.filename).absolute()
+        for place in (pathlib.Path(value).absolute() for value in given if value and isinstance(value, str | pathlib.Path)):
+            if path.is_relative_to(place) or place.is_relative_to(path):
+                return f"choose another place than {place}"
+    return None
+
+
+def number(text: str) -> float:
+    """
+    :param text: A number
+    :return: The same
+    :raises argparse.ArgumentTypeError: if it is none
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number such as 3e-4, got {text!r}") from None
+
+
+def whole_number(text: str) -> int:
+    """
+    :param text: A whole number, which may be written as 1e6
+    :return: The same
+    :raises argparse.ArgumentTypeError: if it is none
+    """
+    with contextlib.suppress(ValueError):
+        # Not by way of a float, which may be another one
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if float(text).is_integer():
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"expected a whole number such as 4 or 1e6, got {text!r}")
