@@ -1,0 +1,22 @@
+import getpass
+import os
+import tempfile
+
+import pytest
+
+# Before PyTorch is imported: the workers of pytest-xdist share the cores
+if n_workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(n_workers))))
+# Compiled code stays where PyTorch keeps it by default, so that it is compiled once for all workers and runs
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temp_folder(tmp_path_factory):
+    """Make pytest's folder the temp folder, as gymnasium-robotics leaves a file there for each maze it makes."""
+    folder = str(tmp_path_factory.mktemp("temp"))
+    with pytest.MonkeyPatch.context() as patch:
+        # Of this process, and of those that it starts
+        patch.setattr(tempfile, "tempdir", folder)
+        patch.setenv("TMPDIR", folder)
+        yield
