@@ -8,10 +8,10 @@ pytest:
 type:
 	python -m mypy sb3_deepcrl/
 
+# lint-imports: the rooms import downwards only, see CONTRIBUTING.md
 lint:
 	python -m ruff check ${LINT_PATHS}
-	# The rooms of the house: see CONTRIBUTING.md
-	lint-imports
+	lint-imports --no-logo
 
 format:
 	python -m ruff check --select I --fix ${LINT_PATHS}

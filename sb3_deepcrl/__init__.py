@@ -6,11 +6,12 @@ if is_command():
     start_command()
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.common.callbacks import GoalEvalCallback
 from sb3_deepcrl.common.compilation import compile_blocks, uncompile_blocks
-from sb3_deepcrl.common.evaluation import GoalEvalCallback, evaluate_goals, mean_of_episodes
+from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
 from sb3_deepcrl.deep_policies import DeepResidualExtractor, register_policies, unregister_policies
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.compat import patch_gymnasium_robotics_on_import
+from sb3_deepcrl.envs.compat import repair_gymnasium_robotics
 from sb3_deepcrl.envs.registration import register_envs
 from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 
@@ -18,7 +19,7 @@ __version__ = Path(__file__).with_name("version.txt").read_text().strip()
 
 register_envs()
 register_policies()
-patch_gymnasium_robotics_on_import()
+repair_gymnasium_robotics()
 
 __all__ = [
     "ContrastiveReplayBuffer",

@@ -1,19 +1,26 @@
 """
-The command ``sb3-deepcrl``. It stands outside of :mod:`sb3_deepcrl.zoo`, which cannot be imported without RL Zoo.
+The command ``sb3-deepcrl``. It stands outside of the rooms, as it runs what is in ``zoo`` and in ``analysis``.
 """
 
 import sys
+from collections.abc import Sequence
+
+
+def _value_map(argv: Sequence[str]) -> None:
+    from sb3_deepcrl.analysis.run_map import main
+
+    main(argv)
 
 
 def main() -> None:
     """Run the command, or say in one line that RL Zoo is missing."""
     try:
-        from sb3_deepcrl.zoo.cli import main as run
+        from sb3_deepcrl.zoo import launcher
     except ImportError as error:
         if error.name != "sb3_deepcrl.zoo":
             raise
         sys.exit(f"sb3-deepcrl: error: {error}")
-    run()
+    launcher.main({"value_map": _value_map})
 
 
 if __name__ == "__main__":

@@ -104,12 +104,11 @@ def test_settings_may_change_while_compiled():
     model.learn(60)
     model.gamma, model.batch_size, model.logsumexp_coef = 0.5, 24, 0.0
     model.lr_schedule = lambda progress: 0.0
-    model.critic_lr_schedule = model.lr_schedule
     before = th.nn.utils.parameters_to_vector(model.policy.parameters()).clone()
     model.train(2, model.batch_size)
     assert th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
     assert model.replay_buffer.gamma == 0.5
-    model.lr_schedule = model.critic_lr_schedule = lambda progress: 1e-2
+    model.lr_schedule = lambda progress: 1e-2
     model.train(2, model.batch_size)
     assert not th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
 
@@ -413,7 +412,6 @@ def test_update_is_one_graph(monkeypatch):
         (dict(cuda_graph="on"), "cuda_graph"),
         (dict(cuda_graph=True), "needs a GPU"),
         (dict(precision="float16"), "precision"),
-        (dict(contrastive_chunk_size=0), "contrastive_chunk_size"),
     ],
 )
 def test_wrong_settings(kwargs, match):
@@ -456,9 +454,7 @@ def reference_update(model: DeepCRL, observations: dict[str, th.Tensor], actions
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-@pytest.mark.parametrize(
-    "kwargs", [dict(random_goals=0.0), dict(), dict(checkpoint_activations=True, contrastive_chunk_size=7)]
-)
+@pytest.mark.parametrize("kwargs", [dict(random_goals=0.0), dict(), dict(checkpoint_activations=True)])
 def test_update_equals_the_reference(monkeypatch, kwargs, compiled):
     """Both from the same parameters, in float64, several steps of Adam: parameters, temperature and gradients agree."""
     model, reference = (make_model(compile=False, **kwargs).learn(40) for _ in range(2))
@@ -623,10 +619,10 @@ def test_optimizer_that_cannot_be_captured():
 
 
 def graph(model: DeepCRL) -> StandInBackend:
-    """Give the model's updates to a stand-in, as ``_setup_acceleration`` gives them to CUDA."""
+    """Give the model's updates to a stand-in, as ``UpdateRunner`` gives them to CUDA."""
     n_metrics = 8 + (model.ent_coef_optimizer is not None)
     backend = StandInBackend(th.empty(n_metrics))
-    model._graphed_update = GraphedFunction(model._update_minibatch, backend)
+    model._run_update.graph = GraphedFunction(model._run_update.update_minibatch, backend)
     return backend
 
 
@@ -658,7 +654,7 @@ def test_graph_is_captured_anew_when_what_it_keeps_changes(change):
     model = make_model().learn(40)
     backend = graph(model)
     # The stand-in captures what PyTorch's optimizers refuse to do on a CPU
-    model._prepare_optimizers = lambda: None
+    model._run_update.prepare = lambda optimizers: None
     model.train(5, 32)
     model.train(5, 32)
     assert len(backend.graphs) == 1
@@ -711,7 +707,7 @@ def test_graph_reads_the_learning_rate():
         optimizer.param_groups[0]["lr"] = th.tensor(1e-3)
     model.train(5, 32)
     assert len(backend.graphs) == 1
-    model.lr_schedule = model.critic_lr_schedule = model.ent_coef_lr_schedule = lambda progress: 0.0
+    model.lr_schedule = lambda progress: 0.0
     before = th.nn.utils.parameters_to_vector(model.policy.parameters()).clone()
     model.train(5, 32)
     assert len(backend.graphs) == 1
@@ -769,8 +765,8 @@ def test_cuda_graphs_on_a_gpu(tmp_path, monkeypatch):
     for model in models:
         model.set_random_seed(0)
         model.train(20, 32)
-    assert models[1]._graphed_update._graph is not None
-    assert models[0]._graphed_update is None
+    assert models[1]._run_update.graph._graph is not None
+    assert models[0]._run_update.graph is None
     for actual, wanted in zip(models[1].policy.parameters(), models[0].policy.parameters(), strict=True):
         th.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
     observation = models[1].env.reset()
@@ -849,12 +845,6 @@ def test_checkpointed_activations():
     )
 
 
-def test_chunked_contrastive_loss():
-    th.testing.assert_close(
-        parameters_after_training(contrastive_chunk_size=7), parameters_after_training(), rtol=1e-4, atol=1e-5
-    )
-
-
 # --- Replay on the device -------------------------------------------------------------------------------------------------
 
 
@@ -916,7 +906,7 @@ def fake(model: DeepCRL, device: str) -> None:
     model.ent_coef_optimizer = th.optim.Adam([model.log_ent_coef], fused=True)
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(precision="bfloat16"), dict(contrastive_chunk_size=5), dict(energy="cosine")])
+@pytest.mark.parametrize("kwargs", [{}, dict(precision="bfloat16"), dict(policy_kwargs=dict(energy="cosine"))])
 def test_update_reads_no_value(kwargs):
     """With fake tensors, a read of a value (``item()``, a branch) raises: such a read would break a capture."""
     model = make_model(**kwargs).learn(40)

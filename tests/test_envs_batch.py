@@ -161,10 +161,10 @@ def test_options_for_one_reset():
     np.testing.assert_array_equal(observation["achieved_goal"][1], [4, 4])
     assert (vec_env.reset()["achieved_goal"][1] != [4, 4]).any()
     vec_env.set_options([{}, {"goal": [0.0, 0.0]}])
-    with pytest.raises(ValueError, match=r"goal \[0.0, 0.0\] of env 1 lies in the wall at row 0, column 0"):
+    with pytest.raises(ValueError, match=r"Env 1: The goal \[0.0, 0.0\] lies in the wall at row 0, column 0"):
         vec_env.reset()
     vec_env.set_options([{}, {"goal": [0.0]}])
-    with pytest.raises(ValueError, match="of env 1 must be 2 finite numbers"):
+    with pytest.raises(ValueError, match=r"Env 1: .* must be 2 finite numbers"):
         vec_env.reset()
 
 
@@ -180,7 +180,6 @@ def test_env_method_and_attributes():
     np.testing.assert_array_equal(rewards, np.ones(3))
     assert [spec.id for spec in vec_env.get_attr("spec")] == ["AntU4Maze-v0"] * 3
     assert vec_env.get_attr("render_mode") == [None] * 3
-    assert vec_env.get_attr("frame_skip", indices=1) == [5]
     assert vec_env.get_attr("unwrapped")[0].task is vec_env.task
     assert not vec_env.has_attr("no_such_thing")
     with pytest.raises(AttributeError, match="no_such_thing"):
@@ -200,8 +199,6 @@ def test_env_method_and_attributes():
     assert (vec_env.step(np.zeros((3, 8)))[1] < 0).all()
     with pytest.raises(ValueError, match="All environments share 'reward_type'"):
         vec_env.set_attr("reward_type", "sparse", indices=[0])
-    vec_env.set_attr("note", "mine", indices=[2])
-    assert vec_env.get_attr("note", indices=[2]) == ["mine"] and not vec_env.has_attr("note")
 
 
 def test_settable_attributes():
@@ -217,12 +214,12 @@ def test_settable_attributes():
         ("success_threshold", None, "success_threshold=None"),
         ("reward_type", "shaped", "Unknown reward_type"),
         ("goal_mode", "moving", "Unknown goal_mode"),
-        ("frame_skip", 10, "'frame_skip' is fixed when the environment is made.*max_episode_steps, goal"),
-        ("render_mode", "human", "'render_mode' is fixed"),
-        ("compute_reward", None, "'compute_reward' is fixed"),
     ):
         with pytest.raises(ValueError, match=message):
             vec_env.set_attr(name, value)
+    for name in ("frame_skip", "render_mode", "compute_reward", "note"):
+        with pytest.raises(AttributeError, match=r"EnvView"):
+            vec_env.set_attr(name, None)
     with pytest.raises(ValueError, match="All environments share 'max_episode_steps'"):
         vec_env.set_attr("max_episode_steps", 5, indices=1)
 
@@ -231,8 +228,7 @@ def test_settable_attributes():
 def test_both_faces_have_the_same_attributes(face):
     vec_env = make_vec_env("PointUMazeEval-v0", 2, vec_env_cls=face)
     vec_env.reset()
-    assert vec_env.get_attr("reward_type") == ["sparse"] * 2 and vec_env.get_attr("frame_skip") == [4, 4]
-    assert vec_env.env_method("has_wrapper_attr", "success_threshold") == [True] * 2
+    assert vec_env.get_attr("reward_type") == ["sparse"] * 2 and vec_env.has_attr("success_threshold")
     for name, value in (("reward_type", "dense"), ("success_threshold", 9.0), ("goal_mode", "fixed"), ("goal", [6.0, 2.0])):
         assert vec_env.env_method("set_wrapper_attr", name, value) == [True] * 2
     assert vec_env.env_method("set_wrapper_attr", "_max_episode_steps", 1) == [True] * 2
@@ -242,8 +238,6 @@ def test_both_faces_have_the_same_attributes(face):
         assert info["is_success"] and info["terminal_observation"]["desired_goal"].tolist() == [6, 2]
     with pytest.raises(ValueError, match="success_threshold=-3"):
         vec_env.env_method("set_wrapper_attr", "success_threshold", -3)
-    with pytest.raises(ValueError, match="'frame_skip' is fixed"):
-        vec_env.env_method("get_wrapper_attr", "unwrapped")[0].set_wrapper_attr("frame_skip", 3)
 
 
 def test_wrappers_it_stands_in_for():
@@ -469,9 +463,9 @@ def test_what_no_batch_is_made_from():
     for wrong in (env, lambda: env, [env], 3):
         with pytest.raises(ValueError, match=r"BatchVecEnv cannot be made from .*: pass the id"):
             BatchVecEnv(wrong)
-    with pytest.raises(TypeError, match=r"BatchVecEnv has no argument n_thread. Its arguments are env, n_envs, n_threads, "):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_thread'"):
         BatchVecEnv("PointUMaze-v0", n_thread=2)
-    with pytest.raises(TypeError, match="GoalEnv has no argument foo"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
         make_vec_env("PointUMaze-v0", 2, env_kwargs={"foo": 1}, vec_env_cls=BatchVecEnv)
 
 
@@ -517,9 +511,9 @@ def test_threads_end_with_the_envs(end, no_cycle_collector):
         vec_env = BatchVecEnv("PointUMaze-v0", 4, 3)
         wrapped = VecNormalize(vec_env) if end == "close the wrapper" else vec_env
         wrapped.reset()
-        wrapped.set_attr("note", "mine")
+        wrapped.set_attr("goal", [2.0, 4.0])
         wrapped.step(np.zeros((4, 2)))
-        assert wrapped.get_attr("note") == ["mine"] * 4 and number_of_threads() == before + 2
+        assert number_of_threads() == before + 2
         batch = weakref.ref(vec_env.simulation.batch)
         if end != "del":
             wrapped.close()
@@ -551,7 +545,7 @@ def test_bad_reset_options():
         with pytest.raises(ValueError, match="do not fit 2 envs"):
             vec_env.reset()
     vec_env.set_options([{}, 5])
-    with pytest.raises(ValueError, match="reset options 5 of env 1 are no dict"):
+    with pytest.raises(ValueError, match="Env 1: The reset options 5 are no dict"):
         vec_env.reset()
 
 

@@ -7,25 +7,13 @@ import pytest
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_deepcrl.envs import OGBenchGoalWrapper, SuccessInfoWrapper, patch_gymnasium_robotics
+from sb3_deepcrl.envs import OGBenchGoalWrapper, SuccessInfoWrapper
 
 
 @pytest.fixture
 def robotics():
     module = pytest.importorskip("gymnasium_robotics")
     gym.register_envs(module)
-
-
-@pytest.fixture
-def unpatched():
-    """gymnasium-robotics as it is installed, before and after the test."""
-    mujoco_utils = pytest.importorskip("gymnasium_robotics.utils.mujoco_utils")
-    kept = mujoco_utils.mujoco
-    import mujoco
-
-    mujoco_utils.mujoco = mujoco
-    yield mujoco_utils
-    mujoco_utils.mujoco = kept
 
 
 @pytest.mark.usefixtures("robotics")
@@ -57,49 +45,27 @@ def test_success_info_wrapper_needs_success():
         env.step(0)
 
 
-@pytest.mark.usefixtures("robotics")
-@pytest.mark.parametrize("env_id", ["FetchPush-v4", "HandReach-v3"])
-def test_patched_robotics_envs_run(env_id, unpatched):
-    import mujoco
-
-    faulty = mujoco.mjtJoint.mjJNT_SLIDE != np.int32(2)
-    if faulty:
-        with pytest.raises(AssertionError):
-            gym.make(env_id)
-    assert patch_gymnasium_robotics() == faulty
-    env = gym.make(env_id)
-    env.reset(seed=0)
-    assert env.step(env.action_space.sample())[1] in (-1, 0)
-    patched = unpatched.mujoco
-    assert patch_gymnasium_robotics() == faulty and unpatched.mujoco is patched
-    # The rest of the module is MuJoCo's own, and MuJoCo itself is untouched
-    assert patched.mj_forward is mujoco.mj_forward
-    assert isinstance(mujoco.mjtJoint.mjJNT_SLIDE, mujoco.mjtJoint)
-
-
-def test_no_patch_without_the_fault(unpatched, monkeypatch):
-    import mujoco
-
-    class Joint(int):
-        __members__ = {"mjJNT_SLIDE": 2}  # noqa: RUF012 (stands in for an enum)
-
-    Joint.mjJNT_SLIDE = Joint(2)
-    monkeypatch.setattr(mujoco, "mjtJoint", Joint)
-    assert not patch_gymnasium_robotics()
-    assert unpatched.mujoco is mujoco
+CHECKS = """
+import sys, mujoco, numpy as np
+joint = mujoco.mjtJoint.mjJNT_SLIDE
+# As before MuJoCo 3.12, and all else as it is
+assert joint == np.int32(2) and not joint != np.int32(2) and np.int32(2) == joint and joint == 2 == hash(joint)
+assert joint != np.int32(3) and joint != 3 and joint is not None and joint != "slide" and joint != mujoco.mjtJoint.mjJNT_HINGE
+"""
 
 
 @pytest.mark.parametrize(
     "lines",
     [
         "import gymnasium_robotics, sb3_deepcrl; gym.make('FetchReach-v4')",
-        "import sb3_deepcrl, gymnasium_robotics; gym.make('HandReach-v3')",
-        "import sb3_deepcrl; gym.make('gymnasium_robotics:FetchPush-v4')",
+        "import sb3_deepcrl, gymnasium_robotics; gym.make('HandReach-v3').reset()",
+        "import sb3_deepcrl; gym.make('gymnasium_robotics:FetchPush-v4').reset()",
     ],
 )
 def test_importing_this_package_repairs_gymnasium_robotics(lines):
     # In a process where nobody has imported it yet
-    subprocess.run([sys.executable, "-c", f"import gymnasium as gym; {lines}"], check=True, capture_output=True)
+    code = f"import gymnasium as gym; {lines}\n{CHECKS}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("env_id, size", [("pointmaze-medium-v0", 2), ("antsoccer-arena-v0", 42)])

@@ -1,4 +1,3 @@
-import csv
 import io
 import itertools
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 
 from sb3_deepcrl import GoalEvalCallback, evaluate_goals
-from sb3_deepcrl.common.callbacks import TrainingDisplay
+from sb3_deepcrl.common.callbacks import ResumableEvalCallback, TrainingDisplay
 from sb3_deepcrl.common.evaluation import mean_of_episodes
 from tests.envs import GoalReachEnv
 from tests.test_deepcrl import make_model
@@ -154,11 +153,17 @@ def test_goal_eval_callback_in_the_training_env(same):
 
 
 @pytest.mark.parametrize("key", ["is_success", "success"])
-def test_goal_eval_callback(tmp_path, key):
+def test_goal_eval_callback(tmp_path, key, monkeypatch):
     model = make_model(make_vec_env(ScriptedEnv, 2))
     logged: list[tuple] = []
     logger = configure(None, [])
-    logger.record = lambda key, value, *args, **kwargs: logged.append((key, value))  # type: ignore[method-assign]
+    record = logger.record
+
+    def log(key, value, *args, **kwargs):
+        logged.append((key, value))
+        record(key, value, *args, **kwargs)
+
+    monkeypatch.setattr(logger, "record", log)
     model.set_logger(logger)
     callback = GoalEvalCallback(
         make_vec_env(ScriptedEnv, 2, env_kwargs=dict(key=key)),
@@ -178,11 +183,81 @@ def test_goal_eval_callback(tmp_path, key):
     keys = [key for key, _ in logged]
     # All in one table
     assert keys.index("eval/success_any") < keys.index("time/total_timesteps", keys.index("eval/success_any"))
-    rows = list(csv.DictReader((tmp_path / "episodes.csv").open()))
-    assert [int(row["timesteps"]) for row in rows] == [40] * 5 + [80] * 5 + [120] * 5
-    assert {row["time_at_goal"] for row in rows} == {"3"}
     with np.load(tmp_path / "evaluations.npz") as file:
-        assert file["successes"].tolist() == [[False] * 5] * 3
+        assert file["timesteps"].tolist() == [40, 80, 120]
+        assert file["successes"].tolist() == file["success_last"].tolist() == [[False] * 5] * 3
+        assert file["time_at_goal"].tolist() == [[3] * 5] * 3
+        assert 0 < file["n_updates"][0] < file["n_updates"][2] <= model._n_updates
+        assert np.isfinite([file[name] for name in ("critic_loss", "categorical_accuracy", "ent_coef", "entropy")]).all()
+    assert list(tmp_path.iterdir()) == [tmp_path / "evaluations.npz"]
+
+
+def test_evaluations_of_a_training_that_stopped_go_on(tmp_path):
+    def evaluations():
+        with np.load(tmp_path / "evaluations.npz") as file:
+            return dict(file)
+
+    def callback(**kwargs):
+        env = make_vec_env(ScriptedEnv, 2)
+        settings = dict(n_eval_episodes=3, eval_freq=10, log_path=str(tmp_path), resume=True, verbose=0)
+        return GoalEvalCallback(env, **settings, **kwargs)
+
+    model = make_model(make_vec_env(ScriptedEnv, 2))
+    model.learn(48, callback=callback())
+    before = evaluations()
+    assert before["timesteps"].tolist() == [20, 40]
+    # It was saved after the first evaluation, and goes on from there
+    model.num_timesteps = 26
+    resumed = callback(best_model_save_path=str(tmp_path))
+    model.learn(40, callback=resumed, reset_num_timesteps=False)
+    after = evaluations()
+    assert after["timesteps"].tolist() == [20, 40, 60]
+    assert {len(values) for values in after.values()} == {3}
+    assert (after["seconds"][0] == before["seconds"][0]) and (np.diff(after["seconds"]) > 0).all()
+    assert (tmp_path / "best_model.zip").is_file()
+    # The best one is there already
+    (tmp_path / "best_model.zip").write_text("best")
+    model.learn(20, callback=callback(best_model_save_path=str(tmp_path)), reset_num_timesteps=False)
+    assert len(evaluations()["timesteps"]) == 4
+    assert (tmp_path / "best_model.zip").read_text() == "best"
+    other = GoalEvalCallback(make_vec_env(ScriptedEnv), n_eval_episodes=2, log_path=str(tmp_path), resume=True)
+    with pytest.raises(ValueError, match="have 3 episodes each: use `n_eval_episodes=3`"):
+        model.learn(2, callback=other, reset_num_timesteps=False)
+    np.savez(tmp_path / "evaluations.npz", timesteps=[20], results=[[1.0] * 3], ep_lengths=[[10] * 3])
+    with pytest.raises(ValueError, match="was written by another callback"):
+        model.learn(2, callback=callback(), reset_num_timesteps=False)
+    (tmp_path / "evaluations.npz").unlink()
+    model.learn(20, callback=callback())
+    # A new training, of which nothing is there yet
+    model.learn(2, callback=callback())
+    assert len(evaluations()["timesteps"]) == 0
+    model.learn(20, callback=callback())
+    assert evaluations()["timesteps"].tolist() == [20]
+
+
+def test_clock_of_the_evaluations_stands_still_meanwhile(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("sb3_deepcrl.common.callbacks.time", SimpleNamespace(process_time=lambda: clock.now))
+
+    class Ticking(NextGoalEnv):
+        def step(self, action):
+            clock.now += 1.0
+            return super().step(action)
+
+    model = make_model(make_vec_env(Ticking))
+    callback = GoalEvalCallback(make_vec_env(Ticking), eval_freq=8, n_eval_episodes=50, log_path=str(tmp_path), verbose=0)
+    model.learn(24, callback=callback)
+    with np.load(tmp_path / "evaluations.npz") as file:
+        assert file["seconds"].tolist() == [8.0, 16.0, 24.0]
+
+
+def test_evaluations_without_goals(tmp_path):
+    callback = ResumableEvalCallback(make_vec_env("Pendulum-v1"), n_eval_episodes=2, eval_freq=30, log_path=str(tmp_path))
+    SAC("MlpPolicy", make_vec_env("Pendulum-v1"), learning_starts=40).learn(60, callback=callback)
+    with np.load(tmp_path / "evaluations.npz") as file:
+        assert file["results"].shape == (2, 2)
+        assert np.isnan(file["critic_loss"]).tolist() == [True, False]
+        assert np.isnan(file["categorical_accuracy"]).all()
 
 
 def test_printed_evaluation_says_which_success(capsys):

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch as th
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ENERGIES, info_nce, rowwise_energy
@@ -66,11 +65,10 @@ def test_norm_of_equal_representations_has_a_finite_gradient(fused):
 
 @pytest.mark.parametrize("contrastive_loss", CONTRASTIVE_LOSSES)
 @pytest.mark.parametrize("energy", ENERGIES)
-@pytest.mark.parametrize("chunk_size", [None, 1, 5, 12, 100])
-def test_info_nce(energy, contrastive_loss, chunk_size):
+def test_info_nce(energy, contrastive_loss):
     th.manual_seed(0)
     x, y = (th.randn(12, 4, dtype=th.float64) for _ in range(2))
-    actual = outcome(x, y, energy, contrastive_loss, 0.1, chunk_size)
+    actual = outcome(x, y, energy, contrastive_loss, 0.1)
     for one, wanted in zip(actual, reference(x, y, energy, contrastive_loss), strict=True):
         th.testing.assert_close(one, wanted, rtol=1e-10, atol=1e-10)
 
@@ -118,24 +116,6 @@ def test_numbers_of_another_type(fused):
     x, y = (th.randn(20, 4, dtype=th.float64) for _ in range(2))
     for one, wanted in zip(outcome(x, y, logsumexp_coef=0.1, fused=fused), reference(x, y), strict=True):
         th.testing.assert_close(one, wanted)
-
-
-def test_chunks_save_memory():
-    """The largest tensor is that of a chunk."""
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            made = function(*args, **(kwargs or {}))
-            sizes.extend(each.numel() for each in (made if isinstance(made, (tuple, list)) else [made]) if th.is_tensor(each))
-            return made
-
-    x, y = th.randn(256, 4, requires_grad=True), th.randn(256, 4)
-    for chunk_size, largest in ((16, 16 * 256), (None, 256 * 256)):
-        sizes.clear()
-        with Sizes():
-            info_nce(x, y, chunk_size=chunk_size)
-        assert max(sizes) == largest
 
 
 def test_squashed_gaussian_matches_the_definition():

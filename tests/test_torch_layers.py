@@ -143,6 +143,7 @@ def start_of_training(depth: int, residual_scale: float | str | None = None) -> 
     }
 
 
+@pytest.mark.slow
 def test_default_starts_the_same_at_every_depth():
     shallow = start_of_training(4)
     for depth in (64, 256, 1024):

@@ -1,5 +1,6 @@
 import csv
 import errno
+import inspect
 import json
 import os
 import pickle
@@ -15,41 +16,42 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
-import rl_zoo3
+import rl_zoo3.exp_manager
+import rl_zoo3.train
 import torch
 import yaml
 from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.callbacks import TrialEvalCallback
-from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_deepcrl import DeepCRL, GoalEvalCallback
-from sb3_deepcrl.analysis import plot_value_map
-from sb3_deepcrl.common.utils import STOP_SIGNALS, whole_number
-from sb3_deepcrl.zoo import cli
+from sb3_deepcrl import DeepCRL
+from sb3_deepcrl.__main__ import main
+from sb3_deepcrl.common.utils import STOP_SIGNALS
+from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
-from sb3_deepcrl.zoo.checkpoints import find_model, num_timesteps, read_run_file, sibling
-from sb3_deepcrl.zoo.config import ConfigError, check_hyperparams, config_folder, find_config
+from sb3_deepcrl.zoo.config import config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
-from sb3_deepcrl.zoo.hyperparams_opt import TRANSITIONS_PER_UPDATE, convert_deepcrl_params, sample_deepcrl_params
-from sb3_deepcrl.zoo.launcher import SCRIPTS, PredictionDeepCRL, at_least_one, run
-from sb3_deepcrl.zoo.value_map import env_of_run
+from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
+from sb3_deepcrl.zoo.launcher import SCRIPTS, run
+from sb3_deepcrl.zoo.runs import RunFolder, RunLoader, num_timesteps
 from tests.envs import GoalReachEnv, add_package
 
 ROOT = Path(__file__).parent.parent
 ENV = "PointUMaze-v0"
 N_ENVS = 4
-TINY = "-params n_envs:4 width:16 depth:4 batch_size:16 learning_starts:100 train_freq:'auto' gradient_steps:'auto'".split()
+TINY = "-params n_envs:4 width:16 depth:4 batch_size:16 learning_starts:100 train_freq:4 gradient_steps:1".split()
+TINY_SAC = "-params n_envs:4 policy_kwargs:dict(net_arch=[16]) learning_starts:604 train_freq:4 gradient_steps:1".split()
+TINY_SAC += "batch_size:16 buffer_size:4000".split()
 # The run that most tests look at: evaluated and saved twice
 N_STEPS, EVERY = 1600, 800
 
@@ -62,13 +64,24 @@ def has_gl() -> bool:
 
 
 def train(folder: Path, *args: str) -> None:
-    run("train", ["-f", str(folder), "--num-threads", "1", *args])
+    # Of two flags the last one counts, and a run that is continued has its own
+    defaults = () if "-i" in args else ("--env", ENV, "--eval-freq", "-1")
+    run("train", ["-f", str(folder), "--num-threads", "1", *defaults, *args])
+
+
+def start(folder: Path, *args: str, **kwargs: Any) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "-f", str(folder), "--env", ENV, "--num-threads", "1"]
+    return subprocess.Popen([*command, "-n", "1000000", "--eval-freq", "-1", *args, *TINY], **kwargs)
+
+
+def final_model(folder: Path, number: int = 1, algo: str = "deepcrl") -> Path:
+    return folder / algo / f"{ENV}_{number}" / f"{ENV}.zip"
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    args = f"--env {ENV} --vec-env batch -n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4".split()
+    args = f"-n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
     args += f"--save-freq {EVERY} --save-replay-buffer --seed 3 -tb {folder / 'tb'}".split()
     train(folder, *args, *TINY, "learning_rate:'lin_1e-3'", "critic_learning_rate:'lin_1e-3'")
     return folder
@@ -89,23 +102,74 @@ def test_train_logs_what_the_zoo_reads(logs, run_folder):
     }
     # The final one takes the place of those of the checkpoints
     assert not list(run_folder.glob("rl_model_replay_buffer_*"))
-    evaluations = np.load(run_folder / "evaluations.npz")
-    assert evaluations["timesteps"].tolist() == [EVERY, N_STEPS]
-    assert evaluations["successes"].shape == (2, 4)
-    with (run_folder / "episodes.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 8
-    assert {"success_any", "time_at_goal"} <= set(rows[0])
     with (run_folder / "0.monitor.csv").open() as file:
         assert file.readlines()[1].strip() == "r,l,t,is_success"
-    assert yaml.load((run_folder / ENV / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["vec_env"] == "batch"
     assert list((logs / "tb" / ENV / "DeepCRL_1").iterdir())
+
+
+def test_what_the_folder_of_a_run_tells(logs):
+    run_folder = RunFolder.newest(logs, "deepcrl", ENV)
+    assert RunFolder.newest(logs, "sac", ENV) is None
+    assert run_folder.num_timesteps == N_STEPS
+    assert (run_folder.config()["width"], run_folder.args()["eval_env"]) == (16, "PointUMazeEval-v0")
+    evaluations = run_folder.evaluations()
+    assert evaluations["timesteps"].tolist() == [EVERY, N_STEPS]
+    assert evaluations["successes"].shape == evaluations["time_at_goal"].shape == (2, 4)
+    assert (np.diff(evaluations["seconds"]) > 0).all()
+    (record,) = run_folder.made_with()
+    assert record["num_timesteps"] == 0
+    assert record["threads"] == 1 and record["packages"]["torch"] == torch.__version__
+    assert len(record["source"]) == 10
+    arguments = record["arguments"]
+    # What was given, what it is by default, and what follows from it
+    assert (arguments["learning_rate"], arguments["gamma"], arguments["n_envs"]) == ("lin_1e-3", 0.95, N_ENVS)
+    assert (arguments["tau"], arguments["policy_kwargs.norm"], arguments["target_entropy"]) == (0.005, "layer", -1.0)
+    assert (arguments["env.goal"], arguments["eval_env.goal_set"]) == ("continuing", "eval")
+    model = run_folder.load_model()
+    assert (model.num_timesteps, model.buffer_size) == (N_STEPS, 1)
+
+
+def save_as(path: Path, steps: int) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", json.dumps({"num_timesteps": steps}))
+
+
+def test_newest_complete_checkpoint(tmp_path):
+    run_folder = RunFolder(tmp_path)
+    assert (run_folder.model_path, run_folder.num_timesteps, run_folder.evaluations()) == (None, 0, {})
+    with pytest.raises(ValueError, match="There is no model"):
+        run_folder.load_model()
+    with pytest.raises(ValueError, match="is no folder of a run"):
+        run_folder.config()
+    (tmp_path / ENV).mkdir()
+    for name in ("args.yml", "config.yml"):
+        (tmp_path / ENV / name).write_text("a: 1\n")
+    final, older, newer = (tmp_path / f"{name}.zip" for name in (ENV, "rl_model_9_steps", "rl_model_16_steps"))
+    buffers = [run_folder.sibling(path, "replay_buffer") for path in (final, older, newer)]
+    assert [path.name for path in buffers] == [
+        "replay_buffer.pkl",
+        *(f"rl_model_replay_buffer_{n}_steps.pkl" for n in (9, 16)),
+    ]
+    for path, steps in ((final, 20), (older, 9), (newer, 16)):
+        save_as(path, steps)
+    assert (run_folder.model_path, run_folder.num_timesteps) == (final, 20)
+    # Killed after the final buffer was written, before the final model was
+    final.unlink()
+    buffers[0].touch()
+    assert run_folder.model_path == newer
+    # Of another tool that does not save atomically
+    newer.write_bytes(newer.read_bytes()[:50])
+    assert run_folder.model_path == older
+    # Without its buffer, a model is worth less than an older one
+    save_as(newer, 16)
+    buffers[1].touch()
+    assert run_folder.model_path == older
 
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     model = DeepCRL.load(run_folder / f"{ENV}.zip")
     # All that the command line does not tell is as it was. The checkpoint's buffer is gone, the final model has one
-    train(tmp_path, "-i", str(run_folder), "-n", "8e2")
+    train(tmp_path, "-i", str(run_folder), "-n", "800")
     folder = tmp_path / "deepcrl" / f"{ENV}_1"
     longer = DeepCRL.load(folder / f"{ENV}.zip")
     longer.load_replay_buffer(folder / "replay_buffer.pkl")
@@ -117,18 +181,82 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
     assert longer.replay_buffer.size() * N_ENVS >= 2400 - 3 * N_ENVS
     # The schedule ends at the end of the whole run: at the last update 16 steps are left
     for optimizer in (longer.actor.optimizer, longer.critic.optimizer):
-        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (1 - 2400 / 2400), abs=1e-3 * 20 / 2400)
-    assert np.load(folder / "evaluations.npz")["timesteps"].tolist() == [EVERY, N_STEPS, 2400]
-    with (folder / "episodes.csv").open() as file:
-        assert [int(row["timesteps"]) for row in csv.DictReader(file)] == [EVERY] * 4 + [N_STEPS] * 4 + [2400] * 4
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0, abs=1e-3 * 20 / 2400)
+    evaluations = RunFolder(folder).evaluations()
+    assert evaluations["timesteps"].tolist() == [EVERY, N_STEPS, 2400]
+    assert evaluations["time_at_goal"].shape == (3, 4)
+    assert [record["num_timesteps"] for record in RunFolder(folder).made_with()] == [0, N_STEPS]
     assert (folder / "best_model.zip").is_file()
     with pytest.raises(SystemExit, match=r"was trained for 2400 steps already, of 2400 in all"):
         train(tmp_path, "-i", str(folder))
     assert not (tmp_path / "deepcrl" / f"{ENV}_2").exists()
     # What is left of the run that was continued, whose number of steps holds for its checkpoints too
     shutil.copy(run_folder / f"{ENV}.zip", folder / f"rl_model_{N_STEPS}_steps.zip")
-    train(tmp_path, "-i", str(folder / f"rl_model_{N_STEPS}_steps.zip"), "-params", "learning_starts:800")
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == 2400
+    train(tmp_path, "-i", str(folder / f"rl_model_{N_STEPS}_steps.zip"))
+    assert num_timesteps(final_model(tmp_path, 2)) == 2400
+
+
+@pytest.mark.parametrize("algo, small", [("deepcrl", TINY), ("sac", TINY_SAC)])
+def test_resume_goes_on_in_the_same_folder(algo, small, tmp_path, capsys):
+    args = f"--algo {algo} --seed 1 --eval-freq 400 --eval-episodes 2 --n-eval-envs 2 --resume".split()
+    args += ["--save-freq", "400", "--save-replay-buffer", *small]
+    # There is nothing to go on with yet. The first folder is that of a run that was killed before it had a model
+    (tmp_path / algo / f"{ENV}_1").mkdir(parents=True)
+    folder = RunFolder(tmp_path / algo / f"{ENV}_1")
+    train(tmp_path, "-n", "800", *args)
+    (folder.path / ".model.zip.1.tmp").touch()
+    first = folder.load_model()
+    assert {path.name for path in folder.path.glob("*replay_buffer*")} == {"replay_buffer.pkl"}
+    train(tmp_path, "-n", "1200", *args)
+    assert [path.name for path in (tmp_path / algo).iterdir()] == [f"{ENV}_1"]
+    model = folder.load_model()
+    assert model.num_timesteps == folder.num_timesteps == 1200
+    assert model._n_updates == first._n_updates + 400 // 16
+    model = ALGOS[algo].load(folder.model_path, make_vec_env(ENV, N_ENVS))
+    model.load_replay_buffer(folder.path / "replay_buffer.pkl")
+    assert 1200 - 3 * N_ENVS <= model.replay_buffer.size() * N_ENVS <= 1200
+    evaluations = folder.evaluations()
+    assert evaluations["timesteps"].tolist() == [400, 800, 1200]
+    assert (np.diff(evaluations["seconds"]) > 0).all() and (np.diff(evaluations["n_updates"]) > 0).any()
+    assert [record["num_timesteps"] for record in folder.made_with()] == [0, 800]
+    # The episodes before and after the stop
+    assert len((folder.path / "0.monitor.csv").read_text().splitlines()) == 2 + 800 // N_ENVS // 150 + 400 // N_ENVS // 150
+    assert not list(folder.path.glob("**/.*.tmp"))
+    before = folder.model_path.stat().st_mtime_ns
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        train(tmp_path, "-n", "1200", *args)
+    assert not exit_info.value.code
+    assert f"{folder.path} is complete: 1,200 of 1,200 env steps" in capsys.readouterr().out
+    assert folder.model_path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("n_steps", [400, 800])
+def test_stopped_in_the_middle_of_an_evaluation(n_steps, tmp_path, monkeypatch):
+    args = ["-n", str(n_steps), "--eval-freq", "400", "--eval-episodes", "1", "--resume", *TINY]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stable_baselines3.common.callbacks.evaluate_policy", stop)
+        train(tmp_path, *args)
+    folder = RunFolder.newest(tmp_path, "deepcrl", ENV)
+    assert (folder.num_timesteps, folder.evaluations()) == (400, {})
+    train(tmp_path, *args)
+    assert folder.evaluations()["timesteps"].tolist() == [*range(400, n_steps + 1, 400)]
+    with pytest.raises(SystemExit):
+        train(tmp_path, *args)
+
+
+def test_seeds_share_no_envs(tmp_path):
+    starts = []
+    for seed in ("0", "1"):
+        args = ["-n", "100", "--save-replay-buffer", "--seed", seed, *TINY]
+        train(tmp_path / seed, *args)
+        buffer = pickle.loads((tmp_path / seed / "deepcrl" / f"{ENV}_1" / "replay_buffer.pkl").read_bytes())
+        starts += list(buffer.observations["achieved_goal"][0])
+    assert len(np.unique(starts, axis=0)) == 2 * N_ENVS
 
 
 def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, capsys):
@@ -147,87 +275,49 @@ def test_a_run_without_replay_buffer_collects_one_first(run_folder, tmp_path, ca
             (path.parent / "replay_buffer.pkl").unlink()
     # With its replay buffer, a run that stopped in the warm-up would go on with it
     train(tmp_path, "-i", str(path.parent), "-n", "16")
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_3" / f"{ENV}.zip").learning_starts == steps - 128 + 100
-    with (path.parent / "episodes.csv").open() as file:
-        assert [row["timesteps"] for row in csv.DictReader(file)] == [str(EVERY)] * 4
+    assert DeepCRL.load(final_model(tmp_path, 3)).learning_starts == steps - 128 + 100
+    assert RunFolder(path.parent).evaluations()["timesteps"].tolist() == [EVERY]
 
 
 def test_the_best_model_does_not_take_the_final_replay_buffer(run_folder, tmp_path, capsys):
     steps = DeepCRL.load(run_folder / "best_model.zip").num_timesteps
     train(tmp_path, "-i", str(run_folder / "best_model.zip"), "-n", "16")
     assert "No replay buffer of best_model.zip: collecting 100 steps" in capsys.readouterr().out
-    longer = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    longer = DeepCRL.load(final_model(tmp_path))
     assert (longer.num_timesteps, longer.learning_starts) == (steps + 16, steps + 100)
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_the_best_model_goes_on(is_broken, run_folder, tmp_path, monkeypatch, capsys):
+def test_the_best_model_goes_on(run_folder, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(run_folder, folder)
-    best = np.load(folder / "evaluations.npz")["results"].mean(axis=1).max()
-    if is_broken:
-        (folder / "evaluations.npz").write_bytes(b"PK")
     (folder / ENV / "vecnormalize.pkl").write_bytes(b"statistics")
-    seen = []
-
-    class Manager(GoalExperimentManager):
-        def _maybe_normalize(self, env, eval_env):
-            return env
-
-        def learn(self, model):
-            (callback,) = (callback for callback in self.callbacks if isinstance(callback, EvalCallback))
-            seen.append(callback.best_mean_reward)
-            super().learn(model)
-
-    monkeypatch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
+    monkeypatch.setattr(GoalExperimentManager, "_maybe_normalize", lambda manager, env, eval_env: env)
     # No evaluation before the end
-    train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
-    message = "cannot be read" if is_broken else "have another number of episodes"
-    assert message in capsys.readouterr().out
-    assert seen == [-np.inf if is_broken else best]
+    train(tmp_path, "-i", str(folder), "-n", "16")
     new = tmp_path / "deepcrl" / f"{ENV}_1"
     assert (new / "best_model.zip").read_bytes() == (folder / "best_model.zip").read_bytes()
     assert (new / ENV / "vecnormalize.pkl").read_bytes() == b"statistics"
-
-
-def test_episodes_of_a_killed_run_go_on(run_folder, tmp_path):
-    lines = (run_folder / "episodes.csv").read_text().splitlines(keepends=True)
-    old = tmp_path / "old.csv"
-
-    def continued() -> list[list[str]] | None:
-        callback = GoalEvalCallback(make_vec_env(GoalReachEnv), log_path=str(tmp_path))
-        callback.continue_episodes(old, N_STEPS)
-        path = tmp_path / "episodes.csv"
-        return list(csv.reader(path.read_text().splitlines())) if path.is_file() else None
-
-    # There is none, or its columns are others
-    assert continued() is None
-    old.write_text("timesteps,reward\n800,1.0\n")
-    assert continued() is None
-    # Killed in the middle of the last line
-    old.write_text("".join(lines)[:-3])
-    assert continued() == list(csv.reader(lines[:-1]))
+    # Their number of episodes is another one
+    with pytest.raises(SystemExit, match="have 4 episodes each: use `n_eval_episodes=4`"):
+        train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
 
 
 def test_killed_while_saving(tmp_path):
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "batch"]
-    command += "-n 1000000 --eval-freq -1 --save-freq 8 --save-replay-buffer --num-threads 1".split()
-    with subprocess.Popen([*command, *TINY, "buffer_size:200000"], stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
-        folder = tmp_path / "deepcrl" / f"{ENV}_1"
+    args = ["--resume", "--save-freq", "8", "--save-replay-buffer"]
+    with start(tmp_path, *args, stdout=subprocess.DEVNULL) as process:
+        folder = RunFolder(tmp_path / "deepcrl" / f"{ENV}_1")
         deadline = time.monotonic() + 60
         # In the middle of writing a file, but not the first one
-        while len(list(folder.glob("rl_model_*_steps.zip"))) < 3 or not list(folder.glob(".*.tmp")):
+        while len(list(folder.path.glob("rl_model_*_steps.zip"))) < 3 or not list(folder.path.glob(".*.tmp")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-    models = {path: DeepCRL.load(path).num_timesteps for path in folder.glob("rl_model_*_steps.zip")}
-    chosen = Path(find_model(str(folder)))
-    assert models[chosen] == max(models.values())
-    assert sibling(chosen, "replay_buffer").is_file()
-    # Not written as a whole, and not needed
-    (folder / "evaluations.npz").write_bytes(b"PK")
-    train(tmp_path, "-i", str(folder), "-n", "80")
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps == models[chosen] + 80
+    models = {path: DeepCRL.load(path).num_timesteps for path in folder.path.glob("rl_model_*_steps.zip")}
+    steps = models[folder.model_path]
+    assert steps == max(models.values())
+    assert folder.sibling(folder.model_path, "replay_buffer").is_file()
+    train(tmp_path, "-n", str(steps + 80), *args)
+    assert (folder.num_timesteps, folder.model_path.name) == (steps + 80, f"{ENV}.zip")
 
 
 class Interrupter(BaseCallback):
@@ -259,16 +349,15 @@ def test_signals_save_and_tell_how_to_go_on(numbers, tmp_path, monkeypatch, caps
     monkeypatch.setattr(DeepCRL, "save", save_and_hear)
     monkeypatch.setattr(Signals, "numbers", numbers)
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
-    args = ["--env", ENV, "--vec-env", "batch", "-n", "10000", "--eval-freq", "-1"]
     with pytest.raises(SystemExit) as exit_info:
-        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+        train(tmp_path, "-n", "10000", *TINY, "callback:'tests.test_zoo.Signals'")
     assert exit_info.value.code == 128 + numbers[0]
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     folder = tmp_path / "deepcrl" / f"{ENV}_1"
     assert DeepCRL.load(folder / f"{ENV}.zip").num_timesteps == 200
     (command,) = re.findall(r"200 env steps\. To go on from there: sb3-deepcrl train (.*)", capsys.readouterr().out)
     train(tmp_path, *shlex.split(command), "-n", "400", "-params", "callback:[]")
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").num_timesteps >= 400
+    assert num_timesteps(final_model(tmp_path, 2)) >= 400
 
 
 def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
@@ -276,17 +365,15 @@ def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(Signals, "numbers", [signal.SIGHUP])
     try:
-        args = ["--env", ENV, "--vec-env", "batch", "-n", "320", "--eval-freq", "-1"]
-        train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Signals'")
+        train(tmp_path, "-n", "320", *TINY, "callback:'tests.test_zoo.Signals'")
     finally:
         signal.signal(signal.SIGHUP, previous)
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 320
+    assert num_timesteps(final_model(tmp_path)) == 320
 
 
 def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "subproc"]
-    command += "-n 1000000 --eval-freq -1 --num-threads 1".split()
-    with subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    pipe = subprocess.PIPE
+    with start(tmp_path, "--vec-env", "subproc", stdout=pipe, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         # The first line of the training
         assert any(line.startswith("0/1,000,000 env steps") for line in process.stdout)
@@ -295,7 +382,7 @@ def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP
     assert "To go on from there: sb3-deepcrl train -i" in output
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+    assert num_timesteps(final_model(tmp_path)) > 0
 
 
 @pytest.mark.parametrize("output", ["terminal", "pipe"])
@@ -304,9 +391,7 @@ def test_output_that_nobody_reads_any_more(output, tmp_path):
         reader, writer = pty.openpty()
     else:
         reader, writer = os.pipe()
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "-f", str(tmp_path), "--env", ENV, "--vec-env", "batch"]
-    command += "-n 1000000 --eval-freq 4000 --num-threads 1".split()
-    with subprocess.Popen([*command, *TINY], stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+    with start(tmp_path, "--eval-freq", "4000", stdout=writer, stderr=subprocess.PIPE, text=True) as process:
         os.close(writer)
         read = b""
         while b"env steps" not in read:
@@ -316,7 +401,7 @@ def test_output_that_nobody_reads_any_more(output, tmp_path):
         if output == "terminal":
             process.send_signal(signal.SIGHUP)
         _, errors = process.communicate(timeout=60)
-    assert DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps > 0
+    assert num_timesteps(final_model(tmp_path)) > 0
     if output == "terminal":
         assert process.returncode == 128 + signal.SIGHUP
     else:
@@ -337,22 +422,22 @@ class FailingEnv(gym.Wrapper):
 
 @pytest.mark.parametrize("algo", ["deepcrl", "sac"])
 def test_an_error_of_the_env_saves_and_keeps_its_traceback(algo, tmp_path):
-    args = ["--algo", algo, "--env", ENV, "-n", "10000", "--eval-freq", "-1"]
-    small = TINY if algo == "deepcrl" else ["-params", "n_envs:4", "policy_kwargs:dict(net_arch=[16])", "learning_starts:1000"]
+    args = ["--algo", algo, "-n", "10000"]
+    small = TINY if algo == "deepcrl" else TINY_SAC
     with pytest.raises(ZeroDivisionError, match="a bug of the env") as error_info:
         train(tmp_path, *args, *small, "env_wrapper:'tests.test_zoo.FailingEnv'")
     assert error_info.traceback[-1].name == "step"
     (note,) = error_info.value.__notes__
     (command,) = re.findall(r"saved after 200 env steps. To go on from there: sb3-deepcrl train (.*)", note)
     train(tmp_path, *shlex.split(command), "-n", "400", *small, "env_wrapper:None")
-    assert num_timesteps(tmp_path / algo / f"{ENV}_2" / f"{ENV}.zip") >= 400
+    assert num_timesteps(final_model(tmp_path, 2, algo)) >= 400
 
 
 def test_what_cannot_be_saved_is_told(tmp_path, monkeypatch):
     def fail(model, path):
         raise OSError("No space left on device")
 
-    args = ["--env", ENV, "--vec-env", "batch", "-n", "10000", "--eval-freq", "-1", *TINY]
+    args = ["-n", "10000", *TINY]
     with monkeypatch.context() as patch:
         patch.setattr(DeepCRL, "save", fail)
         patch.setattr(DeepCRL, "train", lambda *args, **kwargs: 1 // 0)
@@ -373,7 +458,7 @@ def test_what_cannot_be_saved_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args", ["", "--log-interval 4", "--verbose 0"])
 def test_output_of_a_training_in_a_log_file(args, tmp_path, capsys):
-    arguments = ["--env", ENV, "--vec-env", "batch", "-n", "640", "--eval-freq", "320", "--eval-episodes", "2"]
+    arguments = ["-n", "640", "--eval-freq", "320", "--eval-episodes", "2"]
     train(tmp_path, *arguments, *args.split(), *TINY)
     output = capsys.readouterr().out
     lines = re.findall(r"^([\d,]+)/640 env steps, success at any step .* left .*$", output, flags=re.MULTILINE)
@@ -392,12 +477,11 @@ def test_output_of_a_training_in_a_log_file(args, tmp_path, capsys):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_interrupted_run_saves_what_it_has(resume, run_folder, tmp_path):
-    args = f"--env {ENV} --vec-env batch -n 10000 --progress --eval-freq -1".split()
+    args = ["-n", "10000", "--progress"]
     args += ["-i", str(run_folder)] if resume else []
     train(tmp_path, *args, *TINY, "callback:'tests.test_zoo.Interrupter'")
-    model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
     # A run that is continued counts its calls from the start
-    assert model.num_timesteps == (N_STEPS + 4 if resume else 200)
+    assert num_timesteps(final_model(tmp_path)) == (N_STEPS + 4 if resume else 200)
 
 
 class RecordedBar(ProgressBarCallback):
@@ -418,61 +502,32 @@ def test_interrupted_progress_bar_is_closed(run_folder, tmp_path):
 
 @pytest.mark.parametrize("depth", [4, 6])
 def test_two_runs_that_start_at_the_same_moment(depth, tmp_path, monkeypatch):
-    class Manager(GoalExperimentManager):
-        def read_hyperparameters(self):
-            Path(self.save_path).mkdir(parents=True)
-            (Path(self.save_path) / "theirs").touch()
-            return super().read_hyperparameters()
+    read = GoalExperimentManager.read_hyperparameters
 
-    monkeypatch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
-    args = ["--env", ENV, "--vec-env", "batch", "-n", "16", "--eval-freq", "-1", *TINY, f"depth:{depth}"]
+    def read_slowly(manager):
+        Path(manager.save_path).mkdir(parents=True)
+        (Path(manager.save_path) / "theirs").touch()
+        return read(manager)
+
+    monkeypatch.setattr(GoalExperimentManager, "read_hyperparameters", read_slowly)
+    args = ["-n", "16", *TINY, f"depth:{depth}"]
     if depth == 6:
         with pytest.raises(SystemExit, match="`depth` must be a positive multiple of 4"):
             train(tmp_path, *args)
     else:
         train(tmp_path, *args)
-        assert (tmp_path / "deepcrl" / f"{ENV}_2" / f"{ENV}.zip").is_file()
+        assert (final_model(tmp_path, 2)).is_file()
     assert [path.name for path in (tmp_path / "deepcrl" / f"{ENV}_1").iterdir()] == ["theirs"]
     assert (tmp_path / "deepcrl" / f"{ENV}_2").exists() == (depth == 4)
-
-
-def test_newest_complete_checkpoint(run_folder, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run_folder, folder)
-    final, buffer = folder / f"{ENV}.zip", folder / "replay_buffer.pkl"
-    assert find_model(str(folder)) == str(final)
-    # Killed after the final buffer was written, before the final model was
-    final.unlink()
-    older, newer = (folder / f"rl_model_{steps}_steps.zip" for steps in (EVERY, N_STEPS))
-    shutil.copy(buffer, sibling(newer, "replay_buffer"))
-    assert find_model(str(folder)) == str(newer)
-    # Of another tool that does not save atomically
-    newer.write_bytes(newer.read_bytes()[:1000])
-    assert find_model(str(folder)) == str(older)
-    buffer.unlink()
-    sibling(newer, "replay_buffer").rename(sibling(older, "replay_buffer"))
-    assert find_model(str(folder)) == str(older)
-    older.unlink()
-    with pytest.raises(ConfigError, match="there is no model"):
-        find_model(str(folder))
 
 
 @pytest.mark.parametrize("which", ["", "--load-best", f"--load-checkpoint {EVERY}", "--load-last-checkpoint"])
 def test_enjoy(which, logs, capsys):
     run("enjoy", ["--env", ENV, "-f", str(logs), "-n", "301", "--no-render", *which.split()])
     output = capsys.readouterr().out
-    assert re.search(r"Success at any step: \d+\.\d+%, at the last step: \d+\.\d+%", output)
-    assert "Success rate" not in output
+    assert "Success rate: " in output
     name = {"": ENV, "--load-best": "best_model", "--load-last-checkpoint": f"rl_model_{N_STEPS}_steps"}
     assert f"{name.get(which, f'rl_model_{EVERY}_steps')}.zip" in output
-
-
-def test_a_watched_model_has_no_replay_memory(run_folder):
-    model = PredictionDeepCRL.load(run_folder / f"{ENV}.zip")
-    assert type(model) is DeepCRL
-    assert model.replay_buffer.n_slots * model.replay_buffer.n_envs < 10 * N_ENVS
-    assert PredictionDeepCRL.__name__ == "DeepCRL"
-    assert ALGOS["deepcrl"] is DeepCRL
 
 
 @pytest.mark.skipif(not has_gl(), reason="no OpenGL: set MUJOCO_GL=egl (Debian: libegl1) or MUJOCO_GL=osmesa (libosmesa6)")
@@ -482,44 +537,60 @@ def test_record_video(logs, tmp_path):
     assert video.stat().st_size > 1000
 
 
-def test_plots(logs, tmp_path, capsys, monkeypatch):
+def command(*args: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sb3-deepcrl", *args])
+        main()
+
+
+def test_plots(logs, tmp_path, capsys):
     common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
     # RL Zoo's plots of several runs need two
     for number in (1, 2):
         shutil.copytree(logs / "deepcrl" / f"{ENV}_1", tmp_path / "deepcrl" / f"{ENV}_{number}")
-    run("plot_train", [*common, "-y", "success", "-w", "2", "--figure", str(tmp_path / "train.png")])
-    run("all_plots", [*common, "-k", "successes", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "all.png")])
-    run("plot_from_file", ["-i", str(tmp_path / "all.pkl"), "--figure", str(tmp_path / "file.png")])
+    run("plot_train", [*common, "-y", "success", "-w", "2", "--figure", str(tmp_path / "new" / "train.png")])
+    run(
+        "all_plots",
+        [*common, "-k", "time_at_goal", "-o", str(tmp_path / "all"), "--figure", str(tmp_path / "new" / "all.png")],
+    )
+    run("plot_from_file", ["-i", str(tmp_path / "all.pkl"), "--figure", str(tmp_path / "new" / "file.png")])
     for name in ("train", "all", "file"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert (tmp_path / "new" / f"{name}.png").stat().st_size > 5000
     assert "No data available" not in capsys.readouterr().out
-    cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "new" / "value.png"))
+    with pytest.raises(SystemExit, match="choose another place than"):
+        run("plot_from_file", ["-i", str(tmp_path / "all.pkl"), "--figure", str(tmp_path / "all.pkl" / "all.png")])
+
+
+def test_value_map(logs, tmp_path, capsys, monkeypatch):
+    args = ["value_map", "--env", ENV, "-f", str(logs)]
+    command(*args, "-o", str(tmp_path / "new" / "value.png"))
     assert (tmp_path / "new" / "value.png").stat().st_size > 5000
-    with pytest.raises(SystemExit):
-        cli_main("value_map", "--env", ENV, "-f", str(logs), "--goal", "0", "0")
-    assert "value_map: error: The goal [0. 0.] lies in a wall" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli_main("value_map", "--env", ENV, "-f", str(logs), "-o", str(tmp_path / "all.pkl" / "value.png"))
-    assert f"choose another place than {tmp_path / 'all.pkl' / 'value.png'}" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for more, message in {
+        ("--goal", "0", "0"): "lies in a wall",
+        ("-o", str(tmp_path / "file" / "value.png")): f"choose another place than {tmp_path / 'file' / 'value.png'}",
+        ("-f", str(tmp_path)): f"there is no run of {ENV}",
+    }.items():
+        with pytest.raises(SystemExit):
+            command(*args, *more)
+        assert message in capsys.readouterr().err
 
     def fail(*args, **kwargs):
-        raise ValueError("a bug")
+        raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", fail)
-    with pytest.raises(ValueError, match="a bug"):
-        cli_main("value_map", "--env", ENV, "-f", str(logs))
+    monkeypatch.setattr("sb3_deepcrl.analysis.run_map.plot_value_map", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        command(*args)
 
 
-def test_env_of_a_value_map_is_that_of_the_run(tmp_path):
-    (tmp_path / "config.yml").write_text("env_wrapper: gymnasium.wrappers.ClipAction\n")
-    (tmp_path / "args.yml").write_text("env_kwargs: {maze: u4}\n")
-    vec_env, env = env_of_run(tmp_path, ENV)
+def test_env_of_a_run(tmp_path):
+    (tmp_path / ENV).mkdir()
+    (tmp_path / ENV / "config.yml").write_text("env_wrapper: gymnasium.wrappers.ClipAction\n")
+    (tmp_path / ENV / "args.yml").write_text(f"env: {ENV}\nenv_kwargs: {{maze: u4}}\n")
+    vec_env = RunFolder(tmp_path).make_env()
     assert vec_env.num_envs == 1
-    assert env.unwrapped.task_kwargs["maze"] == "u4"
-    assert "ClipAction" in str(env)
-    (tmp_path / "config.yml").write_text("frame_stack: 4\n")
-    with pytest.raises(ValueError, match="the run has `frame_stack: 4`"):
-        env_of_run(tmp_path, ENV)
+    assert vec_env.get_attr("task_kwargs")[0]["maze"] == "u4"
+    assert "ClipAction" in str(vec_env.envs[0])
 
 
 def test_push_to_hub(logs, tmp_path, monkeypatch):
@@ -543,29 +614,27 @@ def test_push_to_hub(logs, tmp_path, monkeypatch):
     assert DeepCRL.load(tmp_path / "uploaded" / f"deepcrl-{ENV}.zip").num_timesteps == N_STEPS
 
 
-def cli_main(*args: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sb3-deepcrl", *args])
-        cli.main()
-
-
 def test_command(capsys):
-    cli_main("--help")
+    with pytest.raises(SystemExit):
+        command("--help")
     output = capsys.readouterr().out
     assert all(script in output for script in (*SCRIPTS, "value_map"))
-    with pytest.raises(SystemExit, match="there is no 'fly', only train, enjoy"):
-        cli_main("fly")
+    with pytest.raises(SystemExit):
+        command("fly")
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
     for script in SCRIPTS:
         with pytest.raises(SystemExit) as exit_info:
-            cli_main(script, "--help")
+            command(script, "--help")
         assert exit_info.value.code == 0
-        assert f"usage: sb3-deepcrl {script}" in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert ("--resume" in output) == (script == "train")
+        assert ("--figure" in output) == ("plot" in script)
 
 
 def test_optimize_and_train_a_trial(tmp_path, capsys):
     # Few updates, as a trial may have 64 layers
-    storage = ["--storage", str(tmp_path / "study.log"), "--study-name", "maze", "--eval-episodes", "1", "--env", ENV]
-    tiny = [*storage, "--vec-env", "batch", "-n", "48", "-params", "n_envs:4", "learning_starts:44"]
+    storage = ["--storage", str(tmp_path / "study.log"), "--study-name", "maze", "--eval-episodes", "1"]
+    tiny = [*storage, "-n", "48", "-params", "n_envs:4", "learning_starts:44"]
     train(tmp_path, "-optimize", "--n-trials", "2", "--n-evaluations", "1", "--no-optim-plots", *tiny)
     (report,) = (tmp_path / "deepcrl").glob("report_*.csv")
     with report.open() as file:
@@ -574,10 +643,10 @@ def test_optimize_and_train_a_trial(tmp_path, capsys):
     assert all(0.0 <= float(trial["value"]) <= 1.0 for trial in trials)
     # A search is no run: enjoy does not take it for the latest one
     assert not list((tmp_path / "deepcrl").glob(f"{ENV}_*"))
-    train(tmp_path, "--trial-id", "0", "--eval-freq", "-1", *tiny)
-    model = DeepCRL.load(tmp_path / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip")
+    train(tmp_path, "--trial-id", "0", *tiny)
+    model = DeepCRL.load(final_model(tmp_path))
     assert model.depth == 2 ** int(trials[0]["params_depth_pow"])
-    assert model.energy == trials[0]["params_energy"]
+    assert model.policy_kwargs["energy"] == trials[0]["params_energy"]
     with pytest.raises(SystemExit, match="no trial 7 of study 'maze'"):
         train(tmp_path, "--trial-id", "7", *tiny)
 
@@ -615,53 +684,49 @@ def test_sampler_and_converter_agree(n_envs):
         trial = study.ask()
         hyperparams = sample_deepcrl_params(trial, n_actions=2, n_envs=n_envs, additional_args={})
         assert convert_deepcrl_params(trial.params) == hyperparams
-        transitions = hyperparams["train_freq"] * n_envs / hyperparams["gradient_steps"]
-        assert TRANSITIONS_PER_UPDATE[0] <= transitions <= TRANSITIONS_PER_UPDATE[1]
-        assert transitions == trial.user_attrs["transitions_per_update"]
-        check_hyperparams({**hyperparams, "n_timesteps": 1, "policy": "MultiInputPolicy"}, DeepCRL)
+        assert 4 <= hyperparams["transitions_per_update"] <= 64
+        DeepCRL("MultiInputPolicy", make_vec_env(GoalReachEnv, 2), **hyperparams, _init_setup_model=False)
 
 
-def read(config: Path) -> dict:
-    hyperparams: dict = {}
-    if config.suffix == ".py":
-        exec(config.read_text(), hyperparams)
-        return hyperparams["hyperparams"]
-    return yaml.safe_load(config.read_text())
+CONFIGS = sorted(path.stem for path in config_folder().glob("*.yml"))
 
 
-CONFIGS = sorted(path.name for path in config_folder().glob("*.*") if path.suffix in (".yml", ".py"))
+def entries(config: str) -> dict[str, dict]:
+    return yaml.safe_load((config_folder() / f"{config}.yml").read_text())
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_entry_trains(config, tmp_path, capsys):
-    algo = re.split(r"[-_.]", config)[0].replace("depth", "deepcrl")
-    entries = read(config_folder() / config)
+def test_every_entry_trains(config, tmp_path):
+    algo = config.partition("-")[0]
     seen = set()
-    for env_id, entry in entries.items():
-        checked = check_hyperparams(dict(entry), ALGOS[algo])
-        if env_id == "default":
-            continue
-        # One env of each kind and of each set of hyperparameters; all of them for DeepCRL
+    for env_id, entry in entries(config).items():
+        # One env of each kind and each set of hyperparameters
         kind = re.sub(r"U\d?Maze|Big|Hardest|Push|Slide|PickAndPlace|Binpick|Easy|Hard|_.*|Maze", "", env_id)
-        if config != "deepcrl.yml" and kind in seen:
+        if env_id == "default" or kind in seen:
             continue
         seen.add(kind)
         small: dict = {"n_envs": 2, "learning_starts": 2, "batch_size": 4, "buffer_size": 2000}
         if algo == "deepcrl":
-            small |= {"depth": 4, "width": 16, "train_freq": 1, "gradient_steps": 1}
+            small |= {"depth": 4, "width": 16, "transitions_per_update": 2}
         else:
             # HerReplayBuffer has nothing to sample before the end of an episode
-            small |= {"policy_kwargs": {"net_arch": [16]}, "gradient_steps": 0 if "replay_buffer_class" in checked else 1}
-        args = ["--algo", algo, "-conf", config.removesuffix(".yml"), "--env", env_id, "-n", "10", "--eval-freq", "-1"]
-        if "_" not in env_id and "Fetch" not in env_id:
-            args += ["--vec-env", "batch"]
+            small |= {"policy_kwargs": {"net_arch": [16]}, "gradient_steps": 0 if "replay_buffer_class" in entry else 1}
+        args = ["--algo", algo, "-conf", config, "--env", env_id, "-n", "10"]
         train(tmp_path, *args, "-params", *(f"{key}:{value!r}" for key, value in small.items()))
-        (model_path,) = (tmp_path / algo / f"{env_id}_1").glob(f"{env_id}.zip")
-        with zipfile.ZipFile(model_path) as archive:
+        with zipfile.ZipFile(tmp_path / algo / f"{env_id}_1" / f"{env_id}.zip") as archive:
             data = json.loads(archive.read("data"))
         assert data["num_timesteps"] == 10
         assert data["_n_updates"] > 0 or small.get("gradient_steps") == 0
-    capsys.readouterr()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configs_have_what_their_algorithm_knows(config):
+    algo = ALGOS[config.partition("-")[0]]
+    zoo = {"env_kwargs", "monitor_kwargs", "n_envs", "n_timesteps", "noise_std", "noise_type"}
+    for env_id, entry in entries(config).items():
+        unknown = set(entry) - zoo - set(inspect.signature(algo).parameters)
+        assert not unknown, f"{env_id} has {unknown}"
+        assert env_id == "default" or env_id in gym.registry
 
 
 def test_configs_say_what_was_run():
@@ -669,54 +734,18 @@ def test_configs_say_what_was_run():
     mazes = {f"{robot}{maze}Maze-v0" for robot in robots for maze in ("U", "U4", "U5", "Big", "Hardest")}
     others = {"HumanoidGoal-v0", "AntGoal-v0", "ArmPushEasy-v0", "ArmPushHard-v0", "ArmBinpickHard-v0", "default"}
     robotics = {"PointMaze_UMaze-v3", "PointMaze_Large-v3", "AntMaze_UMaze-v5", "FetchReach-v4", "FetchPickAndPlace-v4"}
-    assert mazes | others | robotics <= set(read(config_folder() / "deepcrl.yml"))
-    paper = read(config_folder() / "deepcrl-paper.yml")
-    assert {(entry["n_envs"], entry["batch_size"], entry["depth"]) for entry in paper.values()} == {(512, 512, 64)}
+    assert mazes | others | robotics <= set(entries("deepcrl"))
+    paper = entries("deepcrl-paper").values()
+    assert {(entry["n_envs"], entry["batch_size"], entry["depth"]) for entry in paper} == {(512, 512, 64)}
     for config in CONFIGS:
-        if config.endswith(".yml"):
-            lines = (config_folder() / config).read_text().splitlines()
-            for index, line in enumerate(lines):
-                if re.match(r"\S.*:( &\S+)?$", line) and not line.startswith("#"):
-                    comment = ""
-                    while lines[index - 1].startswith("# "):
-                        index -= 1
-                        comment = lines[index][2:] + " " + comment
-                    said = re.search(r"[Nn]ot run here|[Rr]un .* seed", comment)
-                    assert said, f"{config}: {line} has no comment that says what was run: {comment!r}"
-                    for result in re.findall(r"docs/results/\S+\.md", comment):
-                        is_file = (config_folder().parent / result).is_file()
-                        assert is_file, f"{config}: {line} names {result}, which is not there"
-
-
-@pytest.mark.parametrize("algo", sorted(set(ALGOS) - {"deepcrl"}))
-def test_rl_zoos_own_configs_pass(algo):
-    entries = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml").read_text())
-    failures = {}
-    for env_id, entry in entries.items():
-        try:
-            check_hyperparams(dict(entry), ALGOS[algo])
-        except ConfigError as error:
-            failures[env_id] = str(error)
-    if algo == "ppo_lstm":
-        # RecurrentPPO does not know it either
-        assert failures.pop("default") == "`policy: MlpPolicy` is unknown, did you mean `MlpLstmPolicy`?"
-        assert "MlpPolicy" not in ALGOS[algo].policy_aliases
-    # Wrappers of packages that are not installed
-    assert all("cannot be imported: No module named" in message for message in failures.values()), failures
-    assert len(failures) < len(entries)
-
-
-@pytest.mark.parametrize(("algo", "key"), [("ppo", "clip_range"), ("ppo", "clip_range_vf"), ("ars", "delta_std")])
-def test_schedules_of_other_algorithms(algo, key):
-    entry = {"n_timesteps": 10, "policy": "MlpPolicy"}
-    assert check_hyperparams({**entry, key: "lin_0.2"}, ALGOS[algo])[key] == "lin_0.2"
-    with pytest.raises(ConfigError, match=f"`{key}: 2e-1` is text: write `!!float 2e-1`"):
-        check_hyperparams({**entry, key: "2e-1"}, ALGOS[algo])
-
-
-def test_depth_of_a_sweep(monkeypatch):
-    monkeypatch.setenv("DEPTH", "64")
-    assert read(config_folder() / "depth_sweep.py")["AntUMaze-v0"]["depth"] == 64
+        # Groups of entries with a comment above
+        for group in (config_folder() / f"{config}.yml").read_text().split("\n\n"):
+            comment = " ".join(line[2:] for line in group.splitlines() if line.startswith("# "))
+            if re.search(r"^[^#\s].*:", group, re.MULTILINE):
+                said = re.search(r"[Nn]ot run here|[Rr]un .* seed", comment)
+                assert said, f"{config}: {group} has no comment that says what was run"
+                for result in re.findall(r"docs/results/\S+\.md", comment):
+                    assert (config_folder().parent / result).is_file(), f"{config}: {group} names a file that is not there"
 
 
 HER_ENTRY = """
@@ -752,27 +781,20 @@ def test_existing_her_config(tmp_path, capsys, monkeypatch):
         assert (folder / "0.monitor.csv").read_text().splitlines()[1] == "r,l,t,is_success"
         assert (folder / "rl_model_vecnormalize_320_steps.pkl").is_file()
     run("enjoy", ["--env", env_id, "-f", str(tmp_path), "-n", "301", "--no-render"])
-    assert "Success at any step: " in capsys.readouterr().out
     # The statistics of VecNormalize go on too
     train(tmp_path, "-i", str(folder), "-n", "10")
-    assert f"Loading VecNormalize stats: {folder / env_id / 'vecnormalize.pkl'}" in capsys.readouterr().out
-    models = []
-
-    def plot(model, *args, **kwargs):
-        models.append(model)
-        return plot_value_map(model, *args, **kwargs)
-
-    monkeypatch.setattr("sb3_deepcrl.zoo.value_map.plot_value_map", plot)
-    cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1", "-o", str(tmp_path / "new" / "value.png"))
-    assert (tmp_path / "new" / "value.png").stat().st_size > 5000
-    saved = pickle.loads((folder / env_id / "vecnormalize.pkl").read_bytes()).obs_rms["observation"]
-    assert models[0].get_vec_normalize_env().obs_rms["observation"].mean == pytest.approx(saved.mean)
-    (folder / env_id / "vecnormalize.pkl").unlink()
-    with pytest.raises(SystemExit, match=r"-i: .*vecnormalize\.pkl is missing"):
+    statistics = folder / env_id / "vecnormalize.pkl"
+    assert f"Loading VecNormalize stats: {statistics}" in capsys.readouterr().out
+    model = RunFolder(folder).load_model(RunFolder(folder).make_env())
+    saved = pickle.loads(statistics.read_bytes()).obs_rms["observation"]
+    assert model.get_vec_normalize_env().obs_rms["observation"].mean == pytest.approx(saved.mean)
+    command("value_map", "--env", env_id, "-f", str(tmp_path), "-o", str(tmp_path / "value.png"))
+    assert (tmp_path / "value.png").stat().st_size > 5000
+    statistics.unlink()
+    with pytest.raises(SystemExit, match=r"vecnormalize\.pkl is missing"):
         train(tmp_path, "-i", str(folder), "-n", "10")
-    with pytest.raises(SystemExit):
-        cli_main("value_map", "--env", env_id, "-f", str(tmp_path), "--exp-id", "1")
-    assert "vecnormalize.pkl not found" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"vecnormalize.pkl not found"):
+        RunFolder(folder).make_env()
 
 
 def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
@@ -782,23 +804,23 @@ def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
     return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("conf, config", [([], "deepcrl"), (["-conf", "depth_sweep"], "depth_sweep")])
-def test_plain_zoo_with_custom_envs(conf, config, tmp_path):
+def test_plain_zoo_with_custom_envs(tmp_path):
     args = f"--algo deepcrl --env {ENV} -f logs".split()
-    train_args = [*conf, *"-n 128 --eval-freq -1 --num-threads 1".split()]
-    output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *train_args, *TINY)
-    assert f"Loading hyperparameters from: {config_folder() / config}." in output
-    assert DeepCRL.load(tmp_path / "logs" / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").num_timesteps == 128
-    if not conf:
-        assert "Success rate: " in run_plain_zoo(tmp_path, ROOT, "rl_zoo3.enjoy", *args, "-n", "301", "--no-render")
-        # Reads the command line before it makes an env
-        run_plain_zoo(tmp_path, ROOT, "rl_zoo3.record_video", *args, "--help")
+    output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *"-n 128 --eval-freq -1 --num-threads 1".split(), *TINY)
+    assert f"Loading hyperparameters from: {config_folder() / 'deepcrl.yml'}" in output
+    assert num_timesteps(final_model(tmp_path / "logs")) == 128
+    assert "Success rate: " in run_plain_zoo(tmp_path, ROOT, "rl_zoo3.enjoy", *args, "-n", "301", "--no-render")
+    # Reads the command line before it makes an env
+    run_plain_zoo(tmp_path, ROOT, "rl_zoo3.record_video", *args, "--help")
 
 
 def test_rl_zoos_own_algorithms_keep_their_configs():
-    args = ("sac", "Pendulum-v1", "logs")
-    assert ExperimentManager(None, *args).config == str(Path(rl_zoo3.__file__).parent / "hyperparams" / "sac.yml")
-    assert ExperimentManager(None, *args, config="json").config == "json"
+    # The name that RL Zoo's own `train` looks up
+    manager_class = rl_zoo3.exp_manager.ExperimentManager
+    assert manager_class is GoalExperimentManager
+    args = (None, "sac", "Pendulum-v1", "logs")
+    assert manager_class(*args).config == str(Path(rl_zoo3.__file__).parent / "hyperparams" / "sac.yml")
+    assert manager_class(*args, config="json").config == "json"
 
 
 def test_installed_wheel_finds_its_configs(tmp_path):
@@ -814,7 +836,7 @@ def test_installed_wheel_finds_its_configs(tmp_path):
     packages = {path.parent.relative_to(ROOT) for path in (ROOT / "sb3_deepcrl").rglob("*.py")}
     assert {path.parent.relative_to(site) for path in (site / "sb3_deepcrl").rglob("*.py")} >= packages
     assert (site / "sb3_deepcrl" / "common" / "tower.cpp").is_file()
-    command = [sys.executable, str(site / "bin" / "sb3-deepcrl"), "train", "--env", ENV, "--vec-env", "batch", "-n", "120"]
+    command = [sys.executable, str(site / "bin" / "sb3-deepcrl"), "train", "--env", ENV, "-n", "128"]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     result = subprocess.run(
         [*command, "--eval-freq", "-1", *TINY], cwd=work, env=environment, check=True, capture_output=True, text=True
@@ -835,67 +857,67 @@ def test_default_configs():
     assert find_config("json.decoder", "deepcrl", ENV) == "json.decoder"
 
 
+@pytest.mark.parametrize(
+    "args, vec_env_class",
+    [
+        (f"--env {ENV}", BatchVecEnv),
+        (f"--env {ENV} --vec-env dummy", DummyVecEnv),
+        ("--env PointMaze_UMaze-v3", DummyVecEnv),
+        (f"--env {ENV} -params env_wrapper:'gymnasium.wrappers.RecordEpisodeStatistics'", DummyVecEnv),
+    ],
+)
+def test_envs_of_this_package_are_stepped_natively(args, vec_env_class, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(GoalExperimentManager, "learn", lambda manager, model: seen.append(type(model.env.unwrapped)))
+    train(tmp_path, *args.split())
+    assert seen == [vec_env_class]
+
+
 BAD = [
-    ("--env PointUMaz-v0", "--env: Environment `PointUMaz` doesn't exist. Did you mean: `PointUMaze`?"),
-    ("--env nowhere:Reach-v0", "--env: 'nowhere:Reach-v0' cannot be found, as the module 'nowhere' cannot be imported"),
+    ("--env PointUMaz-v0", "Environment `PointUMaz` doesn't exist. Did you mean: `PointUMaze`?"),
+    ("--env nowhere:Reach-v0", "'nowhere:Reach-v0' cannot be found, as the module 'nowhere' cannot be imported"),
+    ("--eval-env PointUMazEval-v0", "Environment `PointUMazEval` doesn't exist"),
     ("--env Pendulum-v1", "`achieved_goal`, `desired_goal` missing"),
-    ("--env FetchReach-v4 --vec-env batch", "--vec-env batch: FetchReach-v4 is no task of this package"),
-    ("--env PointMaze_UMaze-v3 --vec-env batch", "--vec-env batch: PointMaze_UMaze-v3 is no task of this package"),
-    ("-n -5", "argument -n/--n-timesteps: must be at least 1, got -5"),
-    ("-n 0.5", "argument -n/--n-timesteps: expected a whole number such as 4 or 1e6, got '0.5'"),
-    ("-n inf", "argument -n/--n-timesteps: expected a whole number such as 4 or 1e6, got 'inf'"),
-    ("--save-freq often", "argument --save-freq: expected a whole number such as 4 or 1e6, got 'often'"),
-    ("--eval-episodes 0", "argument --eval-episodes: must be at least 1, got 0"),
-    ("--n-eval-envs -1", "argument --n-eval-envs: must be at least 1, got -1"),
-    ("-params dept:4", "`dept` is no hyperparameter, did you mean `depth`?"),
-    ("-params depth:6", "`depth` must be a positive multiple of 4"),
-    ("-params policy:'MultiInputPolcy'", "`policy: MultiInputPolcy` is unknown, did you mean `MultiInputPolicy`?"),
-    ("-params policy:'nowhere.Policy'", "`policy: nowhere.Policy` cannot be imported"),
-    ("-params policy:MultiInputPolicy", "'policy:MultiInputPolicy' is not `key:value` with a Python value"),
+    ("--env FetchReach-v4 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv"),
+    ("-n often", "argument -n/--n-timesteps: invalid int value: 'often'"),
+    ("--eval-episodes 0", "`eval_episodes` must be a positive integer, got 0"),
+    ("--n-eval-envs -1", "`n_eval_envs` must be a positive integer, got -1"),
+    ("--resume -optimize", "--resume: a search of hyperparameters goes on by --storage"),
+    ("-params dept:4", "unexpected keyword argument 'dept'"),
+    ("-params depth:6", f"deepcrl.yml, {ENV}: `depth` must be a positive multiple of 4"),
+    ("-params policy:'MultiInputPolcy'", "Policy MultiInputPolcy unknown"),
+    ("-params policy:'nowhere.Policy'", "No module named 'nowhere'"),
+    ("-params policy:MultiInputPolicy", "name 'MultiInputPolicy' is not defined: values are Python"),
     ("-params learning_rate:'5e-4'", "`learning_rate: 5e-4` is text: write `!!float 5e-4`"),
-    ("-params gamma:'1e-1'", "`gamma` must be a number, got '1e-1': write `!!float 1e-1`"),
-    ("-params buffer_size:1e6", "`buffer_size` must be an integer, got 1000000.0"),
-    ("-params n_envs:0", "`n_envs` must be at least 1, got 0"),
-    ("-params policy_kwargs:dict(residual_scal=1)", "`policy_kwargs` has no `residual_scal`, did you mean `residual_scale`?"),
-    ("-params policy_kwargs:'dict(activation_fn=nn.Rleu)'", "`policy_kwargs: dict(activation_fn=nn.Rleu)` is no valid Python"),
-    ("-params policy_kwargs:{'activation_fn':'nn.ReLU'}", "`activation_fn: nn.ReLU` is text"),
-    ("-params replay_buffer_kwargs:dict(n_sampled_goals=4)", "`replay_buffer_kwargs` has no `n_sampled_goals`"),
-    ("-params env_wrapper:'nowhere.Wrapper'", "`env_wrapper: nowhere.Wrapper` cannot be imported"),
-    ("-params seed:3", "`seed` cannot be in a config: use the flag --seed"),
-    ("-params noise_type:'normal'", "`noise_type` needs `noise_std`"),
-    ("-params noise_type:'norm' noise_std:0.1", "`noise_type: norm` is unknown, there are normal and ornstein-uhlenbeck"),
-    ("-params normalize:dict(norm_obss=True)", "`normalize` has no `norm_obss`, did you mean `norm_obs`?"),
-    (
-        "-params monitor_kwargs:dict(info_keyword=('l',))",
-        "`monitor_kwargs` has no `info_keyword`, did you mean `info_keywords`?",
-    ),
-    (
-        "-params replay_buffer_class:'HerReplayBuffer' replay_buffer_kwargs:dict(online_sampling=True)",
-        "`replay_buffer_kwargs` has no `online_sampling`",
-    ),
-    (
-        "--algo sac -params replay_buffer_kwargs:dict(online_sampling=True)",
-        "`replay_buffer_kwargs` has no `online_sampling`",
-    ),
-    ("--algo sac -params policy_kwargs:dict(net_archh=[8])", "`policy_kwargs` has no `net_archh`, did you mean `net_arch`?"),
-    (
-        "--env FetchReach-v4 -params env_wrapper:{'gymnasium.wrappers.TimeLimit':{'max_step':3}}",
-        "`env_wrapper: gymnasium.wrappers.TimeLimit` has no `max_step`, did you mean `max_episode_steps`?",
-    ),
+    ("-params gamma:'1e-1'", "`gamma: 1e-1` is text: write `!!float 1e-1`"),
+    ("-params buffer_size:1e6", "`buffer_size` must be a positive integer, got 1000000.0"),
+    ("-params n_envs:0", "`n_envs` must be a positive integer, got 0"),
+    ("-params policy_kwargs:dict(residual_scal=1)", "'residual_scal'"),
+    ("-params policy_kwargs:dict(activation_fn=nn.Rleu)", "has no attribute 'Rleu'"),
+    ("-params replay_buffer_kwargs:dict(n_sampled_goals=4)", "'n_sampled_goals'"),
+    ("-params env_wrapper:'nowhere.Wrapper'", "No module named 'nowhere'"),
+    ("-params env_wrapper:'collections.Wraper'", "has no attribute 'Wraper'"),
+    ("-params env_wrapper:{'gymnasium.wrappers.TimeLimit':{'max_step':3}}", "unexpected keyword argument 'max_step'"),
+    ("-params callback:'nowhere.Callback'", "No module named 'nowhere'"),
+    ("-params seed:3", "multiple values for keyword argument 'seed'"),
+    ("-params noise_type:'normal'", "'noise_std' is missing"),
+    ("-params noise_type:'norm' noise_std:0.1", 'Unknown noise type "norm"'),
+    ("-params normalize:dict(norm_obss=True)", "unexpected keyword argument 'norm_obss'"),
+    ("-params monitor_kwargs:dict(info_keyword=('l',))", "unexpected keyword argument 'info_keyword'"),
+    ("--algo sac -params policy_kwargs:dict(net_archh=[8])", "unexpected keyword argument 'net_archh'"),
+    ("--algo sac -params replay_buffer_kwargs:dict(online_sampling=True)", "unexpected keyword argument 'online_sampling'"),
     ("--env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze'?"),
     ("--env PointMaze_UMaze-v3 --env-kwargs mazemap:'u'", "it has no argument 'mazemap'. Did you mean 'maze_map'?"),
     ("-conf nowhere.yml", "-conf: nowhere.yml is neither a file nor a Python module, nor one of the configs of this package"),
-    ("-conf depcrl", "which are deepcrl, deepcrl-paper, depth_sweep, sac, sac-dense, td3, tqc, did you mean `deepcrl`?"),
-    ("-conf no.where", "-conf: no.where is neither a file nor a Python module"),
-    ("-params callback:'subprocess.Popen'", "`callback: subprocess.Popen` is no callback"),
-    ("-i nowhere.zip", "-i: nowhere.zip is neither a model (.zip) nor the folder of a run"),
+    ("-conf depcrl", "which are deepcrl, deepcrl-paper, sac, sac-dense, td3, tqc"),
+    ("-i nowhere.zip", "The trained_agent must be a valid path to a .zip file"),
+    ("-i nowhere", "-i: nowhere is neither a model (.zip) nor the folder of a run"),
     ("--gym-packages nowhere", "the module 'nowhere' cannot be imported: No module named 'nowhere'"),
 ]
 
 
 @pytest.mark.parametrize(("args", "message"), BAD)
 def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
-    args = args if "--env " in args else f"--env {ENV} --vec-env batch {args}"
     with pytest.raises(SystemExit) as exit_info:
         train(tmp_path, *args.split())
     assert exit_info.value.code not in (0, None)
@@ -907,69 +929,27 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
     assert not list(tmp_path.glob("*/*"))
 
 
-@pytest.mark.parametrize("number", ["1e2", "100", "1E2", "+100.0"])
-def test_whole_numbers_may_be_floats(number):
-    assert at_least_one(None)(number) == 100
-    assert at_least_one(-1)("-1") == -1
-    assert whole_number("9007199254740993") == 9007199254740993
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
         ("enjoy --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: add --no-render"),
-        ("record_video --env PointUMaze-v0", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
-        ("push_to_hub --env PointUMaze-v0 -orga me", "without a screen the pictures of PointUMaze-v0 need MUJOCO_GL=egl"),
+        ("record_video --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: .*MUJOCO_GL=egl"),
+        ("push_to_hub --env PointUMaze-v0 -orga me", "there is no screen"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
-def test_without_a_screen(args, message, logs, monkeypatch, capsys):
+def test_without_a_screen(args, message, logs, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
         monkeypatch.delenv(name, raising=False)
     script, *flags = args.split()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=f"^sb3-deepcrl {script}: error: {message}"):
         run(script, [*flags, "-f", str(logs)])
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"sb3-deepcrl {script}: error: {message}")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("DISPLAY", ":987", f"without a screen the pictures of {ENV} need MUJOCO_GL=egl"),
-        ("MUJOCO_GL", "elg", "MUJOCO_GL=elg does not work here (RuntimeError: "),
-        ("MUJOCO_GL", "off", "MUJOCO_GL=off does not work here (AttributeError: "),
-    ],
-)
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
-def test_a_screen_or_library_that_is_not_there(name, value, message, logs):
-    variables = {key: text for key, text in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
-    command = [sys.executable, "-m", "sb3_deepcrl", "record_video", "--env", ENV, "-f", str(logs), "-n", "5"]
-    result = subprocess.run(command, env={**variables, name: value}, capture_output=True, text=True, check=False)
-    assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert f"error: {message}" in result.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ("all_plots", "the following arguments are required: -a/--algos, -e/--env, -f/--exp-folders"),
-        ("plot_from_file --figure all.foo", "argument --figure: must be the name of a picture, such as all.png, got all.foo"),
-        ("plot_from_file --figure {file}/all.png", "argument --figure: [Errno "),
-        ("value_map -o {folder}/value", "argument -o/--output: must be the name of a picture, such as value.png, got "),
-    ],
-)
-def test_bad_arguments_of_plots(args, message, tmp_path, capsys):
-    file = tmp_path / "file"
-    file.touch()
-    with pytest.raises(SystemExit):
-        cli_main(*args.format(file=file, folder=tmp_path).split())
-    assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_nowhere_to_write(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
-    args = ["--env", ENV, "--vec-env", "batch", "-n", "16", "--eval-freq", "-1", *TINY]
+    args = ["-n", "16", *TINY]
     with pytest.raises(SystemExit, match=rf"^sb3-deepcrl train: error: .*: choose another place than {file}$"):
         train(file, *args)
 
@@ -987,7 +967,7 @@ def test_nowhere_to_write(tmp_path, monkeypatch):
         fail(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/dev/robot"))
 
 
-@pytest.mark.parametrize("command", ["sb3_deepcrl", "sb3_deepcrl.zoo.train"])
+@pytest.mark.parametrize("command", ["sb3_deepcrl", "sb3_deepcrl.zoo"])
 def test_without_rl_zoo(command, tmp_path):
     (tmp_path / "rl_zoo3.py").write_text("raise ModuleNotFoundError(\"No module named 'rl_zoo3'\")\n")
     result = subprocess.run([sys.executable, "-m", command], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -996,13 +976,19 @@ def test_without_rl_zoo(command, tmp_path):
     assert """(No module named 'rl_zoo3'): install the extra "zoo", in a clone by `pip install -e ".[zoo]"`""" in line
 
 
+def read_yaml(path: Path) -> dict:
+    with path.open() as file:
+        return yaml.load(file, Loader=RunLoader)
+
+
 UNSAFE = [
-    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
-    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "`!!python/object/new:os.mkdir`"),
-    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "`!!python/object/apply:os.mkdir`"),
+    ("args.yml", "env_kwargs: !!python/object/apply:os.mkdir [{}]", "python/object/apply:os.mkdir"),
+    ("args.yml", "env_kwargs: !!python/object/new:os.mkdir [{}]", "python/object/new:os.mkdir"),
+    ("config.yml", "policy_kwargs: !!python/object/apply:os.mkdir [{}]", "python/object/apply:os.mkdir"),
     ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:os.mkdir ''}}", "`os.mkdir`"),
     ("config.yml", "policy_kwargs: {{activation_fn: !!python/name:this.s ''}}", "`this.s`"),
     ("config.yml", "normalize: __import__('os').mkdir('{}')", "`normalize: __import__('os').mkdir('"),
+    ("config.yml", "callback: {{subprocess.Popen: {{args: [mkdir, {}]}}}}", "`callback: {{'subprocess.Popen'"),
     ("config.yml", "policy_kwargs: 'dict(a=[os.mkdir(\"{}\") for _ in [1]])'", "`policy_kwargs: dict(a=[os.mkdir("),
 ]
 
@@ -1015,16 +1001,15 @@ def test_the_files_of_a_run_execute_nothing(script, name, line, told, run_folder
     target = tmp_path / "executed"
     path = folder / ENV / name
     # Keys and values in place of RL Zoo's OrderedDict
-    path.write_text(yaml.safe_dump(read_run_file(path)) + line.format(target) + "\n")
+    path.write_text(yaml.safe_dump(dict(read_yaml(path))) + line.format(target) + "\n")
     with pytest.raises(SystemExit) as exit_info:
         if script == "train":
             train(tmp_path, "-i", str(folder), "-n", "16")
         else:
-            cli_main(script, "--env", ENV, "-f", str(tmp_path), *(["--no-render"] if script == "enjoy" else []))
+            command(script, "--env", ENV, "-f", str(tmp_path), *(["--no-render"] if script == "enjoy" else []))
     assert exit_info.value.code not in (0, None)
     message = f"{exit_info.value.code}{capsys.readouterr().err}"
-    assert f"{path} holds {told}" in message
-    assert "which is more than data" in message
+    assert str(path) in message and told.replace("{{", "{") in message
     assert not target.exists()
 
 
@@ -1039,16 +1024,16 @@ def test_files_of_a_run_are_read_as_they_were_written(tmp_path):
         monitor_kwargs="dict(info_keywords=('is_success',))",
     )
     path.write_text(yaml.dump(data))
-    assert read_run_file(path) == data
+    assert read_yaml(path) == data
     for text, message in {"a: [": "while parsing", "- 1": "must hold keys and values, got [1]"}.items():
         path.write_text(text)
-        with pytest.raises(ConfigError, match=re.escape(message)):
-            read_run_file(path)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_yaml(path)
 
 
 def test_env_of_another_package(tmp_path, monkeypatch, capsys):
     add_package(tmp_path, monkeypatch)
-    args = ["--env", "elsewhere:ElsewhereReach-v0", "-n", "32", "--eval-freq", "-1"]
+    args = ["--env", "elsewhere:ElsewhereReach-v0", "-n", "32"]
     train(tmp_path, *args, *TINY[:-2], "learning_starts:16", "buffer_size:4000")
     folder = tmp_path / "deepcrl" / "ElsewhereReach-v0_1"
     # As from a process that has not imported the package
@@ -1057,26 +1042,16 @@ def test_env_of_another_package(tmp_path, monkeypatch, capsys):
     assert DeepCRL.load(tmp_path / "deepcrl" / "ElsewhereReach-v0_2" / "ElsewhereReach-v0.zip").num_timesteps == 48
     add_package(tmp_path, monkeypatch)
     run("enjoy", ["--env", "elsewhere:ElsewhereReach-v0", "-f", str(tmp_path), "-n", "21", "--no-render"])
-    assert "Success at any step: " in capsys.readouterr().out
-
-
-def test_bad_config_has_no_traceback(tmp_path):
-    config = tmp_path / "my.yml"
-    config.write_text(f"{ENV}:\n  n_timesteps: 10\n  policy: 'MultiInputPolicy'\n  depht: 8\n")
-    command = [sys.executable, "-m", "sb3_deepcrl.zoo.train", "--env", ENV, "-conf", str(config), "-f", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    *_, line = result.stderr.strip().splitlines()
-    assert line == (f"sb3-deepcrl train: error: {config}, {ENV}: `depht` is no hyperparameter, did you mean `depth`?")
-    assert "Traceback" not in result.stderr
+    assert "Success rate: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{ENV}: 3", "must have keys"),
-        (f"{ENV}:\n  policy: 'MultiInputPolicy'", "`n_timesteps` is missing"),
-        (f"{ENV}:\n  n_timesteps: 10", "`policy` is missing"),
+        (f"{ENV}: 3", f"my.yml, {ENV}: "),
+        (f"{ENV}:\n  n_timesteps: 10\n  policy: 'MultiInputPolicy'\n  depht: 8", f"my.yml, {ENV}: .* argument 'depht'"),
+        (f"{ENV}:\n  policy: 'MultiInputPolicy'", "'n_timesteps' is missing"),
+        (f"{ENV}:\n  n_timesteps: 10", "missing 1 required positional argument: 'policy'"),
         ("Other-v0:\n  n_timesteps: 10", f"not found for deepcrl-{ENV}"),
         (f"{ENV}: [", "while parsing"),
     ],
@@ -1085,14 +1060,14 @@ def test_bad_config_file(text, message, tmp_path):
     config = tmp_path / "my.yml"
     config.write_text(text)
     with pytest.raises(SystemExit, match=message):
-        train(tmp_path, "--env", ENV, "-conf", str(config))
+        train(tmp_path, "-conf", str(config))
 
 
 def test_an_error_inside_of_a_python_config_keeps_its_traceback(tmp_path):
     config = tmp_path / "my.py"
     config.write_text("hyperparams = dict(n_timesteps=1 + '1')\n")
     with pytest.raises(TypeError, match="unsupported operand"):
-        train(tmp_path, "--env", ENV, "-conf", str(config))
+        train(tmp_path, "-conf", str(config))
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, AssertionError, RuntimeError, gym.error.ResetNeeded])
@@ -1109,40 +1084,34 @@ def test_a_bug_in_an_env_keeps_its_traceback(error, tmp_path, monkeypatch):
         train(tmp_path, "--env", "Broken-v0", "--env-kwargs", "siez:2")
 
 
-def test_a_bug_in_a_module_of_a_config_keeps_its_traceback(tmp_path, monkeypatch):
+@pytest.mark.parametrize("entry", ["policy:'broken_module.Policy'", "env_wrapper:{'broken_module.Wrapper':{}}"])
+def test_a_bug_in_a_module_of_a_config_keeps_its_traceback(entry, tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text("import nowhere_else\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for key, value in (("policy", "broken_module.Policy"), ("env_wrapper", {"broken_module.Wrapper": {}})):
-        entry = {"n_timesteps": 10, "policy": "MultiInputPolicy", key: value}
-        with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
-            check_hyperparams(entry, DeepCRL)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
+        train(tmp_path, "-params", entry)
 
 
-def test_missing_model_ends_in_one_line(tmp_path, capsys):
-    for script in ("enjoy", "record_video"):
-        with pytest.raises(SystemExit):
-            run(script, ["--env", ENV, "-f", str(tmp_path)])
-        assert f"--env {ENV}: The " in capsys.readouterr().err
+def test_missing_model_ends_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"^sb3-deepcrl enjoy: error: The .* folder was not found$"):
+        run("enjoy", ["--env", ENV, "-f", str(tmp_path), "--no-render"])
 
 
-def test_env_kwargs_of_a_config_hold_for_evaluation_and_videos(tmp_path):
+def test_env_kwargs_of_a_config_hold_for_evaluation_and_videos(tmp_path, monkeypatch):
     config = tmp_path / "my.yml"
     config.write_text(
         f"{ENV}:\n  n_timesteps: 10\n  policy: 'MultiInputPolicy'\n  depth: 4\n  width: 16\n  env_kwargs:\n    maze: 'u4'\n"
     )
     seen = []
+    create_envs = GoalExperimentManager.create_envs
 
-    class Manager(GoalExperimentManager):
-        def create_envs(self, *args, **kwargs):
-            env = super().create_envs(*args, **kwargs)
-            task_kwargs = env.get_attr("unwrapped")[0].task_kwargs
-            seen.append((kwargs.get("eval_env", False), task_kwargs["maze"], task_kwargs.get("goal_set")))
-            assert type(env) is DummyVecEnv
-            return env
+    def create_and_see(*args, **kwargs):
+        env = create_envs(*args, **kwargs)
+        task_kwargs = env.get_attr("task_kwargs")[0]
+        seen.append((kwargs.get("eval_env", False), task_kwargs["maze"], task_kwargs.get("goal_set")))
+        return env
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sb3_deepcrl.zoo.exp_manager.GoalExperimentManager", Manager)
-        train(tmp_path, "--env", ENV, "-conf", str(config), "--eval-env-kwargs", "goal_set:'eval'")
+    monkeypatch.setattr(GoalExperimentManager, "create_envs", create_and_see)
+    train(tmp_path, "--vec-env", "dummy", "-conf", str(config), "--eval-env-kwargs", "goal_set:'eval'", "--eval-freq", "10")
     assert sorted(seen) == [(False, "u4", None), (True, "u4", "eval")]
-    args = (tmp_path / "deepcrl" / f"{ENV}_1" / ENV / "args.yml").read_text()
-    assert yaml.load(args, Loader=yaml.UnsafeLoader)["env_kwargs"] == {"maze": "u4"}
+    assert RunFolder.newest(tmp_path, "deepcrl", ENV).args()["env_kwargs"] == {"maze": "u4"}

@@ -1,4 +1,103 @@
-from sb3_deepcrl.analysis.cli import main
+"""
+The command ``python -m sb3_deepcrl.analysis``.
+"""
+
+import ast
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, get_origin
+
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+from sb3_deepcrl.analysis import STUDIES
+from sb3_deepcrl.common.startup import end_start
+from sb3_deepcrl.common.utils import is_for_user, stopped_by_signals, whole_number
+
+GOES_ON = "The same command goes on from the last evaluations."
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _whole_number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
+    """Whole numbers may be written as 1e6."""
+    if info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@registry.primitive_rule
+def _pairs(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[dict[str, Any]] | None:
+    """Dicts are written as RL Zoo does, but text needs no quotes."""
+    if get_origin(info.type) is not dict:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY:VALUE",
+        instance_from_str=lambda words: dict(map(key_value, words)),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}:{entry}" for key, entry in value.items()],
+    )
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """
+    Read an entry of a dict.
+
+    :param text: ``key:value``, where the value is a Python literal or else text
+    :return: Key and value
+    :raises ValueError: if it is something else
+    """
+    key, colon, value = text.partition(":")
+    if not colon or not key:
+        raise ValueError(f"expected key:value, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Run a study.
+
+    :param argv: Arguments, by default those of the command line
+    """
+    end_start()
+    prog = "python -m sb3_deepcrl.analysis"
+    numbers: list[int] = []
+    console = Console()
+    try:
+        with registry:
+            study = tyro.extras.subcommand_cli_from_dict(
+                dict(STUDIES),
+                prog=prog,
+                description="Studies of depth. Each trains what is missing and writes a report: Markdown, CSV, picture.",
+                args=argv,
+            )
+        with stopped_by_signals() as numbers:
+            report = study.run(console)
+    except KeyboardInterrupt:
+        print(f"Stopped. {GOES_ON}", file=sys.stderr)
+        sys.exit(128 + (numbers[0] if numbers else signal.SIGINT))
+    except Exception as error:
+        if not is_for_user(error):
+            error.add_note(GOES_ON)
+            raise
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if report is not None and report.path is not None:
+        console.print(Markdown(report.path.read_text()))
+        console.print(f"Written to {report.path}")
+
 
 if __name__ == "__main__":
     main()

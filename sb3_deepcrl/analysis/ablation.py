@@ -1,132 +1,76 @@
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from sb3_deepcrl.analysis.runs import Run
-from sb3_deepcrl.analysis.statistics import curves_of
-from sb3_deepcrl.analysis.study import (
-    ComparisonOfDepths,
-    Report,
-    Results,
-    add_legend,
-    draw_curve,
-    draw_estimates,
-    final_estimate,
-    new_figure,
-    option,
-    rows_of,
-    summarize,
-)
+from sb3_deepcrl.analysis.runs import Expression, Run
+from sb3_deepcrl.analysis.statistics import Estimate
+from sb3_deepcrl.analysis.study import ComparisonOfDepths
+from sb3_deepcrl.common.utils import check_choice
 
-NO_RESIDUAL, NO_NORM, RELU = {"residual": False}, {"norm": "none"}, {"activation_fn": "ReLU"}
-# What is changed in the network, as policy_kwargs
-VARIANTS: dict[str, dict[str, Any]] = {
-    "complete": {},
-    "no-residual": NO_RESIDUAL,
-    "no-norm": NO_NORM,
-    "relu": RELU,
-    "plain": {**NO_RESIDUAL, **NO_NORM, **RELU},
-    "unscaled": {"residual_scale": 1},
+NO_RESIDUAL, NO_NORM, RELU = {"residual": False}, {"norm": "none"}, {"activation_fn": Expression("nn.ReLU")}
+DEFAULT, RARE = {"transitions_per_update": 16}, {"transitions_per_update": 40}
+# By table and name of a variant, the hyperparameters that it changes. The first of a table is what others are compared with
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    # What deep networks need (figures 5 and 16 of the paper)
+    "network": {
+        "complete": {},
+        "no-residual": {"policy_kwargs": NO_RESIDUAL},
+        "no-norm": {"policy_kwargs": NO_NORM},
+        "relu": {"policy_kwargs": RELU},
+        "plain": {"policy_kwargs": {**NO_RESIDUAL, **NO_NORM, **RELU}},
+    },
+    # The factor of the residual branches, 1 is the paper's
+    "residual_scale": {f"scale {scale}": {"policy_kwargs": {"residual_scale": scale}} for scale in ("learnable", "1/N", 1)},
+    # The departures from the paper taken back (README, "Differences to the paper")
+    "departures": {
+        "default": DEFAULT,
+        "random_goals=0": {**DEFAULT, "random_goals": 0.0},
+        "ent_coef=auto": {**DEFAULT, "ent_coef": "auto"},
+        "1 update for 40 transitions": RARE,
+        "all three": {**RARE, "random_goals": 0.0, "ent_coef": "auto"},
+    },
+    # Of the matrix products
+    "precision": {precision: {"precision": precision} for precision in ("float32", "bfloat16")},
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AblationStudy(ComparisonOfDepths):
     """
-    What deep networks need (figures 5 and 16 of the paper): the complete network, the same without residual connections,
-    without layer normalization, with ReLU in place of Swish, and with all three of these changes.
+    Variants of DeepCRL side by side. What deep networks need (figures 5 and 16 of the paper): the complete network, the same
+    without residual connections, without layer normalization, with ReLU in place of Swish, and with all three of these
+    changes. Or another table.
     """
 
     name: ClassVar[str] = "ablation"
-    summary: ClassVar[str] = "networks without residual connections, normalization or Swish"
 
-    depths: list[int] = option([16], "Depths")
-    variants: list[str] = option(
-        ["complete", "no-residual", "no-norm", "relu", "plain"],
-        "Networks; plain is without all three, unscaled adds the residual branches as they are, which is the paper's way",
-        choices=tuple(VARIANTS),
-    )
+    depths: tuple[int, ...] = (16,)
+    """Depths"""
+    table: Literal["network", "residual_scale", "departures", "precision"] = "network"
+    """What varies: the network, the factor of the residual branches, the departures from the paper, the precision"""
+    variants: tuple[str, ...] = ()
+    """Names of variants, by default all of the table"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for variant in self.variants:
-            if variant not in VARIANTS:
-                raise ValueError(f"Unknown variant {variant!r}. Choose from: {', '.join(VARIANTS)}")
-        # Those of "plain" too, or the network called complete would lack something
-        self.check_free({name: "variants" for variant in ("plain", *self.variants) for name in VARIANTS[variant]})
-
-    @staticmethod
-    def label(variant: str, depth: int) -> str:
-        """
-        :param variant: One of ``VARIANTS``
-        :param depth: Depth
-        :return: Name of the setting
-        """
-        return f"{variant}, depth {depth}"
+            check_choice(variant, tuple(TABLES[self.table]), "variants")
 
     @property
-    def _cells(self) -> list[tuple[str, int]]:
-        return [(variant, depth) for depth in self.depths for variant in self.variants]
+    def _variants(self) -> tuple[str, ...]:
+        return self.variants or tuple(TABLES[self.table])
 
     def settings(self) -> dict[str, Run]:
-        return {self.label(variant, depth): self._run_of(variant, depth) for variant, depth in self._cells}
-
-    def _run_of(self, variant: str, depth: int) -> Run:
-        run = self.make_run(depth=depth)
-        policy_kwargs = {**run.hyperparams.get("policy_kwargs", {}), **VARIANTS[variant]}
-        return replace(run, hyperparams={**run.hyperparams, "policy_kwargs": policy_kwargs}) if policy_kwargs else run
-
-    def report(self, results: Results, runs: Path) -> Report:
-        table = [
-            {"network": variant, "depth": depth, **summarize(results[self.label(variant, depth)])}
-            for variant, depth in self._cells
-        ]
-        notes = [self.protocol(), *self._comparisons(results)]
-        columns: Mapping[str, Mapping[str, Any]] = {
-            self.label(variant, depth): {"network": variant, "depth": depth} for variant, depth in self._cells
+        return {
+            f"{variant}, depth {depth}": self.make_run(depth=depth, **TABLES[self.table][variant])
+            for depth in self.depths
+            for variant in self._variants
         }
-        return Report(f"Ablation on {self.env}", rows_of(results, columns), table, notes, self._figure(results))
 
-    def _comparisons(self, results: Results) -> list[str]:
-        """
-        :param results: Evaluations of each seed by setting
-        :return: Each network against the complete one of the same depth
-        """
-        if "complete" not in self.variants:
-            return []
-        notes = []
-        for depth in self.depths:
-            complete = final_estimate(results[self.label("complete", depth)])
-            words = [
-                f"{variant}: {final_estimate(results[self.label(variant, depth)]).compare(complete)}"
-                for variant in self.variants
-                if variant != "complete"
-            ]
-            if words:
-                notes.append(f"Time at goal at depth {depth} against the complete network: {'; '.join(words)}.")
-        return notes
-
-    def _figure(self, results: Results) -> Any:
-        figure, axes = new_figure(1, 1 + len(self.depths), width=4.4, height=3.8)
-        colors = {variant: f"C{index}" for index, variant in enumerate(VARIANTS)}
-        ax = axes[0, 0]
-        for index, variant in enumerate(self.variants):
-            shift = 0.6 * ((index + 0.5) / len(self.variants) - 0.5)
-            estimates = [final_estimate(results[self.label(variant, depth)]) for depth in self.depths]
-            draw_estimates(ax, [i + shift for i in range(len(self.depths))], estimates, variant, colors[variant], "o")
-        ax.set_xticks(range(len(self.depths)), map(str, self.depths))
-        ax.set(xlabel="depth", title="mean of the last evaluations", xlim=(-0.5, len(self.depths) - 0.5))
-        for depth, ax in zip(self.depths, axes[0, 1:], strict=True):
-            for variant in self.variants:
-                seeds = results[self.label(variant, depth)]
-                steps = curves_of(seeds, "timesteps").mean(axis=0) / 1000
-                draw_curve(ax, steps, curves_of(seeds, "time_at_goal"), variant, colors[variant])
-            ax.set(xlabel="env steps (thousands)", title=f"depth {depth}")
-        top = max(ax.get_ylim()[1] for ax in axes[0])
-        for ax in axes[0]:
-            ax.set_ylim(0, top)
-            ax.set_ylabel("time at goal (steps)")
-        add_legend(figure, axes[0, 1])
-        figure.suptitle(self.caption())
-        return figure
+    def compare(self, estimates: dict[str, Estimate]) -> list[str]:
+        first, *others = self._variants
+        return [
+            f"Time at goal of {variant}, depth {depth}, against {first}: "
+            f"{estimates[f'{variant}, depth {depth}'].compare(estimates[f'{first}, depth {depth}'])}."
+            for depth in self.depths
+            for variant in others
+        ]

@@ -1,32 +1,152 @@
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+"""
+Does depth pay because a deep policy collects better data, or because a deep network learns more from data?
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sb3_deepcrl.analysis.runs import COLLECTOR, Run
-from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_scores, interquartile_mean
-from sb3_deepcrl.analysis.study import Report, Results, Study, depth_colors, draw_curve, new_figure, option, rows_of
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+
+from sb3_deepcrl import GoalEvalCallback
+from sb3_deepcrl.analysis.episodes import make_envs
+from sb3_deepcrl.analysis.report import Report, Results, depth_colors, draw_curve, evaluation_rows, new_figure
+from sb3_deepcrl.analysis.runs import FOLDER, Run, mean_evaluations
+from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_estimate, final_scores
+from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
+from sb3_deepcrl.deepcrl import DeepCRL
 
 
-def rows_of_learner(seeds: Sequence[Sequence[Mapping[str, str]]], learner: str) -> list[list[Mapping[str, str]]]:
+@contextlib.contextmanager
+def _own_random_numbers(*seeds: int) -> Iterator[None]:
+    """Draw random numbers that change nothing for others."""
+    state = np.random.get_state()
+    first, second = np.random.SeedSequence(seeds).generate_state(2)
+    with th.random.fork_rng():
+        np.random.seed(first)
+        th.manual_seed(int(second))
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
+
+
+class Learners(BaseCallback):
     """
-    :param seeds: Evaluations of each seed
-    :param learner: Name of a learner, or ``COLLECTOR``
-    :return: Those of that one
+    Models of other depths that learn from the replay buffer of the model in training, the collector: as many updates, each
+    right after those of the collector, on minibatches of their own. They don't act, and the collector learns what it learns
+    without them. Each has a folder of its own for its evaluations, and for what a run that is stopped goes on with.
+
+    :param depths: Depths of the models
+    :param folder: Where their folders are
+    :param eval_env: Id of the env that they are evaluated on
+    :param eval_freq: Env steps between two evaluations, after each of which they are saved
+    :param n_eval_episodes: Number of episodes of an evaluation
+    :param env_kwargs: Arguments of that env
     """
-    return [[row for row in rows if row["learner"] == learner] for rows in seeds]
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        folder: str,
+        eval_env: str,
+        eval_freq: int,
+        n_eval_episodes: int,
+        env_kwargs: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.depths = depths
+        self.folder = Path(folder)
+        self.eval_env = eval_env
+        self.eval_freq = eval_freq
+        self.n_eval_episodes = n_eval_episodes
+        self.env_kwargs = env_kwargs
+        self.learners: dict[int, DeepCRL] = {}
+        self.evaluations: dict[int, GoalEvalCallback] = {}
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, DeepCRL) or self.model.get_vec_normalize_env() is not None:
+            raise ValueError("Learners share the replay buffer of DeepCRL, without `normalize`: leave it out")
+        for depth in self.depths:
+            learner = self.learners[depth] = self._find(depth) or self._make(depth)
+            learner.replay_buffer = self.model.replay_buffer
+            learner.num_timesteps = self.model.num_timesteps
+            learner.set_logger(Logger(None, []))
+            envs = make_envs(self.eval_env, min(self.n_eval_episodes, 64), self.env_kwargs)
+            self.evaluations[depth] = GoalEvalCallback(
+                envs,
+                n_eval_episodes=self.n_eval_episodes,
+                eval_freq=max(self.eval_freq // self.training_env.num_envs, 1),
+                log_path=str(_learner_folder(self.folder, depth)),
+                resume=True,
+                verbose=0,
+            )
+            self.evaluations[depth].init_callback(learner)
+
+    def _find(self, depth: int) -> DeepCRL | None:
+        """The newest saved model that is not ahead of the collector."""
+        paths = {int(path.stem): path for path in _learner_folder(self.folder, depth).glob("*.zip")}
+        steps = max((steps for steps in paths if steps <= self.model.num_timesteps), default=None)
+        # What it lacks is made up for before the next rollout
+        return None if steps is None else DeepCRL.load(paths[steps], self.training_env, custom_objects={"buffer_size": 1})
+
+    def _make(self, depth: int) -> DeepCRL:
+        collector = self.model
+        kwargs = {name: getattr(collector, name) for name in inspect.signature(DeepCRL).parameters if hasattr(collector, name)}
+        for name in ("policy", "env", "actor_depth", "critic_depth"):
+            kwargs.pop(name, None)
+        policy_kwargs = {name: value for name, value in collector.policy_kwargs.items() if "depth" not in name}
+        # Not the seed of the collector, or one of the same depth would start with its networks
+        seed = int(np.random.SeedSequence([collector.seed or 0, depth]).generate_state(1)[0])
+        with _own_random_numbers(seed):
+            kwargs.update(depth=depth, policy_kwargs=policy_kwargs, seed=seed)
+            return DeepCRL("MultiInputPolicy", self.training_env, **kwargs)
+
+    def _on_training_start(self) -> None:
+        for evaluations in self.evaluations.values():
+            evaluations.on_training_start(self.locals, self.globals)
+
+    def _on_rollout_start(self) -> None:
+        self._catch_up()
+
+    def _on_step(self) -> bool:
+        for depth, learner in self.learners.items():
+            learner.num_timesteps = self.num_timesteps
+            evaluations = self.evaluations[depth]
+            evaluations.on_step()
+            if evaluations.n_calls % evaluations.eval_freq == 0:
+                folder = _learner_folder(self.folder, depth)
+                # The collector may not be saved yet, and goes on with the previous one then
+                for path in sorted(folder.glob("*.zip"), key=lambda path: int(path.stem))[:-1]:
+                    path.unlink()
+                learner.save(folder / f"{self.num_timesteps}.zip")
+        return True
+
+    def _on_training_end(self) -> None:
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        for depth, learner in self.learners.items():
+            learner._current_progress_remaining = self.model._current_progress_remaining
+            with _own_random_numbers(learner.seed or 0, self.num_timesteps):
+                learner.train(self.model._n_updates - learner._n_updates, learner.batch_size)
+            self.evaluations[depth].on_rollout_start()
 
 
-def conclusions(scores: Mapping[tuple[int, int], Estimate], deep: int, shallow: int) -> list[str]:
-    """
-    What explains the gain of depth: the data that a deep collector brings, or what a deep learner makes of data.
+def _learner_folder(folder: Path, depth: int) -> Path:
+    """Where a learner has its evaluations and models."""
+    return folder / f"learner-depth-{depth}"
 
-    :param scores: Score by depth of the collector and depth of the learner
-    :param deep: The larger depth
-    :param shallow: The smaller one
-    :return: A sentence for each
-    """
+
+def _conclusions(scores: Mapping[tuple[int, int], Estimate], deep: int, shallow: int) -> list[str]:
+    """What explains the gain of depth: the data of a deep collector, or what a deep learner makes of data."""
     sentences = []
     for title, better, worse in [
         (f"From the data of collector {deep}, learner {deep} against {shallow}", (deep, deep), (deep, shallow)),
@@ -39,7 +159,7 @@ def conclusions(scores: Mapping[tuple[int, int], Estimate], deep: int, shallow: 
     return sentences
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CollectorStudy(Study):
     """
     Does depth pay because a deep policy collects better data, or because a deep network learns more from data? A deep and then
@@ -48,73 +168,90 @@ class CollectorStudy(Study):
     """
 
     name: ClassVar[str] = "collector"
-    summary: ClassVar[str] = "deep and shallow learners from the data of a deep or shallow collector"
 
-    deep: int = option(32, "Depth of the deep collector and learner")
-    shallow: int = option(4, "Depth of the shallow collector and learner")
+    deep: int = 32
+    """Depth of the deep collector and learner"""
+    shallow: int = 4
+    """Depth of the shallow collector and learner"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_depth(self.deep)
-        check_depth(self.shallow)
+        check_depth(self.deep, "deep")
+        check_depth(self.shallow, "shallow")
         if self.deep <= self.shallow:
             raise ValueError(f"`deep` must be larger than `shallow`, got {self.deep} and {self.shallow}")
-        self.check_free(dict.fromkeys(("depth", "actor_depth", "critic_depth"), "deep"))
+
+    @property
+    def _depths(self) -> tuple[int, int]:
+        return self.deep, self.shallow
 
     def settings(self) -> dict[str, Run]:
-        learners = {self._name(depth): {"depth": depth} for depth in (self.deep, self.shallow)}
-        return {
-            f"collector depth {depth}": replace(self.make_run(depth=depth), learners=learners)
-            for depth in (self.deep, self.shallow)
+        arguments = {
+            "depths": self._depths,
+            "folder": FOLDER,
+            "eval_env": self.eval_env,
+            "eval_freq": self.steps // self.n_evaluations,
+            "n_eval_episodes": self.n_eval_episodes,
+            "env_kwargs": self.env_kwargs,
         }
+        callback = [{f"{Learners.__module__}.{Learners.__name__}": arguments}]
+        return {f"collector depth {depth}": self.make_run(depth=depth, callback=callback) for depth in self._depths}
 
-    @staticmethod
-    def _name(depth: int) -> str:
-        return f"depth-{depth}"
+    def report(self, results: Results) -> Report:
+        from sb3_deepcrl.zoo.runs import RunFolder
 
-    def report(self, results: Results, runs: Path) -> Report:
-        depths = (self.deep, self.shallow)
-        table: list[dict[str, Any]] = []
-        scores = {}
-        for collector in depths:
-            seeds = results[f"collector depth {collector}"]
-            for name, learner in [("collector itself", COLLECTOR), *((f"depth {d}", self._name(d)) for d in depths)]:
-                of_learner = rows_of_learner(seeds, learner)
-                final = final_scores(of_learner, "time_at_goal")
-                table.append(
-                    {
-                        "collector": f"depth {collector}",
-                        "learner": name,
-                        "time at goal": interquartile_mean(final[:, None])[0],
-                        "each seed": ", ".join(f"{score:.0f}" for score in final),
-                        "success": interquartile_mean(final_scores(of_learner, "success_any")[:, None])[0],
-                        "updates": of_learner[0][-1]["updates"],
-                    }
-                )
-            for learner_depth in depths:
-                of_learner = rows_of_learner(seeds, self._name(learner_depth))
-                scores[collector, learner_depth] = interquartile_mean(final_scores(of_learner, "time_at_goal")[:, None])[0]
+        # Those of the learners are in folders of their own
+        everyone: Results = {}
+        for label, run in self.settings().items():
+            everyone[f"{label}, itself"] = results[label]
+            for depth in self._depths:
+                everyone[f"{label}, learner depth {depth}"] = [
+                    mean_evaluations(RunFolder(_learner_folder(seed.folder(self.runs), depth)), self.steps)
+                    for seed in self.seeds_of(run)
+                ]
+        return self._report(everyone)
+
+    def _report(self, results: Results) -> Report:
+        table = []
+        for label, seeds in results.items():
+            collector, learner = label.removeprefix("collector ").split(", ")
+            table.append(
+                {
+                    "collector": collector,
+                    "learner": learner.removeprefix("learner ").replace("itself", "collector itself"),
+                    "time at goal": final_estimate(seeds),
+                    "each seed": ", ".join(f"{score:.0f}" for score in final_scores(seeds, "time_at_goal")),
+                    "success": final_estimate(seeds, "success_any"),
+                    "updates": f"{seeds[0]['n_updates'][-1]:.0f}",
+                }
+            )
+        scores = {
+            (collector, learner): final_estimate(results[f"collector depth {collector}, learner depth {learner}"])
+            for collector in self._depths
+            for learner in self._depths
+        }
         notes = [
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Only the "
             "collector acts in training; the learners train from its replay buffer, each on minibatches of its own. "
             f"{self.averaging()}, of the mean over the last {min(N_LAST, self.n_evaluations)} evaluations. "
             "A difference is clear where the intervals of time at goal do not meet.",
-            *conclusions(scores, self.deep, self.shallow),
+            *_conclusions(scores, self.deep, self.shallow),
         ]
-        return Report(f"Collector and learner on {self.env}", rows_of(results), table, notes, self._figure(results))
+        return Report(
+            f"Collector and learner on {self.env}", evaluation_rows(results, {}), table, notes, self._figure(results)
+        )
 
     def _figure(self, results: Results) -> Any:
-        depths = (self.deep, self.shallow)
         figure, axes = new_figure(1, 2)
-        colors = depth_colors(depths)
-        for ax, collector in zip(axes[0], depths, strict=True):
-            for label, learner, color, style in [
-                *((f"learner, depth {d}", self._name(d), colors[d], "-") for d in depths),
-                ("the collector itself", COLLECTOR, "0.5", ":"),
+        colors = depth_colors(self._depths)
+        for ax, collector in zip(axes[0], self._depths, strict=True):
+            label = f"collector depth {collector}"
+            for name, who, color, style in [
+                *((f"learner, depth {d}", f"{label}, learner depth {d}", colors[d], "-") for d in self._depths),
+                ("the collector itself", f"{label}, itself", "0.5", ":"),
             ]:
-                seeds = rows_of_learner(results[f"collector depth {collector}"], learner)
-                steps = curves_of(seeds, "timesteps").mean(axis=0) / 1000
-                draw_curve(ax, steps, curves_of(seeds, "time_at_goal"), label, color, style)
+                steps = curves_of(results[who], "timesteps").mean(axis=0) / 1000
+                draw_curve(ax, steps, curves_of(results[who], "time_at_goal"), name, color, style)
             kind = "Deep" if collector == self.deep else "Shallow"
             ax.set(
                 title=f"{kind} collector (depth {collector})", xlabel="env steps (thousands)", ylabel="time at goal (steps)"

@@ -29,15 +29,19 @@ class Estimate(NamedTuple):
 
     def is_above(self, other: "Estimate") -> bool:
         """
-        :param other: Another estimate
-        :return: Whether the whole interval lies above that of the other one
+        Whether the whole interval lies above that of another estimate.
+
+        :param other: The other estimate
+        :return: Whether it does
         """
         return self.low > other.high
 
     def compare(self, other: "Estimate") -> str:
         """
-        :param other: Another estimate
-        :return: Whether the interval of this one lies above or below that of the other one, in words
+        Say in words whether the interval lies above or below that of another estimate.
+
+        :param other: The other estimate
+        :return: The words
         """
         if np.isnan([self.low, other.low]).any():
             return "one seed tells nothing"
@@ -81,23 +85,51 @@ def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples
     return [Estimate(*map(float, values)) for values in zip(means[""], *intervals[""], strict=True)]
 
 
-def final_scores(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> np.ndarray:
+def curves_of(seeds: Sequence[Mapping[str, np.ndarray]], measure: str) -> np.ndarray:
     """
-    :param runs: Evaluations of each seed
-    :param column: What is measured
-    :return: Mean over the last five evaluations of each seed, shape ``(n_seeds,)``
-    """
-    return np.array([np.mean([float(row[column]) for row in rows[-N_LAST:]]) for rows in runs])
+    Put the evaluations of all seeds into one array.
 
-
-def curves_of(runs: Sequence[Sequence[Mapping[str, str]]], column: str) -> np.ndarray:
-    """
-    :param runs: Evaluations of each seed
-    :param column: What is measured
+    :param seeds: Evaluations of each seed
+    :param measure: What is measured
     :return: Its values, shape ``(n_seeds, n_evaluations)``; seeds with more evaluations than others are cut
     """
-    n = min(map(len, runs))
-    return np.array([[float(row[column]) for row in rows[:n]] for rows in runs])
+    n = min(len(seed[measure]) for seed in seeds)
+    return np.stack([seed[measure][:n] for seed in seeds])
+
+
+def final_scores(seeds: Sequence[Mapping[str, np.ndarray]], measure: str) -> np.ndarray:
+    """
+    Average the last five evaluations of each seed.
+
+    :param seeds: Evaluations of each seed
+    :param measure: What is measured
+    :return: The means, shape ``(n_seeds,)``
+    """
+    return np.array([seed[measure][-N_LAST:].mean() for seed in seeds])
+
+
+def final_estimate(seeds: Sequence[Mapping[str, np.ndarray]], measure: str = "time_at_goal") -> Estimate:
+    """
+    Estimate the mean over the last five evaluations.
+
+    :param seeds: Evaluations of each seed
+    :param measure: What is measured
+    :return: Its interquartile mean over the seeds
+    """
+    return interquartile_mean(final_scores(seeds, measure)[:, None])[0]
+
+
+def steps_to_success(seed: Mapping[str, np.ndarray], success: float = 0.9) -> float:
+    """
+    Find out when a run is successful.
+
+    :param seed: Its evaluations
+    :param success: How often episodes must reach their goal
+    :return: Env steps at the first of two evaluations in a row that are so good, infinity if there are none
+    """
+    good = seed["success_any"] >= success
+    both = np.flatnonzero(good[:-1] & good[1:])
+    return float(seed["timesteps"][both[0]]) if len(both) else np.inf
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -1,241 +1,32 @@
+"""
+The learned value over a maze, and how much it looks like the distance to the goal: through the maze, or through its walls.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 
+from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
+from sb3_deepcrl.analysis.mazes import MazeMap, goals_of
+from sb3_deepcrl.analysis.report import Report, Results, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
+from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.envs.goal_env import GoalEnv
-from sb3_deepcrl.envs.scenes import Maze
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# By how much walls are smaller for a line of sight than they are, in cells, so that it may touch them
-TOUCH = 1e-6
+ALL_PAIRS = "all"
+# Columns of the correlations and what they are with
+DISTANCES = {"correlation_maze": "way through the maze", "correlation_straight": "straight line"}
 
 
-@dataclass
-class MazeMap:
-    """
-    Where the walls of a maze are.
-
-    :param walls: Whether each cell is a wall, shape ``(n_rows, n_columns)``
-    :param cell_size: Side of a cell, in metres
-    :param origin: x and y of the centre of the cell in row 0 and column 0, in metres
-    :param column_step: x and y from a cell to the one in the next column, in metres
-    :param row_step: x and y from a cell to the one in the next row, in metres
-    """
-
-    walls: np.ndarray
-    cell_size: float
-    origin: np.ndarray
-    column_step: np.ndarray
-    row_step: np.ndarray
-
-    @classmethod
-    def from_env(cls, env: gym.Env) -> "MazeMap":
-        """
-        :param env: A maze of this package or of gymnasium-robotics, wrapped or not
-        :return: Its map
-        :raises ValueError: if the env has no maze
-        """
-        if not isinstance(env, gym.Env):
-            raise ValueError(f"A value map needs a single env, not a {type(env).__name__}: make one with `gym.make()`")
-        maze = cls.find(env)
-        if maze is None:
-            raise ValueError(f"{env} has no maze to draw: value maps need a maze env such as PointMaze_UMaze-v3")
-        return maze
-
-    @classmethod
-    def find(cls, env: gym.Env) -> "MazeMap | None":
-        """
-        :param env: An env, wrapped or not
-        :return: The map of its maze, None if it has none
-        """
-        scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
-        if isinstance(scene, Maze):
-            n_rows, n_columns = scene.layout.shape
-            walls = [[scene.layout.is_wall(row, column) for column in range(n_columns)] for row in range(n_rows)]
-            size = scene.cell_size
-            return cls(np.array(walls), size, np.zeros(2), column_step=np.array([0.0, size]), row_step=np.array([size, 0.0]))
-        maze = getattr(env.unwrapped, "maze", None)
-        if maze is None:
-            return None
-        origin, next_column, next_row = (np.asarray(maze.cell_rowcol_to_xy(cell)) for cell in ((0, 0), (0, 1), (1, 0)))
-        return cls(
-            walls=np.array([[cell == 1 for cell in row] for row in maze.maze_map]),
-            cell_size=float(maze.maze_size_scaling),
-            origin=origin,
-            column_step=next_column - origin,
-            row_step=next_row - origin,
-        )
-
-    def centers(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """
-        :param rows: Rows, may be fractions
-        :param columns: Columns, may be fractions, same shape
-        :return: x and y in metres, same shape with a last axis of 2
-        """
-        return self.origin + rows[..., None] * self.row_step + columns[..., None] * self.column_step
-
-    def rows_and_columns(self, xy: np.ndarray) -> np.ndarray:
-        """
-        :param xy: Positions in metres, last axis of 2
-        :return: Row and column of each as fractions, same shape
-        """
-        steps = np.stack([self.row_step, self.column_step], axis=1)
-        return (np.asarray(xy) - self.origin) @ np.linalg.inv(steps).T
-
-    def places(self, points_per_cell: int = 1) -> np.ndarray:
-        """
-        :param points_per_cell: Number of points along the side of a cell
-        :return: x and y of evenly spaced points in all free cells in metres, shape ``(n, 2)``
-        """
-        shifts = (np.arange(points_per_cell) + 0.5) / points_per_cell - 0.5
-        cells = np.argwhere(~self.walls)[:, None, None, :]
-        rows, columns = np.broadcast_arrays(cells[..., 0] + shifts[:, None], cells[..., 1] + shifts)
-        return self.centers(rows, columns).reshape(-1, 2)
-
-    def distances(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """
-        Length of the shortest way of a point through the maze. It is exact: such a way is straight but where it turns at
-        a corner of a wall, so it leads along lines of sight between its ends and corners.
-
-        :param sources: Positions in metres, shape ``(n_sources, 2)``
-        :param targets: Positions in metres, shape ``(n_targets, 2)``
-        :return: Lengths in metres, shape ``(n_sources, n_targets)``; infinite where no way leads
-        """
-        first, last = self.rows_and_columns(sources), self.rows_and_columns(targets)
-        corners, obstacles = self._corners(), self._obstacles()
-        between = _lengths_in_sight(corners, corners, obstacles)
-        # Floyd and Warshall's algorithm
-        for corner in range(len(corners)):
-            between = np.minimum(between, between[:, corner, None] + between[corner])
-        lengths = _lengths_in_sight(first, last, obstacles)
-        if len(corners):
-            to_target = (between[:, :, None] + _lengths_in_sight(corners, last, obstacles)).min(axis=1)
-            from_source = _lengths_in_sight(first, corners, obstacles)
-            for corner in range(len(corners)):
-                lengths = np.minimum(lengths, from_source[:, corner, None] + to_target[corner])
-        return lengths * self.cell_size
-
-    def _corners(self) -> np.ndarray:
-        """
-        :return: Row and column of the corners around which a way can turn, shape ``(n, 2)``
-        """
-        walls = np.pad(self.walls, 1, constant_values=True).astype(int)
-        n_walls_around = walls[:-1, :-1] + walls[1:, :-1] + walls[:-1, 1:] + walls[1:, 1:]
-        return np.argwhere(n_walls_around == 1) - 0.5
-
-    def _obstacles(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """
-        :return: Smallest and largest row and column of boxes that no line of sight passes
-        """
-        boxes: list[tuple[np.ndarray, np.ndarray]] = []
-        # Rows and columns of walls, so that there is no way between two neighbors
-        for along, walls in ((1, self.walls), (0, self.walls.T)):
-            edges = np.diff(np.pad(walls, ((0, 0), (1, 1))).astype(int), axis=1)
-            starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
-            for (line, start), (_, end) in zip(starts, ends, strict=True):
-                low, high = np.array([line - 0.5, start - 0.5]) + TOUCH, np.array([line + 0.5, end - 0.5]) - TOUCH
-                boxes.append((low, high) if along else (low[::-1], high[::-1]))
-        # Nor between two that touch at a corner
-        walls = self.walls
-        falling = walls[:-1, :-1] & walls[1:, 1:] & ~walls[1:, :-1] & ~walls[:-1, 1:]
-        rising = ~walls[:-1, :-1] & ~walls[1:, 1:] & walls[1:, :-1] & walls[:-1, 1:]
-        boxes += [(corner + 0.5 - 2 * TOUCH, corner + 0.5 + 2 * TOUCH) for corner in np.argwhere(falling | rising)]
-        return boxes
-
-    def is_wall(self, xy: np.ndarray) -> np.ndarray:
-        """
-        :param xy: Positions in metres, last axis of 2
-        :return: Whether each lies in a wall or outside of the maze
-        """
-        cells = np.rint(self.rows_and_columns(xy)).astype(int)
-        inside = ((cells >= 0) & (cells < self.walls.shape)).all(axis=-1)
-        cells = np.clip(cells, 0, np.array(self.walls.shape) - 1)
-        return ~inside | self.walls[cells[..., 0], cells[..., 1]]
-
-    def limits(self) -> tuple[float, float, float, float]:
-        """
-        :return: Smallest and largest x, smallest and largest y of the maze, in metres
-        """
-        n_rows, n_columns = self.walls.shape
-        corners = self.centers(np.array([-0.5, n_rows - 0.5]), np.array([-0.5, n_columns - 0.5]))
-        (x_min, y_min), (x_max, y_max) = corners.min(axis=0), corners.max(axis=0)
-        return x_min, x_max, y_min, y_max
-
-    def to_picture(self, xy: np.ndarray) -> np.ndarray:
-        """
-        :param xy: Positions or directions in metres, last axis of 2
-        :return: The same with the coordinate first that runs along the rows of the maze, from left to right in a picture
-        """
-        return np.asarray(xy)[..., ::-1] if self.column_step[0] == 0 else np.asarray(xy)
-
-    def draw(self, ax: "Axes") -> None:
-        """
-        Draw the walls, so that the picture reads as the maze's text does: rows from top to bottom.
-
-        :param ax: Where
-        """
-        from matplotlib.patches import Rectangle
-
-        for row, column in np.argwhere(self.walls):
-            left, bottom = self.to_picture(self.centers(np.array(row), np.array(column))) - self.cell_size / 2
-            ax.add_patch(Rectangle((left, bottom), self.cell_size, self.cell_size, facecolor="0.25", edgecolor="0.25"))
-        x_min, x_max, y_min, y_max = self.limits()
-        (left, bottom), (right, top) = self.to_picture(np.array([(x_min, y_min), (x_max, y_max)]))
-        across, up = ("y", "x") if self.column_step[0] == 0 else ("x", "y")
-        ax.set(xlabel=f"{across} (m)", ylabel=f"{up} (m)", aspect="equal", xlim=(left, right), ylim=(bottom, top))
-        if self.to_picture(self.row_step)[1] > 0:
-            ax.invert_yaxis()
-
-
-def _lengths_in_sight(first: np.ndarray, last: np.ndarray, obstacles: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """
-    :param first: Points, shape ``(n, 2)``
-    :param last: Points, shape ``(m, 2)``
-    :param obstacles: Boxes that no line of sight passes
-    :return: Lengths of the straight lines between them, shape ``(n, m)``; infinite where a box is in the way
-    """
-    steps = last[None] - first[:, None]
-    lengths = np.hypot(steps[..., 0], steps[..., 1])
-    # Lines along an axis, which never meet the sides of a box that run along it, meet them far away instead
-    divisors = np.where(np.abs(steps) < 1e-12, 1e-12, steps)
-    for low, high in obstacles:
-        meets_low, meets_high = (low - first)[:, None] / divisors, (high - first)[:, None] / divisors
-        enters = np.minimum(meets_low, meets_high).max(axis=-1)
-        leaves = np.maximum(meets_low, meets_high).min(axis=-1)
-        lengths[np.maximum(enters, 0) < np.minimum(leaves, 1)] = np.inf
-    return lengths
-
-
-def goals_of(env: gym.Env) -> np.ndarray:
-    """
-    :param env: A maze of this package or of gymnasium-robotics, wrapped or not
-    :return: x and y of all goals that it may set, but for noise, in metres, shape ``(n, 2)``
-    :raises ValueError: if the env has no maze
-    """
-    MazeMap.from_env(env)
-    scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
-    if isinstance(scene, Maze):
-        return np.unique(scene.pairs[:, 1], axis=0) * scene.cell_size
-    return np.unique(env.unwrapped.maze.unique_goal_locations, axis=0)  # type: ignore[attr-defined]
-
-
-def observations_at(observation: dict[str, np.ndarray], xy: np.ndarray, goal: np.ndarray) -> dict[str, np.ndarray]:
-    """
-    Put the robot of an observation at other places.
-
-    :param observation: One observation, without batch axis, whose achieved goal starts with the position
-    :param xy: Positions, shape ``(n, 2)``, in metres
-    :param goal: Desired goal, x and y in metres
-    :return: Observations of shape ``(n, ...)``, the same as the given one but for x and y of position and goal
-    :raises ValueError: if the achieved goal is not a position
-    """
+def _observations_at(observation: dict[str, np.ndarray], xy: np.ndarray, goal: np.ndarray) -> dict[str, np.ndarray]:
+    """Observations ``(n, ...)``: the given one (without batch axis) but for x and y of position and goal."""
     achieved = observation["achieved_goal"]
     if achieved.shape not in ((2,), (3,)):
         raise ValueError(f"The achieved goal must be x, y and perhaps z, got an array of shape {achieved.shape}")
@@ -251,9 +42,11 @@ def observations_at(observation: dict[str, np.ndarray], xy: np.ndarray, goal: np
 
 def network_inputs(model: DeepCRL, observations: dict[str, np.ndarray]) -> dict[str, th.Tensor]:
     """
+    Prepare observations for the networks of a model.
+
     :param model: The model, which is put into evaluation mode
     :param observations: Observations as the env gives them, each of shape ``(n, ...)``
-    :return: What its networks see of them, normalised if the model was trained so
+    :return: What its networks see of them, normalized if the model was trained so
     """
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None:
@@ -272,12 +65,12 @@ def value_map(
 
     :param model: The trained model
     :param observation: One observation of the env, without batch axis: everything but position and goal is taken from it
-    :param xy: Positions, shape ``(n, 2)``, in metres
-    :param goal: Desired goal, x and y in metres
+    :param xy: Positions, shape ``(n, 2)``, in meters
+    :param goal: Desired goal, x and y in meters
     :return: Energies of shape ``(n,)``, the higher the nearer to the goal, and the actions that the policy takes in [-1, 1],
         shape ``(n, action_dim)``
     """
-    obs_tensor = network_inputs(model, observations_at(observation, xy, np.asarray(goal)))
+    obs_tensor = network_inputs(model, _observations_at(observation, xy, np.asarray(goal)))
     with th.no_grad():
         actions = model.actor(obs_tensor, deterministic=True)
         values = model.critic(obs_tensor, actions)
@@ -298,7 +91,7 @@ def plot_value_map(
 
     :param model: The trained model
     :param env: The maze env
-    :param goal: Desired goal, x and y in metres; the one of the reset by default
+    :param goal: Desired goal, x and y in meters; the one of the reset by default
     :param seed: Seed of the reset that the rest of the observation is taken from
     :param ax: Where to draw, a new figure by default
     :param points_per_cell: Number of points along the side of a cell
@@ -307,9 +100,7 @@ def plot_value_map(
     """
     maze = MazeMap.from_env(env)
     observation, _ = env.reset(seed=seed)
-    goal = observation["desired_goal"][:2] if goal is None else np.asarray(goal, dtype=np.float64)
-    if maze.is_wall(goal):
-        raise ValueError(f"The goal {goal} lies in a wall or outside of the maze: choose x and y of a free cell")
+    (place,) = _check_goals(maze, [observation["desired_goal"][:2] if goal is None else goal])
 
     x_min, x_max, y_min, y_max = maze.limits()
     n_x, n_y = (round((high - low) / maze.cell_size * points_per_cell) for low, high in ((x_min, x_max), (y_min, y_max)))
@@ -319,7 +110,7 @@ def plot_value_map(
     free = ~maze.is_wall(grid)
     values = np.full(free.shape, np.nan)
     actions = np.zeros((*free.shape, *model.action_space.shape))  # type: ignore[misc]
-    values[free], actions[free] = value_map(model, observation, grid[free], goal)
+    values[free], actions[free] = value_map(model, observation, grid[free], place)
 
     if ax is None:
         import matplotlib.pyplot as plt
@@ -336,14 +127,185 @@ def plot_value_map(
         part = (slice(step // 2, None, step), slice(step // 2, None, step))
         starts, arrows = (maze.to_picture(array[part][free[part]]) for array in (grid, actions))
         ax.quiver(*starts.T, *arrows.T, angles="xy", color="white", width=0.003)
-    ax.plot(
-        *maze.to_picture(goal),
-        marker="*",
-        markersize=18,
-        color="tab:red",
-        markeredgecolor="white",
-        linestyle="none",
-        label="goal",
-    )
+    star: dict[str, Any] = dict(marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none")
+    ax.plot(*maze.to_picture(place), label="goal", **star)
     ax.legend(loc="upper right", framealpha=0.9)
     return ax
+
+
+# --- Does the value know the walls? -------------------------------------------------------------------------------------
+
+
+class ValueCorrelation(NamedTuple):
+    """
+    Spearman's rank correlation of the value with minus a distance to the goal. One means that the value puts the places in
+    the same order as the distance does.
+
+    :param goal: x and y of the goal in meters, None for many goals
+    :param n_pairs: Number of pairs of a place and a goal
+    :param maze: Correlation with the length of the shortest way through the maze
+    :param straight: Correlation with the length of the straight line, through walls
+    """
+
+    goal: tuple[float, float] | None
+    n_pairs: int
+    maze: float
+    straight: float
+
+
+def _correlate(
+    values: np.ndarray, ways: np.ndarray, lines: np.ndarray, goal: tuple[float, float] | None = None
+) -> ValueCorrelation:
+    """Correlate values with both distances; pairs without a way (of infinite length) are left out."""
+    has_way = np.isfinite(ways)
+    return ValueCorrelation(
+        goal,
+        int(has_way.sum()),
+        maze=rank_correlation(values[has_way], -ways[has_way]),
+        straight=rank_correlation(values[has_way], -lines[has_way]),
+    )
+
+
+def _straight_distances(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Lengths of straight lines, shape ``(n_sources, n_targets)``."""
+    return np.linalg.norm(sources[:, None] - targets, axis=-1)
+
+
+def value_correlations(
+    model: DeepCRL,
+    env: gym.Env,
+    goals: np.ndarray | Sequence[Sequence[float]] = (),
+    points_per_cell: int = 3,
+    seed: int | None = None,
+) -> list[ValueCorrelation]:
+    """
+    Does the value know the walls? Correlate it with the distance through the maze and with the straight line, over evenly
+    spaced places in all free cells (a number for figure 9 of the paper).
+
+    :param model: The trained model
+    :param env: A maze of this package or of gymnasium-robotics
+    :param goals: Goals to look at one by one, x and y in meters
+    :param points_per_cell: Number of places along the side of a cell
+    :param seed: Seed of the reset that the rest of the observation is taken from
+    :return: First of all pairs of a place and the center of a free cell, as the goal, together; then of each of the goals
+    :raises ValueError: if the env has no maze, or a goal lies in a wall
+    """
+    maze = MazeMap.from_env(env)
+    observation, _ = env.reset(seed=seed)
+    places = maze.places(points_per_cell)
+    centers = maze.places()
+    goals = _check_goals(maze, goals)
+    targets = np.concatenate([centers, goals])
+    values = np.stack([value_map(model, observation, places, goal)[0] for goal in targets], axis=1)
+    ways, lines = maze.distances(places, targets), _straight_distances(places, targets)
+    n = len(centers)
+    return [_correlate(values[:, :n], ways[:, :n], lines[:, :n])] + [
+        _correlate(values[:, n + i], ways[:, n + i], lines[:, n + i], (float(x), float(y))) for i, (x, y) in enumerate(goals)
+    ]
+
+
+def _check_goals(maze: MazeMap, goals: np.ndarray | Sequence[Any]) -> np.ndarray:
+    """The goals as an array of shape ``(n, 2)``, if all of them lie in free cells."""
+    array = np.asarray(goals, dtype=np.float64)
+    array = array.reshape(-1, 2) if not len(array) else array
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError(f"Goals must be x and y each, shape (n, 2), got shape {array.shape}")
+    for goal in array[maze.is_wall(array)]:
+        x_min, x_max, y_min, y_max = maze.limits()
+        raise ValueError(
+            f"The goal {goal.tolist()} lies in a wall or outside of the maze, which spans x from {x_min} to {x_max} m and y "
+            f"from {y_min} to {y_max} m: choose x and y of a free cell"
+        )
+    return array
+
+
+def _far_goals(env: gym.Env, seed: int | None = None) -> np.ndarray:
+    """Goals to which the way from the start is at least half as long as the longest one, the farthest first, ``(n, 2)``."""
+    goals = goals_of(env)
+    observation, _ = env.reset(seed=seed)
+    ways = MazeMap.from_env(env).distances(observation["achieved_goal"][None, :2], goals)[0]
+    ways[~np.isfinite(ways)] = -1
+    order = np.argsort(-ways, kind="stable")
+    return goals[order[ways[order] >= ways.max() / 2]]
+
+
+@dataclass(kw_only=True)
+class ValueMapStudy(ComparisonOfDepths):
+    """
+    The value over the maze for models of several depths (figure 9 of the paper), and as a number how much it is like the
+    distance through the maze and like the straight line.
+    """
+
+    name: ClassVar[str] = "value_map"
+
+    goal: tuple[float, float] | None = None
+    """x and y of the goal of the picture in meters, by default of the farthest one"""
+    points_per_cell: int = 3
+    """Number of places along the side of a cell that are correlated"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        with make_env(self.eval_env, self.env_kwargs) as env:
+            _check_goals(MazeMap.from_env(env), [] if self.goal is None else [self.goal])
+
+    def report(self, results: Results) -> Report:
+        with make_env(self.eval_env, self.env_kwargs) as env:
+            goals = _far_goals(env, EVAL_SEED)
+            goal = goals[0] if self.goal is None else np.array(self.goal)
+            figure, axes = new_figure(1, len(self.depths) + 1, width=4.4, height=4.6)
+            rows: list[dict[str, Any]] = []
+            for depth, seed, model in self.models():
+                if seed == 0:
+                    self._draw_map(axes[0, self.depths.index(depth)], depth, model, env, goal)
+                for found in value_correlations(model, env, goals, self.points_per_cell, EVAL_SEED):
+                    name = ALL_PAIRS if found.goal is None else " ".join(f"{x:g}" for x in found.goal)
+                    head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps, "goal": name}
+                    values = {"correlation_maze": round(found.maze, 4), "correlation_straight": round(found.straight, 4)}
+                    rows.append({**head, "n_pairs": found.n_pairs, **values})
+            maze = MazeMap.from_env(env)
+        # By pairs and distance, for each depth those of all seeds
+        scores = {
+            f"{kind}: {name}": scores_by_depth([row for row in rows if (row["goal"] == ALL_PAIRS) == is_all], column)
+            for kind, is_all in (("all pairs", True), ("far goals", False))
+            for column, name in DISTANCES.items()
+        }
+        table = [
+            {"depth": depth, **{name: interquartile_mean(of[depth][:, None])[0] for name, of in scores.items()}}
+            for depth in self.depths
+        ]
+        self._draw_correlations(axes[0, -1], scores)
+        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}: value for the goal at the star, start at the circle")
+        places, centers = maze.places(self.points_per_cell), maze.places()
+        lines = _straight_distances(places, centers)
+        both = _correlate(-lines, maze.distances(places, centers), lines).maze
+        notes = [
+            "Spearman's rank correlation of the value with minus the distance to the goal. Way through the maze: the shortest "
+            "one of a point around the walls. Straight line: through the walls. 1 means that the value puts the places in the "
+            f"order of that distance. Trained on {self.env}. {self.averaging()}.",
+            f"All pairs: {len(places)} places in all free cells with {len(centers)} goals, the centers of the cells. The two "
+            f"distances themselves correlate with {both:.2f}. Far goals: each of the {len(goals)} goals of {self.eval_env} "
+            "that are at least half as far from the start as the farthest one, then the mean.",
+            f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, "
+            "each with colors of its own. The circle is the start.",
+        ]
+        return Report(f"Value maps on {self.env}", rows, table, notes, figure)
+
+    @staticmethod
+    def _draw_map(ax: "Axes", depth: int, model: DeepCRL, env: gym.Env, goal: np.ndarray) -> None:
+        plot_value_map(model, env, goal, EVAL_SEED, ax)
+        observation, _ = env.reset(seed=EVAL_SEED)
+        start = MazeMap.from_env(env).to_picture(observation["achieved_goal"][:2])
+        ax.plot(*start, marker="o", markersize=10, color="white", markeredgecolor="black", linestyle="none", label="start")
+        ax.set_title(f"depth {depth}")
+        ax.get_legend().remove()  # type: ignore[union-attr]
+        ax.images[0].colorbar.set_label("value")  # type: ignore[union-attr]
+
+    def _draw_correlations(self, ax: "Axes", scores: dict[str, dict[int, np.ndarray]]) -> None:
+        for (name, by_depth), color, style in zip(scores.items(), ("C0", "C1") * 2, ("-", "-", "--", "--"), strict=True):
+            means = [interquartile_mean(by_depth[depth][:, None])[0].mean for depth in self.depths]
+            ax.plot(range(len(means)), means, style, marker="o", color=color, label=name)
+            for position, depth in enumerate(self.depths):
+                ax.plot([position] * len(by_depth[depth]), by_depth[depth], ".", color=color, alpha=0.6)
+        ax.set(xlabel="depth", ylabel="rank correlation with the value", xlim=(-0.5, len(self.depths) - 0.5))
+        ax.set_xticks(range(len(self.depths)), map(str, self.depths))
+        ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, handlelength=4)

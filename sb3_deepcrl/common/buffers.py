@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,12 @@ from numpy.typing import ArrayLike
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_deepcrl.common.utils import check_class, check_number
+
+# Keyword arguments that only HerReplayBuffer knows
+HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
 # ``remaining`` of a transition whose episode is still running
 RUNNING = -1
 # What a slot holds of the transition that starts there
@@ -39,12 +45,33 @@ def check_finite(values: Mapping[str, ArrayLike], env_indices: np.ndarray | None
         )
 
 
+def replace_her_replay_buffer(buffer_class: Any, buffer_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """
+    Put the contrastive replay buffer in the place of HerReplayBuffer, which existing code may ask for, with a warning.
+
+    :param buffer_class: What the user asks for
+    :param buffer_kwargs: With which keyword arguments
+    :return: The same for contrastive RL
+    :raises ValueError: if it is another class, whose samples hold no goals that were reached later
+    """
+    is_her = isinstance(buffer_class, type) and issubclass(buffer_class, HerReplayBuffer)
+    unused = [f"`{name}`" for name in HER_KWARGS if name in buffer_kwargs]
+    if is_her or unused:
+        warnings.warn(
+            "DeepCRL uses its ContrastiveReplayBuffer in place of HerReplayBuffer, whose batches hold real goals, which "
+            "are no positives for the contrastive loss"
+            + (f"; {', '.join(unused)} not used" if unused else "")
+            + ". Leave `replay_buffer_class` and its arguments out to get rid of this warning"
+        )
+    if "gamma" in buffer_kwargs:
+        raise ValueError("`replay_buffer_kwargs` has `gamma`, but the replay buffer takes that of the algorithm: set that one")
+    buffer_class = ContrastiveReplayBuffer if is_her else buffer_class
+    check_class(buffer_class, ContrastiveReplayBuffer, "replay_buffer_class", "leave it out")
+    return buffer_class, {name: value for name, value in buffer_kwargs.items() if name not in HER_KWARGS}
+
+
 def _in_order(name: str, shift: int = 0) -> Any:
-    """
-    :param name: Name of what the slots hold
-    :param shift: How many steps later than the transition it is
-    :return: A property that gives it in the order in which it was added
-    """
+    """A property that gives what the slots hold, so many steps later, in the order in which it was added."""
     return property(lambda buffer: buffer._read_in_order(name, shift))
 
 
@@ -110,10 +137,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
                 "every state once: leave it at False"
             )
         self.optimize_memory_usage = False
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"`gamma` must be between 0 and 1, got {gamma}")
         self.handle_timeout_termination = handle_timeout_termination
-        self.gamma = gamma
+        self.gamma = check_number(gamma, "gamma", maximum=1.0)
 
         self.buffer_size = max(buffer_size // n_envs, 1)
         n_slots = self.n_slots
@@ -159,8 +184,6 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Buffers of the first release do not have it, and hold all slots
-        state = {"on_device": False, **state}
         observations = state.pop("observations")
         slots = {f"_{name}": state.pop(name) for name in TRANSITION_ARRAYS}
         self.__dict__.update(state)
@@ -195,7 +218,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def size(self) -> int:
         """
-        :return: The number of transitions of each env that can be sampled, the smallest one of the envs
+        Number of transitions of each env that can be sampled, the smallest one of the envs.
+
+        :return: The number
         """
         return int(np.count_nonzero(self.remaining, axis=0).min()) if self.full else self.pos
 
@@ -205,11 +230,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.pos = 0 if self.full else int(np.count_nonzero(self.remaining, axis=0).min())
 
     def _read_in_order(self, name: str, shift: int) -> Any:
-        """
-        :param name: Name of what the slots hold
-        :param shift: How many steps later than the transition it is
-        :return: That of the newest ``size()`` transitions of each env, oldest first, read-only as nobody would store a change
-        """
+        """That of the newest ``size()`` transitions of each env, oldest first, read-only as nobody would store a change."""
         if (name, shift) not in self._copies_in_order:
             size = self.size()
             indices = np.empty((size, self.n_envs), dtype=np.int64)
@@ -227,9 +248,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         return self._copies_in_order[name, shift]
 
     def reset(self) -> None:
-        """
-        Forget all transitions.
-        """
+        """Forget all transitions."""
         super().reset()
         self.remaining[:] = 0
         self.head[:] = 0
@@ -336,17 +355,12 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def _sample_indices(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        Draw transitions uniformly, and for each a state that its episode reached later.
-
-        :param batch_size: Number of transitions
-        :return: Indices of transitions and goals into the flat storage (``slot * n_envs + env``), each of shape
-            ``(batch_size,)``
-        :raises ValueError: if the buffer is empty or ``gamma`` is not in [0, 1]
+        Draw transitions uniformly, and for each a state that its episode reached later, as flat indices
+        (``slot * n_envs + env``), each of shape ``(batch_size,)``.
         """
         if self.n_used == 0:
             raise ValueError(EMPTY)
-        if not 0.0 <= self.gamma <= 1.0:
-            raise ValueError(f"`gamma` must be between 0 and 1, got {self.gamma}")
+        check_number(self.gamma, "gamma", maximum=1.0)
         remaining = self.remaining.reshape(-1)
         indices = np.random.randint(self.n_used * self.n_envs, size=batch_size)
         horizon = remaining[indices].astype(np.int64)
@@ -380,9 +394,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         return values.reshape(-1, *values.shape[2:]).take(indices, axis=0)
 
     def _update_device_copy(self) -> dict[str, th.Tensor]:
-        """
-        :return: States and actions on the device, as flat storage
-        """
+        """States and actions on the device, as flat storage."""
         storage = {**self._observations, "action": self._actions}
         copy = self._device_copy
         if not copy or copy["action"].device != th.empty(0, device=self.device).device:
@@ -397,10 +409,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def _sample_steps(self, horizon: np.ndarray) -> np.ndarray:
         """
-        Invert the distribution function ``F(k) = (1 - gamma^k) / (1 - gamma^horizon)`` of the truncated geometric law.
-
-        :param horizon: Number of steps to the end of each episode, at least 1
-        :return: Number of steps to the goal, between 1 and the horizon
+        Draw the number of steps to the goal, of which there are 1 to ``horizon``: invert the distribution function of the
+        truncated geometric law, ``F(k) = (1 - gamma^k) / (1 - gamma^horizon)``.
         """
         uniform = np.random.random(len(horizon))
         if self.gamma == 0.0:
@@ -416,12 +426,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     def _gather(
         self, indices: np.ndarray, goal_indices: np.ndarray, env: VecNormalize | None
     ) -> tuple[dict[str, th.Tensor], th.Tensor]:
-        """
-        :param indices: Flat indices of transitions
-        :param goal_indices: Flat indices of the states that give the goals
-        :param env: Associated ``VecNormalize`` to normalise the observations, if any
-        :return: Observations with these goals, and actions
-        """
+        """Observations with the achieved goals of other states as desired ones, and actions."""
         if self.on_device:
             copy = self._update_device_copy()
             rows, goal_rows = (th.as_tensor(i, device=self.device) for i in (indices, goal_indices))
@@ -454,7 +459,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         Sample what the contrastive losses need, in random order.
 
         :param batch_size: Number of transitions
-        :param env: Associated ``VecNormalize`` to normalise the observations, if any
+        :param env: Associated ``VecNormalize`` to normalize the observations, if any
         :return: Observations of shape ``(batch_size, ...)`` by key, where ``desired_goal`` is the goal that the
             episode reached later, and actions of shape ``(batch_size, action_dim)``
         :raises ValueError: if the buffer is empty
@@ -466,7 +471,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         Sample whole transitions. Rewards and dones are those of the env: they are not computed again for the new goal.
 
         :param batch_size: Number of transitions
-        :param env: Associated ``VecNormalize`` to normalise observations and rewards, if any
+        :param env: Associated ``VecNormalize`` to normalize observations and rewards, if any
         :return: Transitions whose ``desired_goal`` is a goal that the episode reached later
         :raises ValueError: if the buffer is empty
         """

@@ -1,16 +1,30 @@
+import io
+import math
+import os
 import sys
 import time
 from collections import deque
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from rich import get_console
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import HumanOutputFormat
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
+from sb3_deepcrl.common.utils import atomic_path
+
+# What the logger holds of the last update, where the algorithm has it
+TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy")
+GOAL_MEASURES = ("success_any", "success_last", "time_at_goal", "time_at_goal_fraction", "mean_distance")
 
 
 class TrainingDisplay(BaseCallback):
@@ -93,9 +107,7 @@ class TrainingDisplay(BaseCallback):
         return Group(table, self._progress)
 
     def _show(self, is_due: bool = False) -> None:
-        """
-        :param is_due: Whether to write a line where there is no terminal, even if the last one was a moment ago
-        """
+        """Show the measures; where there is no terminal, as a line if it is due or the last one was a while ago."""
         # At the start of a rollout, right after an update, the logger has not been dumped yet
         self.accuracy = self.logger.name_to_value.get("train/categorical_accuracy", self.accuracy)
         total = self.locals["total_timesteps"]
@@ -128,9 +140,7 @@ class TrainingDisplay(BaseCallback):
         return True
 
     def stop(self) -> None:
-        """
-        Leave the terminal as it was. Called at the end of the training, and to be called when it was interrupted.
-        """
+        """Leave the terminal as it was. Called at the end of the training, and to be called when it was interrupted."""
         if not self._is_shown:
             return
         self._show(is_due=True)
@@ -140,3 +150,184 @@ class TrainingDisplay(BaseCallback):
 
     def _on_training_end(self) -> None:
         self.stop()
+
+
+def _innermost_envs(env: VecEnv) -> set[int]:
+    """Identities of what is inside all wrappers: of the vectorized env, and of its envs where they are in this process."""
+    base = env.unwrapped
+    envs = [single.unwrapped for single in base.envs] if isinstance(base, DummyVecEnv) else []
+    return {id(each) for each in (base, *envs)}
+
+
+class ResumableEvalCallback(EvalCallback):
+    """
+    Callback for evaluating an agent whose training may stop and go on: what
+    :class:`~stable_baselines3.common.callbacks.EvalCallback` does, but ``evaluations.npz`` is written as a whole or not at
+    all, can be continued, and tells more of each evaluation. Besides Stable-Baselines3's ``timesteps``, and ``results``,
+    ``ep_lengths`` and ``successes`` of shape ``(n_evaluations, n_eval_episodes)``, it holds arrays of shape
+    ``(n_evaluations,)``:
+
+    - ``n_updates``: number of updates so far
+    - ``seconds``: CPU seconds of this process that training took so far, without evaluations
+    - ``critic_loss``, ``categorical_accuracy``, ``ent_coef`` and ``entropy``: what was logged of the last update, or NaN
+
+    :param eval_env: The environment used for evaluation, another one than that for training
+    :param args: Other positional arguments of ``EvalCallback``
+    :param resume: Whether to go on from ``evaluations.npz`` in ``log_path``, if there is one. What is in it of later steps
+        than the model has is left out. The next evaluation is done when it would have been without the stop.
+    :param kwargs: Other keyword arguments of ``EvalCallback``
+    """
+
+    def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, resume: bool = False, **kwargs: Any):
+        super().__init__(eval_env, *args, **kwargs)
+        self.resume = resume
+        self.evaluations_path = None if self.log_path is None else Path(f"{self.log_path}.npz")
+        # One entry an evaluation of what Stable-Baselines3 does not record
+        self.evaluations_measures: dict[str, list[Any]] = {}
+        self._training_measures = dict.fromkeys(TRAINING_MEASURES, math.nan)
+        self._seconds = 0.0
+
+    def _init_callback(self) -> None:
+        if _innermost_envs(self.training_env) & _innermost_envs(self.eval_env):
+            raise ValueError(
+                "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
+                "Make another one"
+            )
+        super()._init_callback()
+        if self.resume:
+            self.n_calls = self.model.num_timesteps // self.training_env.num_envs
+            if self.evaluations_path is not None and self.evaluations_path.is_file():
+                self._continue(self.evaluations_path)
+
+    def _continue(self, path: Path) -> None:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if "seconds" not in arrays:
+            raise ValueError(f"{path} was written by another callback, and cannot be continued: use another folder")
+        if len(arrays["timesteps"]) == 0:
+            return
+        n_episodes = arrays["results"].shape[1]
+        if n_episodes != self.n_eval_episodes:
+            raise ValueError(
+                f"`n_eval_episodes={self.n_eval_episodes}`, but the evaluations in {path}, which are continued, have "
+                f"{n_episodes} episodes each: use `n_eval_episodes={n_episodes}`, or another folder"
+            )
+        # The best model may be of an evaluation that is done again
+        if self.best_model_save_path is None or os.path.isfile(os.path.join(self.best_model_save_path, "best_model.zip")):
+            self.best_mean_reward = float(arrays["results"].mean(axis=1).max())
+        is_done = arrays["timesteps"] <= self.model.num_timesteps
+        lists = {name: values[is_done].tolist() for name, values in arrays.items()}
+        self.evaluations_timesteps = lists.pop("timesteps")
+        self.evaluations_results = lists.pop("results")
+        self.evaluations_length = lists.pop("ep_lengths")
+        self.evaluations_successes = lists.pop("successes", [])
+        self.evaluations_measures = lists
+        self._seconds = lists["seconds"][-1] if lists["seconds"] else 0.0
+        self._write_evaluations(path)
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self._clock = time.process_time()
+        is_due = self.eval_freq > 0 and self.n_calls > 0 and self.n_calls % self.eval_freq == 0
+        if self.resume and is_due and self.num_timesteps not in self.evaluations_timesteps:
+            # Stopped in the middle of it
+            self._on_step()
+
+    def _on_rollout_start(self) -> None:
+        super()._on_rollout_start()
+        # Right after an update, the logger has not been dumped yet
+        for name in TRAINING_MEASURES:
+            self._training_measures[name] = self.logger.name_to_value.get(f"train/{name}", self._training_measures[name])
+
+    def _on_step(self) -> bool:
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
+            return True
+        self._seconds += time.process_time() - self._clock
+        n_evaluations = len(self.evaluations_timesteps)
+        log_path = self.log_path
+        if log_path is not None:
+            # The parent's own file would lack the other measures, and be broken if the process is killed while it is written
+            self.log_path = io.BytesIO()  # type: ignore[assignment]
+        try:
+            return self._evaluate()
+        finally:
+            self.log_path = log_path
+            if self.evaluations_path is not None and len(self.evaluations_timesteps) > n_evaluations:
+                for name, value in self._measures().items():
+                    self.evaluations_measures.setdefault(name, []).append(value)
+                self._write_evaluations(self.evaluations_path)
+            self._clock = time.process_time()
+
+    def _evaluate(self) -> bool:
+        return super()._on_step()
+
+    def _measures(self) -> dict[str, Any]:
+        """What to save of the evaluation that was just done."""
+        # There is no public name of the number of updates
+        return {"n_updates": self.model._n_updates, "seconds": self._seconds, **self._training_measures}
+
+    def _write_evaluations(self, path: Path) -> None:
+        arrays: dict[str, list[Any]] = {
+            "timesteps": self.evaluations_timesteps,
+            "results": self.evaluations_results,
+            "ep_lengths": self.evaluations_length,
+            **self.evaluations_measures,
+        }
+        if self.evaluations_successes:
+            arrays["successes"] = self.evaluations_successes
+        with atomic_path(path, ".npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+class GoalEvalCallback(ResumableEvalCallback):
+    """
+    Callback for evaluating a goal-conditioned agent: what :class:`ResumableEvalCallback` does, and the measures of
+    :class:`~sb3_deepcrl.common.evaluation.GoalEpisode`, logged as ``eval/success_any``, ``eval/success_last``,
+    ``eval/time_at_goal`` (steps), ``eval/time_at_goal_fraction`` and ``eval/mean_distance``, and saved in ``evaluations.npz``
+    with these names, of shape ``(n_evaluations, n_eval_episodes)``. ``eval/success_rate``, and ``successes`` in the file, are
+    Stable-Baselines3's names of the success at the last step.
+
+    :param eval_env: The environment used for evaluation, another one than that for training
+    :param args: Other positional arguments of :class:`ResumableEvalCallback`
+    :param kwargs: Other keyword arguments of it
+    """
+
+    def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, **kwargs: Any):
+        super().__init__(eval_env, *args, **kwargs)
+        self.last_means: dict[str, float] = {}
+        self._recorder = GoalEpisodeRecorder(self.eval_env)
+
+    def _evaluate(self) -> bool:
+        # An evaluation that was interrupted leaves nothing behind
+        self._recorder = GoalEpisodeRecorder(self.eval_env)
+        best_mean_reward, verbose = self.best_mean_reward, self.verbose
+        # The parent prints success at the last step as "Success rate"
+        self.verbose = 0
+        try:
+            continue_training = super()._evaluate()
+        finally:
+            self.verbose = verbose
+        if verbose >= 1:
+            means = self.last_means
+            print(
+                f"Eval num_timesteps={self.num_timesteps}: success {100 * means['success_any']:.0f} % at any step, "
+                f"{100 * means['success_last']:.0f} % at the last step, time at goal {means['time_at_goal']:.1f} of "
+                f"{means['episode_length']:.0f} steps, episode reward {means['episode_reward']:.2f}"
+                + (" (new best)" if self.best_mean_reward > best_mean_reward else "")
+            )
+        return continue_training
+
+    def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        self._recorder(locals_, globals_)
+        if locals_["done"]:
+            # The parent reads `is_success` only
+            self._is_success_buffer.append(self._recorder.episodes[-1].success_last)
+        # The parent dumps the logger before it gives the control back
+        if len(self._recorder.episodes) == self.n_eval_episodes:
+            self.last_means = mean_of_episodes(self._recorder.episodes)
+            for name in GOAL_MEASURES:
+                self.logger.record(f"eval/{name}", self.last_means[name])
+
+    def _measures(self) -> dict[str, Any]:
+        episodes = self._recorder.episodes
+        return {**super()._measures(), **{name: [getattr(episode, name) for episode in episodes] for name in GOAL_MEASURES}}

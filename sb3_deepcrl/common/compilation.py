@@ -12,7 +12,7 @@ from torch import nn
 
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
 from sb3_deepcrl.common.tower_kernel import TowerKernel, describe_error, load_kernel, tower_kernels
-from sb3_deepcrl.common.tracing import CompiledBlock
+from sb3_deepcrl.common.tracing import is_traced, is_watched
 from sb3_deepcrl.common.utils import check_choice
 
 PRECISIONS = ("float32", "bfloat16", "auto")
@@ -27,12 +27,7 @@ RECOMPILE_LIMIT = 128
 
 @functools.cache
 def why_not_compiled(device_type: str) -> str | None:
-    """
-    Compile a small function and its gradient, to find out whether there is a compiler that works.
-
-    :param device_type: "cpu" or "cuda"
-    :return: What went wrong, None if nothing did
-    """
+    """Compile a small function and its gradient, and tell what went wrong, None if nothing did."""
     try:
         with th.enable_grad():
             x = th.ones(16, device=device_type, requires_grad=True)
@@ -44,10 +39,7 @@ def why_not_compiled(device_type: str) -> str | None:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """
-    :param device_type: "cpu" or "cuda"
-    :return: Whether there is a compiler that works. If not, the first call warns.
-    """
+    """Whether there is a compiler that works. If not, the first call warns."""
     reason = why_not_compiled(device_type)
     if reason is not None:
         warnings.warn(
@@ -62,8 +54,8 @@ def compile_pays(device: th.device, n_layers: int) -> bool:
     Whether ``compile="auto"`` compiles. On a CPU it does for the kernel of the towers.
 
     :param device: Where the blocks run
-    :param n_layers: Number of layers to be updated: updates times depth
-    :return: Whether the start-up is earned
+    :param n_layers: Number of layers to be updated, updates times depth, which earn the start-up
+    :return: Whether it does
     """
     if device.type == "cpu":
         return n_layers >= MIN_COMPILED_LAYERS and load_kernel() is not None
@@ -71,19 +63,26 @@ def compile_pays(device: th.device, n_layers: int) -> bool:
 
 
 def residual_blocks(module: nn.Module) -> list[ResidualBlock]:
-    """
-    :param module: Any network
-    :return: Its residual blocks
-    """
+    """All residual blocks of a network."""
     return [block for block in module.modules() if isinstance(block, ResidualBlock)]
 
 
 def residual_towers(module: nn.Module) -> list[ResidualTower]:
-    """
-    :param module: Any network
-    :return: Its residual towers
-    """
+    """All residual towers of a network."""
     return [tower for tower in module.modules() if isinstance(tower, ResidualTower)]
+
+
+class _CompiledBlock:
+    """What a compiled residual block does when it is called. It is the plain one where somebody sees its operations."""
+
+    def __init__(self, block: ResidualBlock, compiled: Callable[[th.Tensor], th.Tensor]):
+        self.block = block
+        self.compiled = compiled
+
+    def __call__(self, x: th.Tensor) -> th.Tensor:
+        if is_traced(x) or is_watched(self.block, *self.block.branch):
+            return self.block._call_impl(x)
+        return self.compiled(x)
 
 
 def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -91,10 +90,6 @@ def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
     PyTorch's default compiler, told to keep only the outcome of each matrix product for the backward pass. By itself it also
     keeps what the next product multiplies, though it can be had again for a few elementwise operations: twice the memory, and
     on CPUs more time, since writing and reading activations is what deep towers wait for besides matrix products.
-
-    :param graph: The function to compile
-    :param example_inputs: Its inputs
-    :return: The compiled function
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
@@ -134,7 +129,7 @@ def compile_blocks(module: nn.Module) -> bool:
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
     for block in blocks:
         # What nn.Module.compile() would put there
-        block._compiled_call_impl = CompiledBlock(block, th.compile(block._call_impl, backend=lean_inductor))
+        block._compiled_call_impl = _CompiledBlock(block, th.compile(block._call_impl, backend=lean_inductor))
     return True
 
 
@@ -149,12 +144,10 @@ def uncompile_blocks(module: nn.Module) -> None:
 
 
 def has_native_bfloat16(device: th.device) -> bool:
-    """
-    :param device: Where the networks run
-    :return: Whether matrices of bfloat16 are multiplied faster there than those of float32
-    """
+    """Whether matrices of bfloat16 are multiplied faster on a device than those of float32."""
     if device.type == "cuda":
         return th.cuda.is_bf16_supported(including_emulation=False)
+    # There are no public names
     return bool(th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported())
 
 
@@ -170,6 +163,5 @@ def set_precision(module: nn.Module, precision: str, device: th.device) -> None:
     """
     check_choice(precision, PRECISIONS, "precision")
     low = precision == "bfloat16" or (precision == "auto" and has_native_bfloat16(device))
-    for tower in module.modules():
-        if isinstance(tower, ResidualTower):
-            tower.autocast_dtype = th.bfloat16 if low else None
+    for tower in residual_towers(module):
+        tower.autocast_dtype = th.bfloat16 if low else None

@@ -4,8 +4,8 @@ Updates and predictions as CUDA graphs, and optimizers whose steps can be captur
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -14,14 +14,7 @@ from sb3_deepcrl.common.tracing import is_traced
 
 
 def can_capture(optimizers: Iterable[th.optim.Optimizer], required: bool = False) -> bool:
-    """
-    Whether the steps of optimizers can be captured in a CUDA graph.
-
-    :param optimizers: All of them
-    :param required: Whether it is an error if they cannot
-    :return: True if they can
-    :raises ValueError: if it is required and they cannot
-    """
+    """Whether the steps of optimizers can be captured in a CUDA graph. Where it is required, it is an error if not."""
     others = [type(o).__name__ for o in optimizers if not all("capturable" in group for group in o.param_groups)]
     if others and required:
         raise ValueError(
@@ -96,31 +89,8 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
             group["lr"] = learning_rate
 
 
-class GraphBackend(Protocol):
-    """What :class:`GraphedFunction` needs of CUDA. Tests put a stand-in here."""
-
-    device: th.device
-
-    def warm_up(self) -> AbstractContextManager[None]:
-        """
-        :return: Context in which a function runs as it will be captured: on a stream of its own
-        """
-
-    def capture(self, function: Callable[[], th.Tensor]) -> tuple[Any, th.Tensor]:
-        """
-        Record what a function does, without doing it.
-
-        :param function: A function of tensors that stay where they are
-        :return: The graph, with ``replay()`` and ``reset()``, and the tensor that each replay fills
-        """
-
-
 class CudaGraphBackend:
-    """
-    CUDA graphs of PyTorch.
-
-    :param device: The GPU
-    """
+    """CUDA graphs of PyTorch, on one GPU."""
 
     def __init__(self, device: th.device):
         self.device = device
@@ -128,9 +98,7 @@ class CudaGraphBackend:
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """
-        :return: Context with the side stream, in order with the current one
-        """
+        """Context in which a function runs as it will be captured: on the side stream, in order with the current one."""
         current = th.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with th.cuda.stream(self.stream):
@@ -138,10 +106,7 @@ class CudaGraphBackend:
         current.wait_stream(self.stream)
 
     def capture(self, function: Callable[[], th.Tensor]) -> tuple[th.cuda.CUDAGraph, th.Tensor]:
-        """
-        :param function: A function of tensors that stay where they are
-        :return: The graph and the tensor that each replay fills
-        """
+        """Record what a function does, without doing it. Gives the graph, and the tensor that each replay fills."""
         graph = th.cuda.CUDAGraph()
         with th.cuda.graph(graph, stream=self.stream):
             output = function()
@@ -167,7 +132,7 @@ class GraphedFunction:
     def __init__(
         self,
         function: Callable[[dict[str, th.Tensor]], th.Tensor],
-        backend: GraphBackend,
+        backend: CudaGraphBackend,
         n_warmup: int = 3,
         required: bool = False,
     ):
@@ -184,6 +149,8 @@ class GraphedFunction:
 
     def __call__(self, inputs: dict[str, th.Tensor], key: Hashable = None) -> th.Tensor:
         """
+        Call the function, or replay its graph.
+
         :param inputs: Tensors by name
         :param key: What the graph depends on besides them
         :return: What the function returns; later calls do not change it
@@ -220,9 +187,7 @@ class GraphedFunction:
         return self._output.clone()
 
     def invalidate(self) -> None:
-        """
-        Forget the graph and give its memory back. The next calls warm up and capture again.
-        """
+        """Forget the graph and give its memory back. The next calls warm up and capture again."""
         if self._graph is not None:
             self._graph.reset()
         self._graph, self._signature, self._n_calls = None, None, 0

@@ -36,7 +36,7 @@ class _SquashedGaussian(th.autograd.Function):
 
 def squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
-    Reparametrised sample of a diagonal Gaussian squashed by tanh, with its log-probability
+    Reparametrized sample of a diagonal Gaussian squashed by tanh, with its log-probability
     (appendix C of the SAC paper, https://arxiv.org/abs/1801.01290).
 
     The correction ``log(1 - tanh(u)^2)`` is computed as ``2 (log 2 - u - softplus(-2 u))``, which is exact where the

@@ -1,9 +1,10 @@
 """
 Energies and contrastive losses, as pure functions of tensors.
 
-They hold no state, draw no random number and never synchronise with the host.
+They hold no state, draw no random number and never synchronize with the host.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,14 +66,8 @@ class ContrastiveMetrics(NamedTuple):
     logsumexp: th.Tensor
 
 
-def _pairwise(x: th.Tensor, y: th.Tensor, energy: str, first: int) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
-    """
-    :param x: Some rows, shape ``(n, repr_dim)``
-    :param y: All columns, shape ``(m, repr_dim)``
-    :param energy: One of ``ENERGIES``
-    :param first: Column that belongs to the first row, as its positive
-    :return: Energies of shape ``(n, m)``, and what makes the gradients of ``x`` and ``y`` of theirs (which is lost)
-    """
+def _pairwise(x: th.Tensor, y: th.Tensor, energy: str) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
+    """Energies of all pairs, shape ``(n, n)``, and what makes the gradients of ``x`` and ``y`` of theirs (which is lost)."""
     if energy in ("dot", "cosine"):
         rows, columns = (x, y) if energy == "dot" else (_unit(x), _unit(y))
 
@@ -94,8 +89,8 @@ def _pairwise(x: th.Tensor, y: th.Tensor, energy: str, first: int) -> tuple[th.T
     x, y = x - center, y - center
     distances = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0).clamp_(min=0.0)
     # The positives may come so near to each other that what is left after cancellation is rounding
-    difference = x - y.narrow(0, first, len(x))
-    distances = distances.diagonal_scatter(difference.square().sum(dim=1), offset=first)
+    difference = x - y
+    distances = distances.diagonal_scatter(difference.square().sum(dim=1))
     if energy == "norm":
         distances.sqrt_()
 
@@ -103,11 +98,10 @@ def _pairwise(x: th.Tensor, y: th.Tensor, energy: str, first: int) -> tuple[th.T
         # With w the gradients of the energies over the distances (zero where two rows are equal), times two without the root
         # in front: x_i has -sum_j w_ij (x_i - y_j), and y_j the opposite of it
         w = gradient.mul_(2.0) if energy == "squared" else gradient.div_(distances).masked_fill_(distances == 0.0, 0.0)
-        of_positives = w.diagonal(offset=first).clone().unsqueeze(1) * difference
-        w.diagonal(offset=first).zero_()
+        of_positives = w.diagonal().clone().unsqueeze(1) * difference
+        w.diagonal().zero_()
         of_x = w @ y - w.sum(dim=1, keepdim=True) * x - of_positives
-        of_y = w.T @ x - w.sum(dim=0).unsqueeze(1) * y
-        of_y.narrow(0, first, len(x)).add_(of_positives)
+        of_y = w.T @ x - w.sum(dim=0).unsqueeze(1) * y + of_positives
         return of_x, of_y
 
     return -distances, gradients_of_distances
@@ -124,7 +118,6 @@ class _ContrastiveLoss(th.autograd.Function):
         energy: str,
         contrastive_loss: str,
         logsumexp_coef: float,
-        chunk_size: int | None,
         fused: bool,
     ) -> Any:
         needed = any(ctx.needs_input_grad[:2])
@@ -132,7 +125,7 @@ class _ContrastiveLoss(th.autograd.Function):
         if fused and is_known and all(value.is_cpu and value.dtype is th.float32 for value in (x, y)):
             outcome, *gradients = fused_info_nce(x, y, logsumexp_coef, needed)
         else:
-            outcome, *gradients = _contrast(x, y, energy, contrastive_loss, logsumexp_coef, chunk_size, needed)
+            outcome, *gradients = _contrast(x, y, energy, contrastive_loss, logsumexp_coef, needed)
         ctx.save_for_backward(*gradients)
         loss, metrics = outcome.select(0, 0), outcome.narrow(0, 1, 4)
         ctx.mark_non_differentiable(metrics)
@@ -141,70 +134,36 @@ class _ContrastiveLoss(th.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: th.Tensor, _: th.Tensor) -> Any:
-        return *(gradient * saved for saved in ctx.saved_tensors), None, None, None, None, None
+        return *(gradient * saved for saved in ctx.saved_tensors), None, None, None, None
 
 
 def _contrast(
-    x: th.Tensor,
-    y: th.Tensor,
-    energy: str,
-    contrastive_loss: str,
-    logsumexp_coef: float,
-    chunk_size: int | None,
-    needed: bool,
+    x: th.Tensor, y: th.Tensor, energy: str, contrastive_loss: str, logsumexp_coef: float, needed: bool
 ) -> tuple[th.Tensor, ...]:
-    """
-    :return: Loss and metrics, shape ``(5,)``, and the gradients of ``x`` and ``y`` if they are needed
-    """
+    """Loss and metrics, shape ``(5,)``, and the gradients of ``x`` and ``y`` if they are needed."""
     n = len(x)
-    size = min(chunk_size or n, n)
-    starts = range(0, n, size)
+    logits, gradients_of = _pairwise(x, y, energy)
+    positive, row_logsumexp = logits.diagonal().clone(), logits.logsumexp(dim=1, keepdim=True)
     # Weights of the two directions
     rows, columns = {"forward": (1.0, 0.0), "backward": (0.0, 1.0), "symmetric": (0.5, 0.5)}[contrastive_loss]
-
-    def logits_of(start: int) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
-        return _pairwise(x.narrow(0, start, min(size, n - start)), y, energy, start)
-
-    chunks: dict[int, tuple[th.Tensor, Callable[[th.Tensor], Any]]] = {}
-    summaries = []
-    for start in starts:
-        logits, gradients_of = logits_of(start)
-        best = logits.argmax(dim=1)
-        correct = best == th.arange(start, start + len(logits), device=x.device)
-        summaries.append(
-            (logits.diagonal(offset=start).clone(), logits.logsumexp(dim=1), logits.logsumexp(dim=0), correct, logits.sum())
-        )
-        if len(starts) == 1:
-            chunks[start] = logits, gradients_of
-    positives, over_columns, over_rows, corrects, totals = (list(values) for values in zip(*summaries, strict=True))
-    positive, row_logsumexp = th.cat(positives), th.cat(over_columns)
-    column_logsumexp = th.stack(over_rows).logsumexp(dim=0)
+    directions = [(rows, row_logsumexp)] if rows else []
+    if columns:
+        directions.append((columns, logits.logsumexp(dim=0, keepdim=True)))
     loss = -positive.mean()
-    for weight, logsumexp in ((rows, row_logsumexp), (columns, column_logsumexp)):
+    for weight, logsumexp in directions:
         loss = loss + weight * (logsumexp + logsumexp_coef * logsumexp.square()).mean()
-    metrics = [
-        th.cat(corrects).to(x.dtype).mean(),
-        positive.mean(),
-        (th.stack(totals).sum() - positive.sum()) / (n * (n - 1)),
-        row_logsumexp.mean(),
-    ]
-    outcome = th.stack([loss, *metrics])
+    correct = logits.argmax(dim=1) == th.arange(n, device=x.device)
+    negative = (logits.sum() - positive.sum()) / (n * (n - 1))
+    outcome = th.stack([loss, correct.to(x.dtype).mean(), positive.mean(), negative, row_logsumexp.mean()])
     if not needed:
         return (outcome,)
-    dx, dy = [], th.zeros_like(y)
-    for start in starts:
-        logits, gradients_of = chunks.pop(start) if start in chunks else logits_of(start)
-        gradient = th.zeros(())
-        of_rows = row_logsumexp.narrow(0, start, len(logits)).unsqueeze(1)
-        for weight, logsumexp in ((rows, of_rows), (columns, column_logsumexp)):
-            if weight > 0.0:
-                softmax = (logits - logsumexp).exp_().mul_((1.0 + 2.0 * logsumexp_coef * logsumexp) * (weight / n))
-                gradient = softmax if gradient.ndim == 0 else gradient.add_(softmax)
-        gradient.diagonal(offset=start).sub_(1.0 / n)
-        of_x, of_y = gradients_of(gradient)
-        dx.append(of_x)
-        dy += of_y
-    return outcome, th.cat(dx), dy
+    softmaxes = (
+        (logits - logsumexp).exp_().mul_((1.0 + 2.0 * logsumexp_coef * logsumexp) * (weight / n))
+        for weight, logsumexp in directions
+    )
+    gradient = functools.reduce(th.Tensor.add_, softmaxes)
+    gradient.diagonal().sub_(1.0 / n)
+    return outcome, *gradients_of(gradient)
 
 
 def info_nce(
@@ -213,7 +172,6 @@ def info_nce(
     energy: str = "norm",
     contrastive_loss: str = "forward",
     logsumexp_coef: float = 0.0,
-    chunk_size: int | None = None,
     fused: bool = False,
 ) -> tuple[th.Tensor, ContrastiveMetrics]:
     """
@@ -229,8 +187,6 @@ def info_nce(
     :param energy: One of ``ENERGIES``
     :param contrastive_loss: One of ``CONTRASTIVE_LOSSES``
     :param logsumexp_coef: Coefficient of the penalty
-    :param chunk_size: Compare so many rows of ``x`` at a time, so that memory grows with the batch size and not with its
-        square. None compares all at once.
     :param fused: Whether the common case (``"norm"``, ``"forward"``) runs as one function in C++, on a CPU that has it
     :return: The loss, a scalar that can be differentiated once, and metrics without gradient: fraction of rows whose largest
         logit is the positive, mean logit of the positives and of the negatives, mean log-sum-exp over a row
@@ -238,5 +194,5 @@ def info_nce(
     """
     check_choice(energy, ENERGIES, "energy")
     check_choice(contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
-    loss, metrics = _ContrastiveLoss.apply(x, y, energy, contrastive_loss, logsumexp_coef, chunk_size, fused)
+    loss, metrics = _ContrastiveLoss.apply(x, y, energy, contrastive_loss, logsumexp_coef, fused)
     return loss, ContrastiveMetrics(*metrics)

@@ -19,11 +19,6 @@ class CheckedPolicy(BasePolicy):
         """
         Get the policy action from an observation, see :meth:`~stable_baselines3.common.policies.BasePolicy.predict`.
 
-        :param observation: the input observation
-        :param state: The last hidden states (can be None, used in recurrent policies)
-        :param episode_start: The last masks (can be None, used in recurrent policies)
-        :param deterministic: Whether or not to return deterministic actions.
-        :return: the model's action and the next hidden state
         :raises ValueError: if an action is NaN or infinite, telling whether weights or observation are at fault
         """
         actions, state = super().predict(observation, state, episode_start, deterministic)

@@ -18,9 +18,7 @@ MESSAGE = "Loading PyTorch ..."
 
 
 def is_command() -> bool:
-    """
-    :return: Whether this process is ``sb3-deepcrl`` or ``python -m sb3_deepcrl`` or one of its modules
-    """
+    """Whether this process is ``sb3-deepcrl`` or ``python -m sb3_deepcrl`` or one of its modules."""
     program = sys.argv[0] if sys.argv else ""
     if program != "-m":
         return Path(program).stem == "sb3-deepcrl"

@@ -11,16 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_bool, check_depth, check_positive_int
 
-# Name of a normalisation, or what makes the module from the number of features
+# Name of a normalization, or what makes the module from the number of features
 Norm = str | Callable[[int], nn.Module]
 
 
 def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
     """
-    Initialise a Dense layer as the paper's code does: weights from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``
+    Initialize a Dense layer as the paper's code does: weights from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``
     (variance ``1 / (3 * fan_in)``), bias zero.
 
-    :param layer: The layer to initialise in place
+    :param layer: The layer to initialize in place
     :return: The same layer
     """
     bound = layer.in_features**-0.5
@@ -29,14 +29,8 @@ def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def make_module(make: Callable[..., Any], args: tuple[Any, ...], wanted: str) -> nn.Module:
-    """
-    :param make: What the user chose: a class, or a function that makes a module
-    :param args: Arguments to pass to it
-    :param wanted: What it must be, for the error message
-    :return: The module
-    :raises ValueError: if it does not make one of these arguments
-    """
+def _make_module(make: Callable[..., Any], args: tuple[Any, ...], wanted: str) -> nn.Module:
+    """Make what the user chose, a class or a function, with an error if it makes no module of these arguments."""
     module, reason = None, None
     try:
         module = make(*args)
@@ -48,23 +42,14 @@ def make_module(make: Callable[..., Any], args: tuple[Any, ...], wanted: str) ->
 
 
 def make_activation(activation_fn: Callable[[], nn.Module]) -> nn.Module:
-    """
-    :param activation_fn: Class of the activation, or another function without arguments that makes one
-    :return: The activation
-    :raises ValueError: if it makes none
-    """
-    return make_module(activation_fn, (), "`activation_fn` must be the class of an activation, such as `th.nn.ReLU`")
+    """Make an activation of its class, or of another function without arguments."""
+    return _make_module(activation_fn, (), "`activation_fn` must be the class of an activation, such as `th.nn.ReLU`")
 
 
-def make_norm(norm: Norm, width: int) -> nn.Module:
-    """
-    :param norm: ``"layer"`` for LayerNorm, ``"none"`` for the identity, or what makes the module from the number of features
-    :param width: Number of features to normalise
-    :return: The normalisation module
-    :raises ValueError: if ``norm`` is none of those
-    """
+def _make_norm(norm: Norm, width: int) -> nn.Module:
+    """Make a normalization of so many features."""
     if callable(norm):
-        return make_module(norm, (width,), '`norm` must be "layer", "none", or a class such as `th.nn.RMSNorm`')
+        return _make_module(norm, (width,), '`norm` must be "layer", "none", or a class such as `th.nn.RMSNorm`')
     if norm == "layer":
         # Epsilon of the reference code (Flax), PyTorch's default is 1e-5
         return nn.LayerNorm(width, eps=1e-6)
@@ -73,27 +58,19 @@ def make_norm(norm: Norm, width: int) -> nn.Module:
     raise ValueError(f'`norm` must be "layer" or "none", got {norm!r}')
 
 
-def dense_layer(in_dim: int, width: int, activation_fn: type[nn.Module], norm: Norm) -> list[nn.Module]:
-    """
-    One layer of the tower: Dense, normalisation, activation.
-
-    :param in_dim: Number of input features
-    :param width: Number of output features
-    :param activation_fn: Class of the activation
-    :param norm: See :func:`make_norm`
-    :return: The three modules, in order
-    """
-    return [lecun_uniform_(nn.Linear(in_dim, width)), make_norm(norm, width), make_activation(activation_fn)]
+def _dense_layer(in_dim: int, width: int, activation_fn: type[nn.Module], norm: Norm) -> list[nn.Module]:
+    """One layer of the tower: Dense, normalization, activation."""
+    return [lecun_uniform_(nn.Linear(in_dim, width)), _make_norm(norm, width), make_activation(activation_fn)]
 
 
 class ResidualBlock(nn.Module):
     """
-    Four times [Dense, normalisation, activation], the identity added after the last activation:
+    Four times [Dense, normalization, activation], the identity added after the last activation:
     ``x + scale * F(x)`` (section 3 and figure 2 of the paper, where ``scale`` is 1).
 
     :param width: Number of features, in and out
     :param activation_fn: Class of the activation
-    :param norm: See :func:`make_norm`
+    :param norm: see :class:`ResidualTower`
     :param residual: Whether to add the identity (False for the ablation: the output is then ``F(x)``)
     :param scale: Factor of the residual branch, or its initial value
     :param learn_scale: Whether the factor is a parameter
@@ -111,7 +88,7 @@ class ResidualBlock(nn.Module):
         learn_scale: bool = False,
     ):
         super().__init__()
-        layers = [layer for _ in range(LAYERS_PER_BLOCK) for layer in dense_layer(width, width, activation_fn, norm)]
+        layers = [layer for _ in range(LAYERS_PER_BLOCK) for layer in _dense_layer(width, width, activation_fn, norm)]
         self.branch = nn.Sequential(*layers)
         self.residual = residual
         if residual and learn_scale:
@@ -123,6 +100,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
+        Features of the next block.
+
         :param x: Features of shape ``(batch_size, width)``
         :return: Features of the same shape
         """
@@ -134,7 +113,7 @@ class ResidualBlock(nn.Module):
     def _unfused_branch(self, x: th.Tensor) -> th.Tensor:
         """
         The same as ``branch``, but each bias is added after the matrix product, which lets a compiler add it on the way
-        to the normalisation: the fused product copies it to all rows first.
+        to the normalization: the fused product copies it to all rows first.
         """
         for layer in self.branch:
             # Not a subclass, and nothing that hooks change or look at
@@ -146,13 +125,8 @@ class ResidualBlock(nn.Module):
         return x
 
 
-def parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[float, bool]:
-    """
-    :param residual_scale: See :class:`ResidualTower`
-    :param n_blocks: Number of residual blocks N
-    :return: The (initial) factor of the residual branches and whether it is learned
-    :raises ValueError: if it is neither a positive number, ``"1/N"`` nor ``"learnable"``
-    """
+def _parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[float, bool]:
+    """The (initial) factor of the residual branches, and whether it is learned."""
     if residual_scale == "1/N":
         return 1.0 / n_blocks, False
     if residual_scale == "learnable":
@@ -164,8 +138,8 @@ def parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[fl
 
 class ResidualTower(nn.Module):
     """
-    The paper's network (section 3): Dense + normalisation + activation, then ``depth / 4`` residual blocks,
-    then a linear head. There is no normalisation after the last block.
+    The paper's network (section 3): Dense + normalization + activation, then ``depth / 4`` residual blocks,
+    then a linear head. There is no normalization after the last block.
 
     ``depth`` counts the Dense layers inside the residual blocks; the first layer and the head are not counted.
 
@@ -181,7 +155,7 @@ class ResidualTower(nn.Module):
         the number of blocks, or ``"learnable"`` for one parameter a block that starts at ``1/N``.
         The outputs of a Swish have a positive mean, so that with a factor of 1 the residual sum grows in proportion
         to the number of blocks; from ``1/N`` outputs and gradients start at the same size whatever the depth.
-    :raises ValueError: if the depth, the width, the normalisation or the scale is not one of those
+    :raises ValueError: if the depth, the width, the normalization or the scale is not one of those
     """
 
     def __init__(
@@ -199,9 +173,9 @@ class ResidualTower(nn.Module):
         n_blocks = check_depth(depth)
         check_positive_int(width, "width")
         check_bool(residual, "residual")
-        scale, learn_scale = parse_residual_scale(residual_scale, n_blocks)
+        scale, learn_scale = _parse_residual_scale(residual_scale, n_blocks)
         self.output_dim = width if output_dim is None else output_dim
-        self.stem = nn.Sequential(*dense_layer(input_dim, width, activation_fn, norm))
+        self.stem = nn.Sequential(*_dense_layer(input_dim, width, activation_fn, norm))
         self.blocks = nn.Sequential(
             *(ResidualBlock(width, activation_fn, norm, residual, scale, learn_scale) for _ in range(n_blocks))
         )
@@ -221,8 +195,10 @@ class ResidualTower(nn.Module):
 
     def features(self, x: th.Tensor) -> th.Tensor:
         """
+        Outputs of the last block, without the head.
+
         :param x: Inputs of shape ``(batch_size, input_dim)``
-        :return: What the head gets, of shape ``(batch_size, width)``
+        :return: Features of shape ``(batch_size, width)``
         """
         checkpointed = self.checkpoint_activations and th.is_grad_enabled()
         with nullcontext() if self.autocast_dtype is None else th.autocast(x.device.type, self.autocast_dtype):

@@ -1,16 +1,12 @@
 """
-When a compiled block has to be the plain one: while operations are traced, transformed or watched, and not only computed.
+When compiled code has to be the plain one: while operations are traced, transformed or watched, and not only computed.
 """
-
-from collections.abc import Callable
 
 import torch as th
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
-
-from sb3_deepcrl.common.torch_layers import ResidualBlock
 
 # Other classes stand for something else than numbers in memory, for instance while a network is exported
 PLAIN_TENSORS = (th.Tensor, nn.Parameter)
@@ -21,9 +17,7 @@ def is_traced(*tensors: th.Tensor) -> bool:
     Whether somebody sees the operations on these tensors one by one: ``th.compile``, ``th.jit.trace``, ``th.export``,
     ``torch.fx``, ``th.func``, forward-mode differentiation, a dispatch or function mode. Whatever is done at once, in code
     that none of them knows, would be wrong or fail then. It is asked at each call, so it takes less than a microsecond.
-
-    :param tensors: Inputs of the operations
-    :return: Whether to compute them with PyTorch's own operations
+    PyTorch has no public names of most of it.
     """
     return (
         th.compiler.is_compiling()
@@ -38,17 +32,14 @@ def is_traced(*tensors: th.Tensor) -> bool:
 
 
 def _is_view_of_numbers(tensor: th.Tensor) -> bool:
-    """
-    :param tensor: Any tensor
-    :return: Whether its memory, if there is any, does not hold its numbers: they are negated, or one of several
-    """
+    """Whether the memory of a tensor, if any, does not hold its numbers: they are negated, or one of several."""
     return type(tensor) not in PLAIN_TENSORS or tensor.is_neg() or th._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def is_watched(*modules: nn.Module) -> bool:
     """
-    :param modules: Modules, without those in them
-    :return: Whether somebody wants to be called when one of them runs, or their parameters are more than numbers
+    Whether somebody wants to be called when one of these modules, without those in them, runs, or their parameters are more
+    than numbers. There is no public name of the hooks.
     """
     if (
         nn_module._global_forward_hooks
@@ -64,22 +55,3 @@ def is_watched(*modules: nn.Module) -> bool:
             if parameter is not None and type(parameter) not in PLAIN_TENSORS:
                 return True
     return False
-
-
-class CompiledBlock:
-    """
-    What a compiled residual block does when it is called. It is the plain one where :func:`is_traced` or :func:`is_watched`
-    says so; looked at in each call, since all of it may change.
-
-    :param block: The residual block
-    :param compiled: What else to call
-    """
-
-    def __init__(self, block: ResidualBlock, compiled: Callable[[th.Tensor], th.Tensor]):
-        self.block = block
-        self.compiled = compiled
-
-    def __call__(self, x: th.Tensor) -> th.Tensor:
-        if is_traced(x) or is_watched(self.block, *self.block.branch):
-            return self.block._call_impl(x)
-        return self.compiled(x)

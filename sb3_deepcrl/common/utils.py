@@ -1,5 +1,8 @@
 """
-Checks of what users pass, and small helpers that know nothing of networks.
+Checks of what users pass, and small helpers.
+
+Each check raises a ValueError with the name and value of what is wrong, and how to mend it. Those of a number or a choice
+return it, so that they may stand where it is used.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 # Number of Dense layers in a residual block, of which depths are multiples
@@ -41,20 +45,12 @@ NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIS
 
 
 def is_integer(value: Any) -> bool:
-    """
-    :param value: What the user gave
-    :return: Whether it is an integer, of Python or NumPy
-    """
+    """Whether a value is an integer, of Python or NumPy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_positive_int(value: int, name: str) -> int:
-    """
-    :param value: The number to check
-    :param name: What it is called in the error message
-    :return: The same number
-    :raises ValueError: if it is not a positive integer
-    """
+    """Check that a number is a positive integer."""
     if not is_integer(value) or value < 1:
         fix = f": use {int(value)}" if isinstance(value, float) and value >= 1 and float(value).is_integer() else ""
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}{fix}")
@@ -62,13 +58,7 @@ def check_positive_int(value: int, name: str) -> int:
 
 
 def check_number(value: float, name: str, maximum: float = math.inf) -> float:
-    """
-    :param value: The number to check
-    :param name: What it is called in the error message
-    :param maximum: The largest that it may be
-    :return: The same number
-    :raises ValueError: if it is not a finite number between 0 and the maximum
-    """
+    """Check that a number is finite, not negative and not above a maximum."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
     if not is_number or not 0 <= value <= maximum:
         wanted = f"be between 0 and {maximum:g}" if maximum < math.inf else "not be negative" if is_number else "be a number"
@@ -77,37 +67,21 @@ def check_number(value: float, name: str, maximum: float = math.inf) -> float:
 
 
 def check_bool(value: bool, name: str) -> bool:
-    """
-    :param value: What the user chose
-    :param name: What it is called in the error message
-    :return: The same value
-    :raises ValueError: if it is neither True nor False
-    """
+    """Check that a value is True or False."""
     if value not in (True, False):
         raise ValueError(f"`{name}` must be True or False, got {value!r}")
     return value
 
 
 def check_switch(value: bool | str, name: str) -> bool | str:
-    """
-    :param value: What the user chose
-    :param name: What it is called in the error message
-    :return: The same value
-    :raises ValueError: if it is neither True, False nor "auto"
-    """
+    """Check that a value is True, False or "auto"."""
     if value not in (True, False, "auto") or not isinstance(value, (bool, str)):
         raise ValueError(f'`{name}` must be True, False or "auto", got {value!r}')
     return value
 
 
 def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
-    """
-    :param value: What the user chose
-    :param choices: What there is
-    :param name: What the choice is called in the error message
-    :return: The same value
-    :raises ValueError: if it is not one of the choices
-    """
+    """Check that a value is one of those that there are."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
@@ -120,7 +94,6 @@ def check_depth(depth: int, name: str = "depth") -> int:
     :param depth: Number of Dense layers inside the residual blocks
     :param name: What the number is called in the error message
     :return: The number of residual blocks, ``depth / 4``
-    :raises ValueError: if ``depth`` is not a positive multiple of 4
     """
     if not is_integer(depth) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
         if isinstance(depth, Real) and depth > 0:
@@ -136,35 +109,20 @@ def check_depth(depth: int, name: str = "depth") -> int:
 
 
 def check_class(value: Any, base: type, name: str, fix: str) -> None:
-    """
-    :param value: What the user chose: a class, or a function that makes an instance
-    :param base: What its instances have to be
-    :param name: What the choice is called in the error message
-    :param fix: What to do instead
-    :raises ValueError: if it is another class, an instance, or nothing that can be called
-    """
+    """Check that a value is a class whose instances are those of ``base``, or a function that may make one."""
     is_suitable = issubclass(value, base) if isinstance(value, type) else callable(value) and not isinstance(value, nn.Module)
     if not is_suitable:
         raise ValueError(f"`{name}` must be {base.__name__} or a subclass of it, got {value!r}: {fix}")
 
 
 def check_dict(value: Any, name: str) -> None:
-    """
-    :param value: Keyword arguments that the user gave, None for none
-    :param name: What they are called in the error message
-    :raises ValueError: if it is no dict
-    """
+    """Check that keyword arguments are a dict, or None."""
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"`{name}` must be a dict of keyword arguments, got {value!r}: use for instance `dict(name=value)`")
 
 
 def check_policy_kwargs(policy_kwargs: Mapping[str, Any]) -> None:
-    """
-    Check the arguments that all policies have.
-
-    :param policy_kwargs: Arguments of a policy
-    :raises ValueError: if one of them is of another kind
-    """
+    """Check the arguments that all policies have."""
     extractor = policy_kwargs.get("features_extractor_class", BaseFeaturesExtractor)
     check_class(extractor, BaseFeaturesExtractor, "features_extractor_class", "pass the class, such as `CombinedExtractor`")
     optimizer = policy_kwargs.get("optimizer_class", th.optim.Optimizer)
@@ -211,6 +169,29 @@ def check_actions(actions: Any, observation: Any, policy: Any) -> None:
     raise ValueError(f"The policy gives actions that are NaN or infinite: {reason}")
 
 
+def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
+    """
+    Check that the longest episode fits into the replay buffer, if the envs tell how long it is.
+
+    :param buffer_size: Number of transitions in the buffer, over all envs
+    :param env: The envs
+    :raises ValueError: if it does not
+    """
+    # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
+    name = "_max_episode_steps"
+    try:
+        # The processes of SubprocVecEnv die of `get_attr` with a name that they do not know
+        longest = max(int(length or 0) for length in env.get_attr(name)) if env.has_attr(name) else 0
+    except Exception:
+        # VecEnvs of simulators raise all kinds of errors and may return anything
+        return
+    if buffer_size // env.num_envs < longest:
+        raise ValueError(
+            f"`buffer_size={buffer_size}` leaves {buffer_size // env.num_envs} transitions for each of {env.num_envs} envs, "
+            f"less than one episode of {longest} steps, within which goals are drawn: use at least {env.num_envs * longest}"
+        )
+
+
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
     """
     Settings of an off-policy algorithm with which it does one update for so many transitions.
@@ -224,16 +205,19 @@ def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
+def atomic_path(path: Any, suffix: str) -> Iterator[Any]:
     """
     Write a file as a whole or not at all: the body of the ``with`` statement writes to a temporary file in the same folder,
     which takes the place of the real one when it is complete. Whatever happens before, the previous file stays as it was.
 
-    :param path: Where the file goes. Missing folders are created; if it is a folder, ``_2`` is
-        appended to its name (as Stable-Baselines3 does)
+    :param path: Where the file goes (an open file is written to as it is). Missing folders are created; if it is a
+        folder, ``_2`` is appended to its name (as Stable-Baselines3 does)
     :param suffix: Ending to append if the path has none, with its dot
     :return: Path of the temporary file
     """
+    if not isinstance(path, (str, pathlib.Path)):
+        yield path
+        return
     path = pathlib.Path(path)
     if path.suffix == "":
         path = path.with_name(path.name + suffix)
@@ -257,8 +241,6 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
     """
     Handle the signals that stop a program. Those that are ignored, as SIGHUP is under ``nohup``, stay ignored, and nothing is
     changed outside of the main thread, which cannot handle signals.
-
-    :param handler: What a signal calls
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS} if is_main_thread else {}
@@ -295,9 +277,7 @@ def stopped_by_signals() -> Iterator[list[int]]:
 
 
 def uninterrupted() -> contextlib.AbstractContextManager[None]:
-    """
-    :return: Context in which no signal stops the program, for what must come to its end, such as saving
-    """
+    """Context in which no signal stops the program, for what must come to its end, such as saving."""
     return _handled(lambda number, frame: None)
 
 
@@ -305,8 +285,6 @@ def tell(text: str) -> None:
     """
     Print a line, without an error if the terminal was closed or nobody reads the pipe any more: from then on what is printed
     goes to the standard error, and nowhere if that is gone too.
-
-    :param text: The line
     """
     try:
         print(text, flush=True)
@@ -345,9 +323,11 @@ def is_for_user(error: BaseException) -> bool:
 
 def how_to_write(error: BaseException, given: Iterable[Any]) -> str | None:
     """
+    Say what to do if a disk is full or a path is no place to write to.
+
     :param error: An error that was caught
     :param given: What the user gave, among which may be paths
-    :return: What to do, if the disk is full or one of those paths is no place to write to; None for any other error
+    :return: The advice, None for any other error
     """
     if not isinstance(error, OSError):
         return None
@@ -361,24 +341,8 @@ def how_to_write(error: BaseException, given: Iterable[Any]) -> str | None:
     return None
 
 
-def number(text: str) -> float:
-    """
-    :param text: A number
-    :return: The same
-    :raises argparse.ArgumentTypeError: if it is none
-    """
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number such as 3e-4, got {text!r}") from None
-
-
 def whole_number(text: str) -> int:
-    """
-    :param text: A whole number, which may be written as 1e6
-    :return: The same
-    :raises argparse.ArgumentTypeError: if it is none
-    """
+    """Read a whole number of the command line, which may be written as 1e6."""
     with contextlib.suppress(ValueError):
         # Not by way of a float, which may be another one
         return int(text)

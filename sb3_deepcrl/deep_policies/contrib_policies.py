@@ -1,12 +1,11 @@
 """
-Deep residual policies for the algorithms of sb3-contrib. Imported as soon as sb3-contrib is.
+Deep residual policies for the algorithms of sb3-contrib.
 """
 
 from functools import partial
 from typing import Any
 
 from gymnasium import spaces
-from sb3_contrib import QRDQN, TQC, TRPO, CrossQ
 from sb3_contrib.common.torch_layers import BatchRenorm1d
 from sb3_contrib.crossq import policies as crossq
 from sb3_contrib.qrdqn import policies as qrdqn
@@ -15,67 +14,19 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_deepcrl.common.torch_layers import Norm
 from sb3_deepcrl.common.utils import check_choice
-from sb3_deepcrl.deep_policies.policies import (
-    ACTOR_CRITIC_POLICIES,
-    DeepContinuousPolicy,
-    DeepNetwork,
-    DeepPolicy,
-    add_policies,
-    policy_names,
-)
-
-
-class DeepTQCActor(DeepNetwork, tqc.Actor):
-    """
-    Actor of TQC with a residual tower.
-    """
-
-    network_name = "latent_pi"
-
-
-class DeepTQCCritic(DeepNetwork, tqc.Critic):
-    """
-    Critics of TQC, each a residual tower.
-    """
-
-    network_name = "q_networks"
+from sb3_deepcrl.deep_policies.policies import DeepContinuousPolicy, DeepPolicy
 
 
 class DeepTQCPolicy(DeepContinuousPolicy, tqc.TQCPolicy):
-    """
-    Deep residual policy for TQC, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
-    """
-
-    actor_class = DeepTQCActor
-    critic_class = DeepTQCCritic
+    """Deep residual policy for TQC, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`."""
 
 
 class DeepTQCCnnPolicy(DeepTQCPolicy, tqc.CnnPolicy):
-    """
-    Deep residual policy for TQC and images, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
-    """
+    """Deep residual policy for TQC and images, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`."""
 
 
 class DeepTQCMultiInputPolicy(DeepTQCPolicy, tqc.MultiInputPolicy):
-    """
-    Deep residual policy for TQC and Dict observations, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
-    """
-
-
-class DeepCrossQActor(DeepNetwork, crossq.Actor):
-    """
-    Actor of CrossQ with a residual tower.
-    """
-
-    network_name = "latent_pi"
-
-
-class DeepCrossQCritic(DeepNetwork, crossq.CrossQCritic):
-    """
-    Critics of CrossQ, each a residual tower.
-    """
-
-    network_name = "q_networks"
+    """Deep residual policy for TQC and Dict observations, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`."""
 
 
 class DeepCrossQPolicy(DeepContinuousPolicy, crossq.CrossQPolicy):
@@ -98,9 +49,6 @@ class DeepCrossQPolicy(DeepContinuousPolicy, crossq.CrossQPolicy):
         are used for normalization
     :param kwargs: The other arguments of ``DeepPolicy`` and of sb3-contrib's ``CrossQPolicy``
     """
-
-    actor_class = DeepCrossQActor
-    critic_class = DeepCrossQCritic
 
     def __init__(
         self,
@@ -133,46 +81,21 @@ class DeepCrossQPolicy(DeepContinuousPolicy, crossq.CrossQPolicy):
         )
 
 
-class DeepQuantileNetwork(DeepNetwork, qrdqn.QuantileNetwork):
-    """
-    Quantile network of QR-DQN with a residual tower.
-    """
-
-    network_name = "quantile_net"
-
-
 class DeepQRDQNPolicy(DeepPolicy, qrdqn.QRDQNPolicy):
-    """
-    Deep residual policy for QR-DQN, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
-    """
+    """Deep residual policy for QR-DQN, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`."""
 
     tower_names = ("qf",)
 
-    def make_quantile_net(self) -> DeepQuantileNetwork:
-        """
-        :return: A new quantile network
-        """
-        return self._make_network(DeepQuantileNetwork, "qf", self.net_args)
+    def make_quantile_net(self) -> qrdqn.QuantileNetwork:
+        """Make a quantile network with a residual tower."""
+        network = super().make_quantile_net()
+        self._deepen("qf", network.quantile_net)
+        return network
 
 
 class DeepQRDQNCnnPolicy(DeepQRDQNPolicy, qrdqn.CnnPolicy):
-    """
-    Deep residual policy for QR-DQN and images, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
-    """
+    """Deep residual policy for QR-DQN and images, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`."""
 
 
 class DeepQRDQNMultiInputPolicy(DeepQRDQNPolicy, qrdqn.MultiInputPolicy):
-    """
-    Deep residual policy for QR-DQN and Dict observations, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`.
-    """
-
-
-add_policies(
-    {
-        TQC: policy_names(DeepTQCPolicy, DeepTQCCnnPolicy, DeepTQCMultiInputPolicy),
-        # CrossQ itself has no policies for images and Dict observations
-        CrossQ: policy_names(DeepCrossQPolicy),
-        QRDQN: policy_names(DeepQRDQNPolicy, DeepQRDQNCnnPolicy, DeepQRDQNMultiInputPolicy),
-        TRPO: ACTOR_CRITIC_POLICIES,
-    }
-)
+    """Deep residual policy for QR-DQN and Dict observations, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`."""

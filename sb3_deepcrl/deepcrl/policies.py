@@ -5,12 +5,12 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
-from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.preprocessing import get_action_dim, get_flattened_obs_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_deepcrl.common.cuda_graphs import GraphBackend, GraphedFunction
+from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction
 from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
@@ -33,6 +33,29 @@ SAC_POLICY_KWARGS = (
     "use_expln",
     "clip_mean",
 )
+
+
+def check_observation_space(observation_space: spaces.Space) -> None:
+    """
+    Check that an env is goal-conditioned, with goals that can be relabelled.
+
+    :param observation_space: Observation space of the env
+    :raises ValueError: if a key is missing or the two goals are not of the same form; bounds and types do not matter
+    """
+    found = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
+    missing = [f"`{key}`" for key in ("achieved_goal", "desired_goal") if key not in found]
+    if missing:
+        raise ValueError(
+            "DeepCRL learns goal-conditioned envs: the observation space must be a `spaces.Dict` with the keys "
+            f"`observation`, `achieved_goal` and `desired_goal`, but {', '.join(missing)} missing from {observation_space}. "
+            "Wrap the env so that its observations tell which goal is reached and which one is wanted"
+        )
+    achieved, desired = found["achieved_goal"], found["desired_goal"]
+    if achieved.shape != desired.shape or get_flattened_obs_dim(achieved) != get_flattened_obs_dim(desired):
+        raise ValueError(
+            "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabelled with what was "
+            f"achieved, got {achieved} and {desired}. Let the env give both in the same form"
+        )
 
 
 def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict, spaces.Dict]:
@@ -419,7 +442,7 @@ class DeepCRLPolicy(CheckedPolicy):
         key = (addresses, tower.autocast_dtype, self.actor.training)
         return self._graphed_actors[deterministic](observation, key)  # type: ignore[arg-type]
 
-    def graph_actor(self, backend: GraphBackend | None, required: bool = False) -> None:
+    def graph_actor(self, backend: CudaGraphBackend | None, required: bool = False) -> None:
         """
         Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions.
 

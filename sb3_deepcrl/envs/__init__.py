@@ -11,33 +11,23 @@ from sb3_deepcrl.envs.registration import register_envs
 
 if TYPE_CHECKING:
     from sb3_deepcrl.envs.batch_vec_env import BatchVecEnv
-    from sb3_deepcrl.envs.compat import patch_gymnasium_robotics
     from sb3_deepcrl.envs.goal_env import GoalEnv
     from sb3_deepcrl.envs.ogbench_adapter import OGBenchGoalWrapper
     from sb3_deepcrl.envs.plotting import plot_maze
     from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
 
-_HOMES = {
+__all__ = ["BatchVecEnv", "GoalEnv", "OGBenchGoalWrapper", "SuccessInfoWrapper", "plot_maze", "register_envs"]
+
+_MODULES = {
     "BatchVecEnv": "batch_vec_env",
     "GoalEnv": "goal_env",
     "OGBenchGoalWrapper": "ogbench_adapter",
     "SuccessInfoWrapper": "wrappers",
-    "patch_gymnasium_robotics": "compat",
     "plot_maze": "plotting",
 }
 
-__all__ = [
-    "BatchVecEnv",
-    "GoalEnv",
-    "OGBenchGoalWrapper",
-    "SuccessInfoWrapper",
-    "patch_gymnasium_robotics",
-    "plot_maze",
-    "register_envs",
-]
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

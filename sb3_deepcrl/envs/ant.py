@@ -1,6 +1,3 @@
-from collections.abc import Mapping
-from typing import ClassVar
-
 import mujoco
 import numpy as np
 
@@ -8,7 +5,7 @@ from sb3_deepcrl.envs.robot import DISABLED_SOLVER_PARTS, Robot, State, gymnasiu
 
 FOOT_RADIUS = 0.08
 # Mass of a link in kg. The physics of the released code gives 1 kg to each of the 9 links that have a joint between them;
-# Gymnasium's ant weighs 0.9 kg as a whole, and with the same motors a random action throws it a metre into the air.
+# Gymnasium's ant weighs 0.9 kg as a whole, and with the same motors a random action throws it a meter into the air.
 LINK_MASS = 1.0
 
 
@@ -23,8 +20,7 @@ class Ant(Robot):
     Contacts are those of the released code: the feet touch the floor, walls, each other, hips and torso; hips and torso touch
     walls, but not the floor; legs and ankles pass through everything.
 
-    :param on_field: Whether the ant acts on the open field, where the released model lets nothing but the feet
-        collide with the floor
+    On the open field nothing but the feet and the floor collide, as in the released code.
     """
 
     name = "ant"
@@ -34,13 +30,11 @@ class Ant(Robot):
     frame_skip = 5
     healthy_z_range = (0.2, 1.0)
     reset_noise_scale = 0.1
-    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
+    # On a circle
+    field_distance = (10.0, 10.0)
     radius = 0.7
     follow_body = "torso"
     follow_distance = 9.0
-
-    def __init__(self, on_field: bool = False):
-        self.on_field = on_field
 
     def make_spec(self) -> mujoco.MjSpec:
         spec = gymnasium_spec("ant.xml")
@@ -74,11 +68,7 @@ class Ant(Robot):
 
 
 def _set_link_masses(spec: mujoco.MjSpec) -> None:
-    """
-    Give every link the same mass. Bodies without a joint are part of the link that carries them.
-
-    :param spec: The model to edit
-    """
+    """Give every link the same mass. Bodies without a joint are part of the link that carries them."""
     model = spec.compile()
     # body_weldid names the first body of a link
     link_mass = np.bincount(model.body_weldid, weights=model.body_mass)

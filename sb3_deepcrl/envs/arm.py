@@ -1,44 +1,38 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import mujoco
 import numpy as np
 
 from sb3_deepcrl.envs.robot import Robot, State
-from sb3_deepcrl.envs.scenes import Scene
 
+# Half the side of the cube in meters
 CUBE_HALF = 0.03
-# The cube starts above the table and falls onto it (metres)
+# The cube starts above the table and falls onto it (meters)
 CUBE_DROP_HEIGHT = 0.07
-# Stroke of one finger in metres
+# Stroke of one finger in meters
 FINGER_STROKE = 0.04
 CAPSULE, BOX = mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_BOX
 QUARTER_TURN = np.sqrt(0.5)
 
 
 class Link(NamedTuple):
-    """
-    One link of the arm, with the kinematic and inertial figures published for the Panda.
+    """One link of the arm, with the kinematic and inertial figures published for the Panda, in kg, meters and radians."""
 
-    :param pos: Position in the parent's frame in metres
-    :param turn: Quarter turns about the parent's x axis
-    :param limits: Joint limits in radians
-    :param stiffness: Servo stiffness in Nm/rad, a tenth of it is the damping in Nms/rad
-    :param torque: Torque limit in Nm
-    :param mass: Mass in kg
-    :param com: Centre of mass in metres
-    :param inertia: xx, yy, zz, xy, xz, yz in kg m^2
-    :param shape: End points of the capsule that is drawn, in metres
-    """
-
+    #: Position in the parent's frame
     pos: tuple[float, float, float]
+    #: Quarter turns about the parent's x axis
     turn: int
     limits: tuple[float, float]
+    #: Of the servo in Nm/rad, a tenth of it is the damping in Nms/rad
     stiffness: float
+    #: Largest one in Nm
     torque: float
     mass: float
-    com: tuple[float, float, float]
+    center_of_mass: tuple[float, float, float]
+    #: xx, yy, zz, xy, xz, yz
     inertia: tuple[float, float, float, float, float, float]
+    #: End points of the capsule that is drawn
     shape: tuple[float, float, float, float, float, float]
 
 
@@ -99,9 +93,12 @@ class Arm(Robot):
     observation_dim = 17
     action_dim = 5
     goal_dim = 3
+    # The height at which the cube lies flat
+    goal_tail = (CUBE_HALF,)
     derived_fields = ("sensordata",)
     derived_stage = mujoco.mjtStage.mjSTAGE_VEL
     frame_skip = 25
+    on_table = True
     success_threshold = 0.1
     extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 0.3, "success_hard": 0.03}
     radius = CUBE_HALF
@@ -126,97 +123,30 @@ class Arm(Robot):
         # Without shadows, which were full of specks at the edge of the table
         light = world.add_light(pos=[0, 0, 2], dir=[0.3, 0.3, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
         light.diffuse, light.castshadow = [0.6] * 3, False
-        world.add_geom(
-            name="table",
-            type=mujoco.mjtGeom.mjGEOM_PLANE,
-            size=[2.8, 2.4, 0.1],
-            rgba=[0.6, 0.62, 0.65, 1],
-        )
+        world.add_geom(name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[2.8, 2.4, 0.1], rgba=[0.6, 0.62, 0.65, 1])
         world.add_geom(name="base", type=CAPSULE, fromto=[0, 0, 0.04, 0, 0, 0.2], size=[0.07, 0, 0], rgba=[0.9, 0.9, 0.92, 1])
         body = world
         for number, link in enumerate(LINKS, start=1):
             quat = [QUARTER_TURN, QUARTER_TURN * link.turn, 0, 0] if link.turn else [1, 0, 0, 0]
             body = body.add_body(name=f"link{number}", pos=link.pos, quat=quat)
             body.explicitinertial = True
-            body.mass, body.ipos, body.fullinertia = link.mass, link.com, link.inertia
-            body.add_joint(
-                name=f"joint{number}",
-                type=mujoco.mjtJoint.mjJNT_HINGE,
-                axis=[0, 0, 1],
-                range=link.limits,
-                limited=mujoco.mjtLimited.mjLIMITED_TRUE,
-                armature=0.1,
-                damping=[5, 0, 0],
-            )
+            body.mass, body.ipos, body.fullinertia = link.mass, link.center_of_mass, link.inertia
+            _add_joint(body, f"joint{number}", mujoco.mjtJoint.mjJNT_HINGE, [0, 0, 1], link.limits)
             color = [0.95, 0.95, 0.95, 1] if number % 2 else [0.6, 0.65, 0.7, 1]
             # Unequal radii, as the rounded ends of neighbours would cover each other with specks
             body.add_geom(type=CAPSULE, fromto=link.shape, size=[0.056 - 0.001 * (number % 2), 0, 0], mass=0, rgba=color)
-        self._add_hand(body)
-        self._add_cube(world)
+        _add_hand(body)
+        cube = world.add_body(name="cube", pos=[0, 0, CUBE_DROP_HEIGHT])
+        cube.add_freejoint(name="cube")
+        cube.add_geom(name="cube", type=BOX, size=[CUBE_HALF] * 3, rgba=[0.1, 0.45, 0.2, 1])
         for number, link in enumerate(LINKS, start=1):
             _add_servo(spec, f"joint{number}", link.stiffness, link.torque, link.limits)
         for side in ("left", "right"):
             _add_servo(spec, f"{side}_finger", 500, 500, (0, FINGER_STROKE))
-        self._add_contacts(spec)
+        _add_contacts(spec)
         for name, kind in (("position", mujoco.mjtSensor.mjSENS_FRAMEPOS), ("velocity", mujoco.mjtSensor.mjSENS_FRAMELINVEL)):
             spec.add_sensor(name=name, type=kind, objtype=mujoco.mjtObj.mjOBJ_XBODY, objname="link7")
         return spec
-
-    def _add_hand(self, link: mujoco.MjsBody) -> None:
-        eighth_turn = np.pi / 8
-        hand = link.add_body(name="hand", pos=[0, 0, 0.107], quat=[np.cos(eighth_turn), 0, 0, -np.sin(eighth_turn)])
-        hand.explicitinertial = True
-        hand.mass, hand.ipos, hand.inertia = 0.73, [-0.01, 0, 0.03], [0.001, 0.0025, 0.0017]
-        hand.add_geom(
-            name="hand",
-            type=CAPSULE,
-            fromto=[0, -0.06, 0.035, 0, 0.06, 0.035],
-            size=[0.04, 0, 0],
-            mass=0,
-            rgba=[0.95, 0.95, 0.95, 1],
-        )
-        for side, quat in (("left", [1, 0, 0, 0]), ("right", [0, 0, 0, 1])):
-            finger = hand.add_body(name=f"{side}_finger", pos=[0, 0, 0.0584], quat=quat)
-            finger.explicitinertial = True
-            finger.mass, finger.inertia = 0.015, [2.375e-6, 2.375e-6, 7.5e-7]
-            finger.add_joint(
-                name=f"{side}_finger",
-                type=mujoco.mjtJoint.mjJNT_SLIDE,
-                axis=[0, 1, 0],
-                range=[0, FINGER_STROKE],
-                limited=mujoco.mjtLimited.mjLIMITED_TRUE,
-                armature=0.1,
-                damping=[5, 0, 0],
-            )
-            finger.add_geom(
-                name=f"{side}_finger",
-                type=BOX,
-                pos=[0, 0.0055, 0.035],
-                size=[0.015, 0.005, 0.04],
-                mass=0,
-                rgba=[0.25, 0.25, 0.25, 1],
-            )
-
-    def _add_cube(self, world: mujoco.MjsBody) -> None:
-        cube = world.add_body(name="cube", pos=[0, 0, CUBE_DROP_HEIGHT])
-        cube.add_freejoint(name="cube")
-        cube.add_geom(name="cube", type=BOX, size=[CUBE_HALF] * 3, rgba=[0.1, 0.45, 0.2, 1])
-
-    def _add_contacts(self, spec: mujoco.MjSpec) -> None:
-        pairs = [("cube", "table"), ("table", "hand"), ("left_finger", "right_finger"), ("cube", "hand")]
-        pairs += [(other, f"{side}_finger") for other in ("cube", "table") for side in ("left", "right")]
-        for first, second in pairs:
-            spec.add_pair(geomname1=first, geomname2=second)
-        # Both fingers move alike
-        spec.add_equality(
-            type=mujoco.mjtEq.mjEQ_JOINT,
-            objtype=mujoco.mjtObj.mjOBJ_JOINT,
-            name1="left_finger",
-            name2="right_finger",
-            data=[0, 1] + [0] * 10,
-            solref=[0.005, 1],
-            solimp=[0.95, 0.99, 0.001, 0.5, 2],
-        )
 
     def home(self) -> np.ndarray:
         return np.array([*START_ANGLES, FINGER_STROKE, FINGER_STROKE, 0, 0, CUBE_DROP_HEIGHT, 1, 0, 0, 0])
@@ -239,94 +169,47 @@ class Arm(Robot):
         return control
 
 
+def _add_hand(link: mujoco.MjsBody) -> None:
+    eighth_turn = np.pi / 8
+    hand = link.add_body(name="hand", pos=[0, 0, 0.107], quat=[np.cos(eighth_turn), 0, 0, -np.sin(eighth_turn)])
+    hand.explicitinertial = True
+    hand.mass, hand.ipos, hand.inertia = 0.73, [-0.01, 0, 0.03], [0.001, 0.0025, 0.0017]
+    palm = {"fromto": [0, -0.06, 0.035, 0, 0.06, 0.035], "size": [0.04, 0, 0]}
+    hand.add_geom(name="hand", type=CAPSULE, mass=0, rgba=[0.95, 0.95, 0.95, 1], **palm)
+    for side, quat in (("left", [1, 0, 0, 0]), ("right", [0, 0, 0, 1])):
+        finger = hand.add_body(name=f"{side}_finger", pos=[0, 0, 0.0584], quat=quat)
+        finger.explicitinertial = True
+        finger.mass, finger.inertia = 0.015, [2.375e-6, 2.375e-6, 7.5e-7]
+        _add_joint(finger, f"{side}_finger", mujoco.mjtJoint.mjJNT_SLIDE, [0, 1, 0], (0, FINGER_STROKE))
+        place = {"pos": [0, 0.0055, 0.035], "size": [0.015, 0.005, 0.04]}
+        finger.add_geom(name=f"{side}_finger", type=BOX, mass=0, rgba=[0.25, 0.25, 0.25, 1], **place)
+
+
+def _add_contacts(spec: mujoco.MjSpec) -> None:
+    pairs = [("cube", "table"), ("table", "hand"), ("left_finger", "right_finger"), ("cube", "hand")]
+    pairs += [(other, f"{side}_finger") for other in ("cube", "table") for side in ("left", "right")]
+    for first, second in pairs:
+        spec.add_pair(geomname1=first, geomname2=second)
+    # Both fingers move alike
+    spec.add_equality(
+        type=mujoco.mjtEq.mjEQ_JOINT,
+        objtype=mujoco.mjtObj.mjOBJ_JOINT,
+        name1="left_finger",
+        name2="right_finger",
+        data=[0, 1] + [0] * 10,
+        solref=[0.005, 1],
+        solimp=[0.95, 0.99, 0.001, 0.5, 2],
+    )
+
+
+def _add_joint(body: mujoco.MjsBody, name: str, kind: mujoco.mjtJoint, axis: Sequence[float], limits: Sequence[float]) -> None:
+    limited = mujoco.mjtLimited.mjLIMITED_TRUE
+    body.add_joint(name=name, type=kind, axis=axis, range=limits, limited=limited, armature=0.1, damping=[5, 0, 0])
+
+
 def _add_servo(spec: mujoco.MjSpec, joint: str, stiffness: float, limit: float, target_range: tuple[float, float]) -> None:
-    """
-    :param spec: The model to edit
-    :param joint: Joint that the servo moves to the commanded position
-    :param stiffness: Force per unit of error
-    :param limit: Largest force
-    :param target_range: Lowest and highest command
-    """
+    """A servo that moves a joint to the commanded position, with a force of ``stiffness`` per unit of error."""
     servo = spec.add_actuator(name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT)
     servo.set_to_position(kp=stiffness, kv=stiffness / 10)
     servo.forcelimited, servo.forcerange = mujoco.mjtLimited.mjLIMITED_TRUE, [-limit, limit]
     servo.ctrllimited, servo.ctrlrange = mujoco.mjtLimited.mjLIMITED_TRUE, target_range
-
-
-class Box(NamedTuple):
-    """
-    :param center: x and y of the middle in metres
-    :param half: Half the side in metres
-    """
-
-    center: tuple[float, float]
-    half: float
-
-
-# Where the cube starts and where its goals lie
-TABLES: dict[str, tuple[Box, Box]] = {
-    "push_easy": (Box((-0.1, 0.6), 0.1), Box((0.1, 0.6), 0.1)),
-    "push_hard": (Box((-0.25, 0.65), 0.25), Box((0.25, 0.65), 0.25)),
-    "binpick_hard": (Box((-0.3, 0.6), 0.15), Box((0.3, 0.6), 0.15)),
-}
-# Half the inner side of a bin, half its height and half the thickness of its walls, in metres
-BIN_HALF, BIN_HALF_HEIGHT, BIN_HALF_THICKNESS = 0.19, 0.033, 0.005
-# Greatest height of a goal above the table in metres
-MAX_GOAL_HEIGHT = 1.0
-
-
-class Table(Scene):
-    """
-    The arm's table: the cube starts in one square and its goals lie in a second one, 3 cm above the table, i.e. where the cube
-    lies flat. Coloured tiles mark the squares; in the bin-picking task they are bins with walls.
-
-    :param name: Key in ``TABLES``
-    """
-
-    bounds = ((-0.7, -0.2), (0.7, 1.1))
-    n_uniform = 4
-    # Nothing but the cube has a start position, and it gets no noise
-    exact_start = True
-
-    def __init__(self, name: str):
-        self.name = name
-        self.squares = TABLES[name]
-
-    def build(self, spec: mujoco.MjSpec) -> None:
-        colors = ([0.2, 0.4, 0.8, 1], [0.8, 0.3, 0.2, 1])
-        for label, color, (center, half) in zip(("start", "goal"), colors, self.squares, strict=True):
-            body = spec.worldbody.add_body(name=f"{label}_square", pos=[*center, 0])
-            if self.name != "binpick_hard":
-                body.add_geom(type=BOX, pos=[0, 0, 0.0005], size=[half, half, 0.0005], rgba=color)
-                continue
-            spec.option.impratio = 10
-            across = [BIN_HALF + BIN_HALF_THICKNESS, BIN_HALF_THICKNESS, BIN_HALF_HEIGHT]
-            along = [BIN_HALF_THICKNESS, BIN_HALF - BIN_HALF_THICKNESS, BIN_HALF_HEIGHT]
-            for i, (x, y, size) in enumerate(
-                ((0, -BIN_HALF, across), (0, BIN_HALF, across), (-BIN_HALF, 0, along), (BIN_HALF, 0, along))
-            ):
-                wall = f"{label}_bin{i}"
-                body.add_geom(name=wall, type=BOX, pos=[x, y, BIN_HALF_HEIGHT], size=size, rgba=color)
-                for other in ("cube", "hand", "left_finger", "right_finger"):
-                    spec.add_pair(geomname1=wall, geomname2=other)
-
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
-        (low_x, low_y), (high_x, high_y) = self.bounds
-        for kind, point in (("start", start), ("goal", goal)):
-            if point is not None and not (low_x <= point[0] <= high_x and low_y <= point[1] <= high_y):
-                raise ValueError(
-                    f"The {kind} {point.tolist()}{where} is out of the arm's reach: choose x from {low_x} to {high_x} and "
-                    f"y from {low_y} to {high_y}."
-                )
-        if goal is not None and not 0 <= goal[2] <= MAX_GOAL_HEIGHT:
-            raise ValueError(
-                f"The goal {goal.tolist()}{where} lies below the table or above the arm's reach: choose z from 0 to "
-                f"{MAX_GOAL_HEIGHT}. A cube that lies flat on the table has z = {CUBE_HALF}."
-            )
-
-    def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        start, goal = (
-            np.array(square.center) + square.half * (2 * uniform[:, 2 * i : 2 * i + 2] - 1)
-            for i, square in enumerate(self.squares)
-        )
-        return start, np.concatenate((goal, np.full((len(goal), 1), CUBE_HALF)), axis=1)

@@ -1,6 +1,5 @@
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
@@ -16,121 +15,75 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.goal_env import GoalEnv
 from sb3_deepcrl.envs.registration import ENTRY_POINT
-from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
+from sb3_deepcrl.envs.rendering import TaskRenderer
 from sb3_deepcrl.envs.simulation import Simulation, Transition
-from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, check_task_arguments, refuse_setting
+from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, task_attribute
 
 DEFAULT_PICTURE = {"render_mode": None, "camera": "follow", "width": 480, "height": 480}
 # Wrappers whose work BatchVecEnv does itself
 ABSORBED_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker)
+# Attributes that can only be set for all environments at once
+SHARED = (*SETTABLE, "max_episode_steps", "_max_episode_steps")
 
 
 class EnvView:
     """
-    One environment of a ``BatchVecEnv`` as ``get_attr``, ``set_attr`` and ``env_method`` see it: what belongs to it alone is
-    here, everything else is looked up in the task that all of them share. It is made where it is needed: if the vectorized
-    environment kept it, the two would keep each other alive.
+    One environment of a ``BatchVecEnv`` as ``get_attr``, ``set_attr`` and ``env_method`` see it.
 
     :param vec_env: The vectorized environment
     :param index: Index of the environment
-    :param attributes: What was set on this environment, to be kept by the vectorized one
     """
 
-    __slots__ = ("__dict__", "_index", "_vec_env")
+    __slots__ = ("_index", "_vec_env")
 
-    def __init__(self, vec_env: "BatchVecEnv", index: int, attributes: dict[str, Any]):
+    def __init__(self, vec_env: "BatchVecEnv", index: int):
         self._vec_env = vec_env
         self._index = index
-        self.__dict__ = attributes
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._vec_env.task, name)
-
-    @property
-    def unwrapped(self) -> "EnvView":
-        """The environment itself, there are no wrappers around it."""
-        return self
-
-    @property
-    def task(self) -> GoalTask:
-        """The task that all environments share."""
-        return self._vec_env.task
-
-    @property
-    def spec(self) -> EnvSpec | None:
-        """Specification under which the environment is registered."""
-        return self._vec_env.spec
+    reward_type = task_attribute("reward_type")
+    goal_mode = task_attribute("goal_mode")
+    success_threshold = task_attribute("success_threshold")
+    unwrapped = property(lambda self: self)
+    task = property(lambda self: self._vec_env.task)
+    spec = property(lambda self: self._vec_env.spec)
+    render_mode = property(lambda self: self._vec_env.render_mode)
+    metadata = property(lambda self: self._vec_env.metadata)
 
     @property
     def max_episode_steps(self) -> int | None:
         """Steps after which an episode is truncated."""
         return self._vec_env.max_episode_steps
 
+    @max_episode_steps.setter
+    def max_episode_steps(self, value: int | None) -> None:
+        check_count("max_episode_steps", value)
+        self._vec_env.max_episode_steps = value
+
     #: The same under the name that it has in ``TimeLimit``
     _max_episode_steps = max_episode_steps
 
     @property
-    def render_mode(self) -> str | None:
-        """Render mode that all environments share."""
-        return self._vec_env.render_mode
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Render modes and frames per second."""
-        return self._vec_env.metadata
-
-    @property
-    def np_random(self) -> np.random.Generator:
-        """Random numbers of the environment."""
-        return self._vec_env.simulation.generators[self._index]
-
-    @property
     def goal(self) -> np.ndarray:
-        """The goal of the running episode in metres. It may be set."""
+        """The goal of the running episode in meters. It may be set."""
         return self._vec_env.simulation.goals[self._index].copy()
 
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
         self._vec_env.simulation.check_open()
-        self._vec_env.simulation.goals[self._index] = self._vec_env.task.check_goal(goal, f" of env {self._index}")
+        self._vec_env.simulation.goals[self._index] = self.task.check_goal(goal)
+
+    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
+        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
+        return self.task.compute_reward(achieved_goal, desired_goal, info)
 
     def render(self) -> np.ndarray | None:
-        """
-        :return: RGB picture of the environment, None without a render mode
-        """
-        return self._vec_env.picture(self._index)
-
-    def has_wrapper_attr(self, name: str) -> bool:
-        """
-        :param name: Name of an attribute
-        :return: Whether it exists
-        """
-        return hasattr(self, name)
-
-    def get_wrapper_attr(self, name: str) -> Any:
-        """
-        :param name: Name of an attribute
-        :return: Its value
-        """
-        return getattr(self, name)
-
-    def set_wrapper_attr(self, name: str, value: Any, *, force: bool = True) -> bool:
-        """
-        See :meth:`BatchVecEnv.set_attr`.
-
-        :param name: Name of an attribute
-        :param value: Its new value
-        :param force: Whether to make an attribute that does not exist yet
-        :return: Whether it was set
-        """
-        return self._vec_env.env_method("set_wrapper_attr", name, value, force=force, indices=self._index)[0]
+        """RGB picture of the environment, None without a render mode."""
+        return self._vec_env.renderer.render(self._vec_env.simulation, self._index)
 
 
 class BatchVecEnv(VecEnv):
     """
-    n environments of one task, stepped by native threads: one call of ``mujoco.batch.Batch`` a step, and vectorised
+    n environments of one task, stepped by native threads: one call of ``mujoco.batch.Batch`` a step, and vectorized
     observation, reward, success and reset code. The trajectories are bit for bit those of n :class:`GoalEnv` seeded with
     seed, seed + 1, ... for any number of threads.
 
@@ -167,7 +120,6 @@ class BatchVecEnv(VecEnv):
         height: int = 480,
         **task_kwargs: Any,
     ):
-        check_task_arguments(BatchVecEnv, task_kwargs)
         for name, value in (("n_envs", n_envs), ("n_threads", n_threads), ("max_episode_steps", max_episode_steps)):
             check_count(name, value)
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
@@ -175,16 +127,15 @@ class BatchVecEnv(VecEnv):
         self._info_keywords: tuple[str, ...] = ()
         picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
         if isinstance(env, str):
-            self.spec = _own_spec(env)
-            arguments = {**self.spec.kwargs, **task_kwargs}
-            limit = self.spec.max_episode_steps
-            n_envs = 1 if n_envs is None else n_envs
-        elif not isinstance(env, list | tuple) or not all(callable(env_fn) for env_fn in env):
-            raise ValueError(
-                f"BatchVecEnv cannot be made from {env!r}: pass the id of an environment of this package and n_envs, or a "
-                "list of functions that return one environment each."
-            )
-        else:
+            self.spec = find_spec(env)
+            if self.spec.entry_point != ENTRY_POINT:
+                raise ValueError(
+                    f"{env!r} is no environment of this package, such as 'PointUMaze-v0', so it has no batched simulation. "
+                    "Use make_vec_env with DummyVecEnv or SubprocVecEnv."
+                )
+            task_kwargs = {**self.spec.kwargs, **task_kwargs}
+            limit, n_envs = self.spec.max_episode_steps, n_envs or 1
+        elif isinstance(env, list | tuple) and all(callable(env_fn) for env_fn in env):
             given = {name for name, value in picture.items() if value != DEFAULT_PICTURE[name]} | set(task_kwargs)
             if given:
                 raise ValueError(
@@ -194,17 +145,18 @@ class BatchVecEnv(VecEnv):
             if n_envs not in (None, len(env)):
                 raise ValueError(f"n_envs={n_envs}, but {len(env)} functions are given. Leave n_envs out.")
             n_envs = len(env)
-            arguments, limit, picture = self._read_envs(env)
+            task_kwargs, limit, picture = self._read_envs(env)
+        else:
+            raise ValueError(
+                f"BatchVecEnv cannot be made from {env!r}: pass the id of an environment of this package and n_envs, or a "
+                "list of functions that return one environment each."
+            )
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        n_threads = min(usable, n_envs) if n_threads is None else n_threads
         self.max_episode_steps = limit if max_episode_steps is None else max_episode_steps
-        self.render_mode = picture.pop("render_mode")
-        self._render_arguments = check_render_arguments(self.render_mode, **picture)
-        self._renderer: TaskRenderer | None = None
-
-        self.task = GoalTask(**arguments)
-        self.simulation = Simulation(self.task, n_envs, n_threads)
-        self._attributes: list[dict[str, Any]] = [{} for _ in range(n_envs)]
+        self.render_mode = picture["render_mode"]
+        self.task = GoalTask(**task_kwargs)
+        self.renderer = TaskRenderer(self.task, **picture)
+        self.simulation = Simulation(self.task, n_envs, n_threads or min(usable, n_envs))
         self._lengths = np.zeros(n_envs, dtype=np.int64)
         self._returns = np.zeros(n_envs, dtype=np.float64)
         self._start_time = time.time()
@@ -213,42 +165,33 @@ class BatchVecEnv(VecEnv):
         self.metadata["render_fps"] = round(1 / self.task.dt)
 
     def _read_envs(self, env_fns: Sequence[Callable[[], gym.Env]]) -> tuple[dict[str, Any], int | None, dict[str, Any]]:
-        """
-        :param env_fns: Functions that return the environments
-        :return: Arguments of the task, number of steps of an episode and arguments of the pictures
-        :raises ValueError: If the environments are not alike, not of this package, or wrapped in something that only a
-            single environment can do
-        """
+        """Arguments of the task, number of steps of an episode and pictures of environments that must be alike."""
         read: list[tuple[dict[str, Any], int | None, dict[str, Any]]] = []
         for i, env_fn in enumerate(env_fns):
             env = env_fn()
-            if not isinstance(env.unwrapped, GoalEnv):
-                raise ValueError(
-                    f"Env {i} is a {type(env.unwrapped).__name__}. BatchVecEnv steps this package's GoalEnv only: use "
-                    "DummyVecEnv."
-                )
-            spec, limit, writer = env.spec, None, None
-            layer = env
-            while isinstance(layer, gym.Wrapper):
-                if not isinstance(layer, ABSORBED_WRAPPERS):
+            core = env.unwrapped
+            if not isinstance(core, GoalEnv):
+                name = type(core).__name__
+                raise ValueError(f"Env {i} is a {name}. BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv.")
+            self.spec, limit, writer = env.spec, None, None
+            while isinstance(env, gym.Wrapper):
+                if not isinstance(env, ABSORBED_WRAPPERS):
                     raise ValueError(
-                        f"Env {i} is wrapped in {type(layer).__name__}, which steps one environment at a time. "
+                        f"Env {i} is wrapped in {type(env).__name__}, which steps one environment at a time. "
                         "Use a VecEnvWrapper around BatchVecEnv instead, or DummyVecEnv."
                     )
-                if isinstance(layer, TimeLimit):
+                if isinstance(env, TimeLimit):
                     # The innermost and outermost limit both hold, so the smaller one counts
-                    limit = layer._max_episode_steps if limit is None else min(limit, layer._max_episode_steps)
-                if isinstance(layer, Monitor):
-                    writer, self._info_keywords = layer.results_writer, layer.info_keywords
-                layer = layer.env
-            assert isinstance(layer, GoalEnv)
-            read.append((layer.task_kwargs, limit, {"render_mode": layer.render_mode, **layer.render_arguments}))
+                    limit = min(limit or env._max_episode_steps, env._max_episode_steps)
+                if isinstance(env, Monitor):
+                    writer, self._info_keywords = env.results_writer, env.info_keywords
+                env = env.env
+            read.append((core.task_kwargs, limit, core.picture))
             if read[-1] != read[0]:
                 raise ValueError(f"Env {i} differs from env 0: {read[-1]} is not {read[0]}. All of them must be alike.")
             self._writers.append(writer)
-            self.spec = spec
-            # Not env.close(), which would close the file that Monitor has just opened
-            layer.close()
+            # Not that of the outermost wrapper, which would close the file that Monitor has just opened
+            core.close()
         if not read:
             raise ValueError("The list of env functions is empty: at least 1 is needed.")
         return read[0]
@@ -264,15 +207,16 @@ class BatchVecEnv(VecEnv):
                 f"The reset options {self._options!r} do not fit {self.num_envs} envs: pass one dict for all of them, or a "
                 "list of one dict an env, to set_options()."
             )
-        starts, goals = [], []
+        given = []
         for i, options in enumerate(self._options):
-            start, goal = self.task.check_options(options, f" of env {i}")
-            starts.append(start)
-            goals.append(goal)
+            try:
+                given.append(self.task.check_options(options))
+            except ValueError as error:
+                raise ValueError(f"Env {i}: {error}") from None
         for i, seed in enumerate(self._seeds):
             if seed is not None:
                 self.simulation.seed(i, seeding.np_random(seed)[0])
-        observation, info = self.simulation.reset(np.arange(self.num_envs), starts, goals)
+        observation, info = self.simulation.reset(np.arange(self.num_envs), given)
         self.reset_infos = _rows(info)
         # Seeds and options are only used once
         self._reset_seeds()
@@ -302,18 +246,11 @@ class BatchVecEnv(VecEnv):
         return result.observation, result.reward, dones, infos
 
     def _finish(self, indices: np.ndarray, result: Transition, infos: list[dict[str, Any]]) -> None:
-        """
-        Complete the infos of finished episodes and start new ones.
-
-        :param indices: Environments whose episode is over
-        :param result: The step, whose observations are replaced by those of the new episodes
-        :param infos: Infos of all environments
-        """
+        """Complete the infos of finished episodes and start new ones, whose observations replace those of the step."""
         elapsed = round(time.time() - self._start_time, 6)
-        last = {key: value[indices] for key, value in result.observation.items()}
-        for k, i in enumerate(indices.tolist()):
+        for i in indices.tolist():
             info = infos[i]
-            info["terminal_observation"] = {key: value[k].copy() for key, value in last.items()}
+            info["terminal_observation"] = {key: value[i].copy() for key, value in result.observation.items()}
             if result.diverged[i]:
                 info["diverged"] = True
             info["episode"] = {"r": round(float(self._returns[i]), 6), "l": int(self._lengths[i]), "t": elapsed}
@@ -330,7 +267,8 @@ class BatchVecEnv(VecEnv):
             self.reset_infos[i] = row
 
     def _views(self, indices: VecEnvIndices) -> list[EnvView]:
-        return [EnvView(self, i, self._attributes[i]) for i in self._get_indices(indices)]
+        # Made anew each time: if they were kept, they and this object would keep each other alive
+        return [EnvView(self, i) for i in self._get_indices(indices)]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         return [getattr(view, attr_name) for view in self._views(indices)]
@@ -338,47 +276,33 @@ class BatchVecEnv(VecEnv):
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
         ``goal`` belongs to one environment. ``goal_mode``, ``reward_type``, ``success_threshold`` and ``max_episode_steps``
-        are shared by all of them and can only be set for all of them. A name that no environment has becomes an attribute of
-        the environments given.
+        are shared by all of them and can only be set for all of them.
 
         :param attr_name: Name of the attribute
         :param value: Its new value
         :param indices: Indices of the environments, None for all of them
-        :raises ValueError: If the value is not allowed, or the attribute cannot be changed on a running environment
+        :raises ValueError: If the value is not allowed, or the attribute is shared by more environments than these
+        :raises AttributeError: If the attribute cannot be changed on a running environment
         """
-        chosen = list(self._get_indices(indices))
-        limits = ("max_episode_steps", "_max_episode_steps")
-        if attr_name in SETTABLE or attr_name in limits:
-            if set(chosen) != set(range(self.num_envs)):
-                raise ValueError(
-                    f"All environments share {attr_name!r}, so it cannot be set for {chosen} of {self.num_envs} alone. "
-                    "Leave indices out, or make a second BatchVecEnv."
-                )
-            if attr_name in limits:
-                check_count(attr_name, value)
-                self.max_episode_steps = value
-            else:
-                setattr(self.task, attr_name, value)
-            return
-        if attr_name != "goal" and (hasattr(EnvView, attr_name) or hasattr(self.task, attr_name)):
-            refuse_setting(attr_name, "max_episode_steps", "goal")
-        for view in self._views(chosen):
+        views = self._views(indices)
+        if attr_name in SHARED and len(views) < self.num_envs:
+            raise ValueError(
+                f"All environments share {attr_name!r}, so it cannot be set for {indices} of {self.num_envs} alone. "
+                "Leave indices out, or make a second BatchVecEnv."
+            )
+        for view in views:
             setattr(view, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        chosen = list(self._get_indices(indices))
+        views = self._views(indices)
         if method_name == "set_wrapper_attr":
-            # What all environments share is set once, not in one after the other
-            return self._set_wrapper_attrs(chosen, *method_args, **method_kwargs)
-        return [getattr(view, method_name)(*method_args, **method_kwargs) for view in self._views(chosen)]
-
-    def _set_wrapper_attrs(self, indices: list[int], name: str, value: Any, *, force: bool = True) -> list[bool]:
-        exists = force or all(view.has_wrapper_attr(name) for view in self._views(indices))
-        if exists:
+            # What all environments share is not set in one after the other
+            name, value = method_args
             self.set_attr(name, value, indices)
-        return [exists for _ in indices]
+            return [True] * len(views)
+        return [getattr(view, method_name)(*method_args, **method_kwargs) for view in views]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """
@@ -387,27 +311,12 @@ class BatchVecEnv(VecEnv):
         time_limited = self.max_episode_steps is not None and issubclass(wrapper_class, TimeLimit)
         return [time_limited or issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
-    def picture(self, index: int) -> np.ndarray | None:
-        """
-        :param index: Index of the environment
-        :return: RGB picture of shape (height, width, 3), None without a render mode
-        """
-        if self.render_mode is None:
-            warnings.warn("There is no picture without a render mode. Pass render_mode='rgb_array' to BatchVecEnv.")
-            return None
-        self.simulation.check_open()
-        if self._renderer is None:
-            self._renderer = TaskRenderer(self.task, **self._render_arguments)
-        return self._renderer.render(self.simulation, index)
-
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return [self.picture(i) for i in range(self.num_envs)]
+        return [view.render() for view in self._views(None)]
 
     def close(self) -> None:
         self.simulation.close()
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        self.renderer.close()
         for writer in self._writers:
             if writer is not None:
                 writer.close()
@@ -415,24 +324,5 @@ class BatchVecEnv(VecEnv):
 
 
 def _rows(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """
-    :param columns: Lists of equal length by name
-    :return: One dict a position
-    """
-    # No Python code runs for the single row: this is called in every step
+    """Lists by name as one dict a position. No Python code runs for the single row, as it is called in every step."""
     return list(map(dict, map(zip, repeat(tuple(columns)), zip(*columns.values(), strict=True))))
-
-
-def _own_spec(env_id: str) -> EnvSpec:
-    """
-    :param env_id: A Gymnasium id
-    :return: Its specification
-    :raises ValueError: If it is no environment of this package
-    """
-    spec = find_spec(env_id)
-    if spec.entry_point != ENTRY_POINT:
-        raise ValueError(
-            f"{env_id!r} is no environment of this package, such as 'PointUMaze-v0', so it has no batched simulation. "
-            "Use make_vec_env with DummyVecEnv or SubprocVecEnv."
-        )
-    return spec

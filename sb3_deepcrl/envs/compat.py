@@ -5,65 +5,47 @@ Since MuJoCo 3.12 ``mujoco.mjtJoint.mjJNT_SLIDE == np.int32(2)`` is false, as th
 integers. gymnasium-robotics 1.4.2 compares them in this order, so its Fetch, Hand and kitchen environments stop with an
 AssertionError when they are made. The maze environments are not affected.
 
-To remove it, delete this file, its name in ``sb3_deepcrl.envs`` and its call in ``sb3_deepcrl``.
+To remove it, delete this file and its call in ``sb3_deepcrl``.
 """
 
-import importlib
-import types
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
 from typing import Any
 
-from sb3_deepcrl.import_hook import ImportHook
-
-REPAIRED_ENUM = "mjtJoint"
-FAULTY_MODULE = "gymnasium_robotics.utils.mujoco_utils"
+COMPARING_MODULE = "gymnasium_robotics.utils.mujoco_utils"
 
 
-def patch_gymnasium_robotics() -> bool:
+def repair_gymnasium_robotics() -> None:
     """
-    Make the environments of gymnasium-robotics run on new versions of MuJoCo. Importing ``sb3_deepcrl`` sees to it, see
-    :func:`patch_gymnasium_robotics_on_import`.
-
-    It tests for the fault itself, not for a version, and changes nothing where there is none. Neither MuJoCo nor the files of
-    gymnasium-robotics are changed: one module of the latter sees plain integers in place of the enum.
-
-    :return: Whether the fault was there and is now repaired
+    Let this enum compare equal to NumPy's integers again, now or as soon as the module that needs it is imported, so that the
+    order of imports does not matter and neither MuJoCo nor gymnasium-robotics is imported for it.
     """
-    return _patch(importlib.import_module(FAULTY_MODULE))
+    if COMPARING_MODULE in sys.modules:
+        _repair_enum()
+    elif not any(isinstance(finder, _Repair) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Repair())
 
 
-def patch_gymnasium_robotics_on_import() -> None:
-    """
-    Do what :func:`patch_gymnasium_robotics` does as soon as somebody imports gymnasium-robotics, or now if it is imported
-    already: whoever makes the environments, by whichever call and in whichever process, finds them repaired. It imports
-    nothing itself.
-    """
-    ImportHook(FAULTY_MODULE, _patch).install()
+class _Repair(MetaPathFinder):
+    """Repairs the enum when the module is looked for, and leaves it to the other finders to find it."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if fullname == COMPARING_MODULE:
+            _repair_enum()
 
 
-def _patch(mujoco_utils: Any) -> bool:
+def _repair_enum() -> None:
     import mujoco
     import numpy as np
 
-    slide = mujoco.mjtJoint.mjJNT_SLIDE
-    if slide == np.int32(int(slide)):
-        return False
-    if not isinstance(mujoco_utils.mujoco, _MujocoWithPlainJoints):
-        mujoco_utils.mujoco = _MujocoWithPlainJoints(mujoco)
-    return True
+    joint, equals = mujoco.mjtJoint, mujoco.mjtJoint.__eq__
+    if joint.mjJNT_SLIDE == np.int32(2):
+        return
 
+    def equals_number(self: mujoco.mjtJoint, other: Any) -> bool:
+        return equals(self, int(other) if isinstance(other, np.integer) else other)
 
-class _MujocoWithPlainJoints(types.ModuleType):
-    """
-    The module ``mujoco`` with integers in place of the members of one enum.
-
-    :param original: The module ``mujoco``
-    """
-
-    def __init__(self, original: types.ModuleType):
-        super().__init__(original.__name__)
-        members = getattr(original, REPAIRED_ENUM).__members__
-        self._original = original
-        setattr(self, REPAIRED_ENUM, types.SimpleNamespace(**{name: int(member) for name, member in members.items()}))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+    joint.__eq__ = equals_number
+    joint.__ne__ = lambda self, other: not equals_number(self, other)

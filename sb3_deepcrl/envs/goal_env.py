@@ -4,9 +4,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import EzPickle
 
-from sb3_deepcrl.envs.rendering import TaskRenderer, check_render_arguments
+from sb3_deepcrl.envs.rendering import TaskRenderer
 from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import ROBOTS, SETTABLE, GoalTask, check_task_arguments, refuse_setting
+from sb3_deepcrl.envs.task import GoalTask, task_attribute
 
 
 class GoalEnv(gym.Env, EzPickle):
@@ -17,12 +17,12 @@ class GoalEnv(gym.Env, EzPickle):
     on the goal. An episode never ends at the goal: the paper counts the steps spent there. The time limit is Gymnasium's
     ``TimeLimit``: set it with ``gym.make(id, max_episode_steps=...)``.
 
-    The info of a step holds ``is_success`` and ``success`` (the distance is below the threshold), ``distance`` in metres,
+    The info of a step holds ``is_success`` and ``success`` (the distance is below the threshold), ``distance`` in meters,
     ``success_easy`` and ``success_hard`` where the robot defines them, ``is_healthy`` where it can fall, and ``diverged`` in
     the rare step in which the physics broke down.
 
     ``reset(options={"start": ..., "goal": ...})`` sets the start (x and y of the robot, or of the arm's cube) and the goal of
-    an episode, in metres.
+    an episode, in meters.
 
     ``goal_mode``, ``reward_type``, ``success_threshold`` and ``goal``, the goal of the running episode, may be set on a
     running env. Through wrappers this takes ``set_wrapper_attr``, and through any vectorized environment
@@ -48,25 +48,25 @@ class GoalEnv(gym.Env, EzPickle):
         height: int = 480,
         **task_kwargs: Any,
     ):
-        check_task_arguments(GoalEnv, task_kwargs)
-        if "robot" not in task_kwargs:
-            raise TypeError(f"GoalEnv needs robot=, one of {', '.join(ROBOTS)}; or make a registered task with gym.make(id).")
-        EzPickle.__init__(self, render_mode=render_mode, camera=camera, width=width, height=height, **task_kwargs)
+        #: Arguments with which the pictures are made
+        self.picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
+        EzPickle.__init__(self, **self.picture, **task_kwargs)
         self.render_mode = render_mode
-        self.render_arguments = check_render_arguments(render_mode, camera, width, height)
         self.task_kwargs = task_kwargs
-        task = GoalTask(**task_kwargs)
-        self.observation_space = task.observation_space
-        self.action_space = task.action_space
-        self.task = task
+        self.task = GoalTask(**task_kwargs)
+        self.observation_space = self.task.observation_space
+        self.action_space = self.task.action_space
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.task.dt)}  # type: ignore[misc]
+        self.renderer = TaskRenderer(self.task, **self.picture)
         self.simulation = Simulation(self.task, n_envs=1, n_threads=1)
-        self._renderer: TaskRenderer | None = None
-        self._first = np.zeros(1, dtype=np.int64)
+
+    reward_type = task_attribute("reward_type")
+    goal_mode = task_attribute("goal_mode")
+    success_threshold = task_attribute("success_threshold")
 
     @property
     def goal(self) -> np.ndarray:
-        """The goal of the running episode in metres. It may be set."""
+        """The goal of the running episode in meters. It may be set."""
         return self.simulation.goals[0].copy()
 
     @goal.setter
@@ -74,37 +74,26 @@ class GoalEnv(gym.Env, EzPickle):
         self.simulation.check_open()
         self.simulation.goals[0] = self.task.check_goal(goal)
 
-    def __getattr__(self, name: str) -> Any:
-        # Only called for names that the env itself has not: those of the task, as in BatchVecEnv
-        if name.startswith("_") or name == "task":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.task, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in SETTABLE:
-            setattr(self.task, name, value)
-            return
-        if name not in self.__dict__ and not hasattr(type(self), name) and hasattr(self.__dict__.get("task"), name):
-            refuse_setting(name, "goal")
-        super().__setattr__(name, value)
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """
+        Start an episode.
+
         :param seed: Seed of the random numbers; None goes on with the present ones
-        :param options: "start" and "goal" in metres, both optional
+        :param options: "start" and "goal" in meters, both optional
         :return: Observation and info
         """
         super().reset(seed=seed)
         if seed is not None or self.simulation.generators[0] is not self.np_random:
             self.simulation.seed(0, self.np_random)
-        start, goal = self.task.check_options(options)
-        observation, info = self.simulation.reset(self._first, [start], [goal])
+        observation, info = self.simulation.reset(np.zeros(1, dtype=np.int64), [self.task.check_options(options)])
         return {key: value[0] for key, value in observation.items()}, {key: value[0] for key, value in info.items()}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """
+        Advance by one control step.
+
         :param action: Action in [-1, 1]
         :return: Observation, reward, terminated, truncated (only if the physics diverged) and info
         """
@@ -120,29 +109,11 @@ class GoalEnv(gym.Env, EzPickle):
         """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
         return self.task.compute_reward(achieved_goal, desired_goal, info)
 
-    def compute_terminated(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
-        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_terminated`."""
-        return self.task.compute_terminated(achieved_goal, desired_goal, info)
-
-    def compute_truncated(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
-        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_truncated`."""
-        return self.task.compute_truncated(achieved_goal, desired_goal, info)
-
     def render(self) -> np.ndarray | None:  # type: ignore[override]
-        """
-        :return: RGB picture of shape (height, width, 3), None without a render mode
-        """
-        if self.render_mode is None:
-            gym.logger.warn("render() was called without a render mode. Pass render_mode='rgb_array' to gym.make().")
-            return None
-        self.simulation.check_open()
-        if self._renderer is None:
-            self._renderer = TaskRenderer(self.task, **self.render_arguments)
-        return self._renderer.render(self.simulation, 0)
+        """RGB picture of shape (height, width, 3), None without a render mode."""
+        return self.renderer.render(self.simulation, 0)
 
     def close(self) -> None:
         """Free the rendering context. A closed environment cannot be used any more."""
         self.simulation.close()
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        self.renderer.close()

@@ -11,16 +11,18 @@ A maze is a list of strings, one string a row:
 ``G`` goal cell of the training set and of the evaluation set
 ==== ==================================================================
 
-The centre of the cell in row ``i`` and column ``j`` lies at ``x = i * cell_size``, ``y = j * cell_size``,
+The center of the cell in row ``i`` and column ``j`` lies at ``x = i * cell_size``, ``y = j * cell_size``,
 the convention of the paper's mazes. Pictures of a maze (``plot_maze`` and the top-down camera) show it as the text reads:
 rows run down, columns run to the right.
 
 The grids, their starts and both goal sets are those of the code released with the paper (https://arxiv.org/abs/2503.14858).
 """
 
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,97 +31,50 @@ MAX_BOX_CELLS = 2
 WALL, FREE, START, GOAL, EVAL_GOAL = "#", ".", "r", "g", "G"
 CELLS = {WALL: "wall", FREE: "free", START: "start", GOAL: "training goal", EVAL_GOAL: "training and evaluation goal"}
 
+# Names, and below them the rows. The humanoid's evaluation set of "big" has one goal more: row 2, column 5. No evaluation set
+# of "hardest" exists: the paper trains and evaluates on the same goals.
+TEXT = """
+u      u2      u3
+#####  ######  #######
+#rgg#  #rggg#  #rgggg#
+###g#  ####g#  #####g#
+#GGG#  #GGGG#  #GGGGG#
+#####  ######  #######
+
+u4     u5        u6       u7
+#####  ########  #######  ######
+#ggg#  #gggggg#  #ggggg#  #gggg#
+#r#g#  #r####g#  #r###g#  #r##g#
+###g#  ######g#  #####g#  ####g#
+#G#g#  #G####G#  #G###G#  #G##G#
+#GGG#  #GGGGGG#  #GGGGG#  #GGGG#
+#####  ########  #######  ######
+
+big       big_humanoid
+########  ########
+#rg##GG#  #rg##GG#
+#gg#ggG#  #gg#gGG#
+##ggg###  ##ggg###
+#gg#ggg#  #gg#ggg#
+#g#Gg#G#  #g#Gg#G#
+#gGG#GG#  #gGG#GG#
+########  ########
+
+hardest
+############
+#rggg#ggggg#
+#g##g#g#g#g#
+#gggggg#ggg#
+#g####g###g#
+#gg#g#ggggg#
+##g#g#g#g###
+#gg#ggg#ggg#
+############
+"""
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "u": (
-        "#####",
-        "#rgg#",
-        "###g#",
-        "#GGG#",
-        "#####",
-    ),
-    "u2": (
-        "######",
-        "#rggg#",
-        "####g#",
-        "#GGGG#",
-        "######",
-    ),
-    "u3": (
-        "#######",
-        "#rgggg#",
-        "#####g#",
-        "#GGGGG#",
-        "#######",
-    ),
-    "u4": (
-        "#####",
-        "#ggg#",
-        "#r#g#",
-        "###g#",
-        "#G#g#",
-        "#GGG#",
-        "#####",
-    ),
-    "u5": (
-        "########",
-        "#gggggg#",
-        "#r####g#",
-        "######g#",
-        "#G####G#",
-        "#GGGGGG#",
-        "########",
-    ),
-    "u6": (
-        "#######",
-        "#ggggg#",
-        "#r###g#",
-        "#####g#",
-        "#G###G#",
-        "#GGGGG#",
-        "#######",
-    ),
-    "u7": (
-        "######",
-        "#gggg#",
-        "#r##g#",
-        "####g#",
-        "#G##G#",
-        "#GGGG#",
-        "######",
-    ),
-    "big": (
-        "########",
-        "#rg##GG#",
-        "#gg#ggG#",
-        "##ggg###",
-        "#gg#ggg#",
-        "#g#Gg#G#",
-        "#gGG#GG#",
-        "########",
-    ),
-    # The humanoid's evaluation set of the same maze has one goal more: row 2, column 5
-    "big_humanoid": (
-        "########",
-        "#rg##GG#",
-        "#gg#gGG#",
-        "##ggg###",
-        "#gg#ggg#",
-        "#g#Gg#G#",
-        "#gGG#GG#",
-        "########",
-    ),
-    # No evaluation set exists: the paper trains and evaluates on the same goals
-    "hardest": (
-        "############",
-        "#rggg#ggggg#",
-        "#g##g#g#g#g#",
-        "#gggggg#ggg#",
-        "#g####g###g#",
-        "#gg#g#ggggg#",
-        "##g#g#g#g###",
-        "#gg#ggg#ggg#",
-        "############",
-    ),
+    name: tuple(rows)
+    for block in TEXT.strip().split("\n\n")
+    for name, *rows in zip(*map(str.split, block.splitlines()), strict=True)
 }
 
 
@@ -134,19 +89,9 @@ class Layout:
 
     name: str
     rows: tuple[str, ...]
-    # (n, 2) integer arrays of (row, column)
-    starts: np.ndarray = field(init=False, repr=False, compare=False)
-    goals: np.ndarray = field(init=False, repr=False, compare=False)
-    eval_goals: np.ndarray = field(init=False, repr=False, compare=False)
-    free: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_text(self.name, self.rows)
-        object.__setattr__(self, "starts", self.cells(START))
-        object.__setattr__(self, "goals", self.cells(GOAL + EVAL_GOAL))
-        # A maze without an evaluation set of its own is evaluated on its training goals
-        object.__setattr__(self, "eval_goals", self.cells(EVAL_GOAL) if len(self.cells(EVAL_GOAL)) else self.goals)
-        object.__setattr__(self, "free", self.cells(FREE + START + GOAL + EVAL_GOAL))
         for start in self.starts:
             distances = self.distances(start)
             for row, column in self.goals:
@@ -156,25 +101,44 @@ class Layout:
                         f"row {start[0]}, column {start[1]}. Open a way ({FREE!r}) or remove the goal."
                     )
 
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Row and column of each start cell, shape (n, 2)."""
+        return self.cells(START)
+
+    @cached_property
+    def goals(self) -> np.ndarray:
+        """Row and column of each goal cell of the training set, shape (n, 2)."""
+        return self.cells(GOAL + EVAL_GOAL)
+
+    @cached_property
+    def eval_goals(self) -> np.ndarray:
+        """The same of the evaluation set, which is the training set in a maze without one of its own."""
+        goals = self.cells(EVAL_GOAL)
+        return goals if len(goals) else self.goals
+
+    @cached_property
+    def free(self) -> np.ndarray:
+        """Row and column of each cell that is no wall, shape (n, 2)."""
+        return self.cells(FREE + START + GOAL + EVAL_GOAL)
+
     @property
     def shape(self) -> tuple[int, int]:
         """Number of rows and columns."""
         return len(self.rows), len(self.rows[0])
 
+    @cached_property
+    def walls(self) -> np.ndarray:
+        """Whether each cell is a wall, shape (rows, columns)."""
+        return np.array([[kind == WALL for kind in row] for row in self.rows])
+
     def is_wall(self, row: int, column: int) -> bool:
-        """
-        :param row: Row of the cell
-        :param column: Column of the cell
-        :return: Whether the cell is a wall; everything outside the maze counts as wall
-        """
+        """Whether a cell is a wall, as everything outside of the maze is."""
         n_rows, n_columns = self.shape
         return not (0 <= row < n_rows and 0 <= column < n_columns) or self.rows[row][column] == WALL
 
     def cells(self, kinds: str) -> np.ndarray:
-        """
-        :param kinds: One or several cell characters
-        :return: Row and column of every such cell, in reading order, shape (n, 2)
-        """
+        """Row and column of every cell with one of these characters, in reading order, shape (n, 2)."""
         found = [(i, j) for i, row in enumerate(self.rows) for j, kind in enumerate(row) if kind in kinds]
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
@@ -183,43 +147,35 @@ class Layout:
         Length of the shortest way from one cell to every other one.
 
         :param cell: Row and column
-        :return: Number of steps between neighbouring cells, shape (rows, columns); -1 where no way leads
+        :return: Number of steps between neighboring cells, shape (rows, columns); -1 where no way leads
         """
         steps = np.full(self.shape, -1, dtype=np.int64)
         steps[cell[0], cell[1]] = 0
         queue = deque([(int(cell[0]), int(cell[1]))])
         while queue:
             row, column = queue.popleft()
-            for neighbour in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
-                if not self.is_wall(*neighbour) and steps[neighbour] < 0:
-                    steps[neighbour] = steps[row, column] + 1
-                    queue.append(neighbour)
+            for neighbor in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+                if not self.is_wall(*neighbor) and steps[neighbor] < 0:
+                    steps[neighbor] = steps[row, column] + 1
+                    queue.append(neighbor)
         return steps
 
     def wall_boxes(self) -> list[tuple[int, int, int, int]]:
         """
-        Cover the walls with few small rectangles. Every box costs the collision detection time, so neighbouring wall cells are
-        merged, first along rows, then equal runs of neighbouring rows; but MuJoCo rejects far boxes by their bounding
+        Cover the walls with few small rectangles. Every box costs the collision detection time, so neighboring wall cells are
+        merged, first along rows, then equal runs of neighboring rows; but MuJoCo rejects far boxes by their bounding
         sphere, which is wide around a long box, so none is longer than ``MAX_BOX_CELLS``.
 
         :return: First row, first column, number of rows and number of columns of each rectangle
         """
-        n_columns = self.shape[1]
         finished: list[tuple[int, int, int, int]] = []
         # (first column, number of columns) -> (first row, number of rows) of the runs that reach into the last row
         growing: dict[tuple[int, int], tuple[int, int]] = {}
         for i, row in enumerate(self.rows):
-            runs, j = [], 0
-            while j < n_columns:
-                width = 0
-                while width < MAX_BOX_CELLS and j + width < n_columns and row[j + width] == WALL:
-                    width += 1
-                if width:
-                    runs.append((j, width))
-                j += max(width, 1)
+            runs = [(match.start(), len(match[0])) for match in re.finditer(f"{WALL}{{1,{MAX_BOX_CELLS}}}", row)]
             for run in [run for run in growing if run not in runs or growing[run][1] == MAX_BOX_CELLS]:
-                finished.append((growing[run][0], run[0], growing[run][1], run[1]))
-                del growing[run]
+                first, height = growing.pop(run)
+                finished.append((first, run[0], height, run[1]))
             for run in runs:
                 first, height = growing.get(run, (i, 0))
                 growing[run] = (first, height + 1)
@@ -234,16 +190,14 @@ class Layout:
         :param max_distance: Largest number of cells between start and goal
         :return: Pairs of shape (n, 2, 2) (start or goal, row or column) and their probabilities of shape (n,)
         """
-        origin = self._single_start("stitching")
-        from_origin = self.distances(origin)
+        from_origin = self._distances_from_start()
         cells = [cell for cell in self.free if from_origin[tuple(cell)] >= 0]
         pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {k: [] for k in range(1, max_distance + 1)}
         for first in cells:
             from_first = self.distances(first)
             for second in cells:
                 steps = int(from_first[tuple(second)])
-                forward = from_origin[tuple(first)] + steps == from_origin[tuple(second)]
-                if forward and steps in pairs:
+                if steps in pairs and from_origin[tuple(first)] + steps == from_origin[tuple(second)]:
                     pairs[steps].append((first, second))
         for steps, found in pairs.items():
             if not found:
@@ -262,7 +216,7 @@ class Layout:
         :param min_distance: The goals are more than this number of cells from the start
         :return: Row and column of each goal, shape (n, 2)
         """
-        from_origin = self.distances(self._single_start("stitching"))
+        from_origin = self._distances_from_start()
         far = np.argwhere(from_origin > min_distance)
         if not len(far):
             raise ValueError(
@@ -271,21 +225,16 @@ class Layout:
             )
         return far
 
-    def _single_start(self, purpose: str) -> np.ndarray:
+    def _distances_from_start(self) -> np.ndarray:
         if len(self.starts) != 1:
             raise ValueError(
-                f"Maze {self.name!r} has {len(self.starts)} start cells, but {purpose} measures distances from one: "
+                f"Maze {self.name!r} has {len(self.starts)} start cells, but stitching measures distances from one: "
                 f"keep a single {START!r}."
             )
-        return self.starts[0]
+        return self.distances(self.starts[0])
 
 
 def _check_text(name: str, rows: tuple[str, ...]) -> None:
-    """
-    :param name: Name for the messages
-    :param rows: The maze as text
-    :raises ValueError: With row and column, if the text is no closed maze with a start and a goal
-    """
     where = f"Maze {name!r}"
     if not rows or not all(isinstance(row, str) and row for row in rows):
         raise ValueError(f"{where}: expected a list of non-empty strings, one a row, got {rows!r}.")
@@ -311,6 +260,8 @@ def _check_text(name: str, rows: tuple[str, ...]) -> None:
 
 def make_layout(maze: str | Sequence[str] | Layout) -> Layout:
     """
+    Read and check a maze.
+
     :param maze: Name of a maze in ``LAYOUTS`` in small or capital letters, a maze as text (one string a row, or one string
         of several lines, whose indentation is ignored), or a checked layout
     :return: The checked layout
@@ -318,19 +269,11 @@ def make_layout(maze: str | Sequence[str] | Layout) -> Layout:
     """
     if isinstance(maze, Layout):
         return maze
-    if isinstance(maze, str) and "\n" not in maze:
-        name = maze.lower()
-        if name not in LAYOUTS:
-            raise ValueError(
-                f"Unknown maze {maze!r}. Known mazes: {', '.join(LAYOUTS)}; "
-                "or pass a maze as text, a list with one string a row."
-            )
-        return Layout(name, LAYOUTS[name])
-    if isinstance(maze, str):
-        maze = [line.strip() for line in maze.strip().splitlines()]
-    if not isinstance(maze, Iterable):
+    if isinstance(maze, str) and maze.lower() in LAYOUTS:
+        return Layout(maze.lower(), LAYOUTS[maze.lower()])
+    if not isinstance(maze, Iterable) or (isinstance(maze, str) and "\n" not in maze):
         raise ValueError(
-            f"maze={maze!r} is no maze. Known mazes: {', '.join(LAYOUTS)}; "
-            "or pass a maze as text, a list with one string a row."
+            f"Unknown maze {maze!r}. Known mazes: {', '.join(LAYOUTS)}; or pass a maze as text, a list with one string a row."
         )
-    return Layout("custom", tuple(maze))
+    rows = [line.strip() for line in maze.strip().splitlines()] if isinstance(maze, str) else maze
+    return Layout("custom", tuple(rows))

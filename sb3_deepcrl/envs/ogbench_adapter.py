@@ -18,7 +18,7 @@ class OGBenchGoalWrapper(gym.Wrapper):
 
     The goal is the commanded x and y; the achieved goal is the position of the robot, or of the ball in antsoccer.
     Observations are dicts in float32. The reward is 1 within OGBench's goal tolerance and 0 elsewhere; ``is_success`` and
-    ``success`` in the info say the same, ``distance`` is in metres. Numbers measured here are online ones: they do not compare
+    ``success`` in the info say the same, ``distance`` is in meters. Numbers measured here are online ones: they do not compare
     with OGBench's offline tables.
 
     OGBench draws tasks and noise from NumPy's global random numbers, so a seed given to ``reset`` has no effect on them. The
@@ -41,13 +41,9 @@ class OGBenchGoalWrapper(gym.Wrapper):
             raise ValueError(f"{core!r} has a single fixed task. Use an id without 'singletask'.")
         self.core = core
         self.tolerance = float(core._goal_tol)
-        self.observation_space = spaces.Dict(
-            {
-                "observation": spaces.Box(-np.inf, np.inf, space.shape, np.float32),
-                "achieved_goal": spaces.Box(-np.inf, np.inf, (2,), np.float32),
-                "desired_goal": spaces.Box(-np.inf, np.inf, (2,), np.float32),
-            }
-        )
+        observation = spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+        goal = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = spaces.Dict({"observation": observation, "achieved_goal": goal, "desired_goal": goal})
         self._legacy_state = self._new_legacy_state(None)
 
     def _new_legacy_state(self, seed: int | None) -> Any:
@@ -99,9 +95,11 @@ class OGBenchGoalWrapper(gym.Wrapper):
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         """
+        Reward of goals, whatever happened on the way. HER calls it.
+
         :param achieved_goal: Goals reached, shape (..., 2)
         :param desired_goal: Goals wanted, shape (..., 2)
-        :param info: Unused, the reward depends on the goals alone
+        :param info: Unused
         :return: Rewards in float32, shape (...)
         """
         return (self._distance(achieved_goal, desired_goal) <= self.tolerance).astype(np.float32)

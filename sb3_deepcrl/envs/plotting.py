@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,14 +9,31 @@ if TYPE_CHECKING:
 from sb3_deepcrl.envs.layouts import Layout
 from sb3_deepcrl.envs.scenes import Maze
 
-WALL_COLOR = "0.35"
+
+def draw_walls(ax: "Axes", walls: np.ndarray, extent: Sequence[float], labels: tuple[str, str] = ("y", "x")) -> None:
+    """
+    Draw the walls of a maze as its text reads: rows run down, columns to the right.
+
+    :param ax: Where to draw
+    :param walls: Whether each cell is a wall, shape (rows, columns)
+    :param extent: Coordinates in meters of the left, right, bottom and top edge of the maze in the picture
+    :param labels: Names of the coordinates that run to the right and up or down
+    """
+    from matplotlib.patches import Rectangle
+
+    left, right, bottom, top = extent
+    width, height = (right - left) / walls.shape[1], (bottom - top) / walls.shape[0]
+    for row, column in np.argwhere(walls):
+        corner = min(left + column * width, left + (column + 1) * width), min(top + row * height, top + (row + 1) * height)
+        ax.add_patch(Rectangle(corner, abs(width), abs(height), facecolor="0.3", edgecolor="0.3"))
+    ax.set(xlabel=f"{labels[0]} (m)", ylabel=f"{labels[1]} (m)", xlim=(left, right), ylim=(bottom, top), aspect="equal")
 
 
 def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | None" = None) -> "Axes":
     """
     Draw a maze from above: walls, start cells, goal cells, the goals of the running episodes, and trajectories.
 
-    The picture reads as the maze's text does, and as the top-down camera shows it: x runs down, y to the right, in metres.
+    The picture reads as the maze's text does, and as the top-down camera shows it: x runs down, y to the right, in meters.
 
     :param env: A maze environment (wrapped or not), a vectorized one, or a ``Layout``, which is drawn with cells of 1 m
     :param trajectories: Positions to connect, each of shape (steps, 2 or more), e.g. the achieved goals of an episode
@@ -25,16 +42,14 @@ def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | Non
     :raises ValueError: If the environment has no maze
     """
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
 
-    layout, size, pairs, goals = _read(env)
+    maze, goals = _read(env)
+    (n_rows, n_columns), size = maze.layout.shape, maze.cell_size
     if ax is None:
-        n_rows, n_columns = layout.shape
         _, ax = plt.subplots(figsize=(0.6 * n_columns + 1.5, 0.6 * n_rows + 1))
-    for row, column, n_rows, n_columns in layout.wall_boxes():
-        corner = (column - 0.5) * size, (row - 0.5) * size
-        ax.add_patch(Rectangle(corner, n_columns * size, n_rows * size, facecolor=WALL_COLOR, edgecolor="none"))
-    for cells, color, label in ((pairs[:, 1], "tab:green", "goal cells"), (pairs[:, 0], "tab:blue", "start cells")):
+    (top, left), (bottom, right) = maze.bounds
+    draw_walls(ax, maze.layout.walls, (left, right, bottom, top))
+    for cells, color, label in ((maze.pairs[:, 1], "tab:green", "goal cells"), (maze.pairs[:, 0], "tab:blue", "start cells")):
         xy = np.unique(cells, axis=0) * size
         ax.scatter(xy[:, 1], xy[:, 0], color=color, marker="s", s=60, alpha=0.35, label=label)
     if len(goals):
@@ -44,32 +59,21 @@ def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | Non
         # One entry of the legend stands for all of them
         ax.plot(points[:, 1], points[:, 0], linewidth=1, label="_" if i else "trajectory")
         ax.scatter(points[:1, 1], points[:1, 0], color="black", s=12, zorder=3, label="_" if i else "trajectory start")
-    n_rows, n_columns = layout.shape
-    ax.set_xlim(-0.5 * size, (n_columns - 0.5) * size)
-    # Inverted, so that row 0 is at the top
-    ax.set_ylim((n_rows - 0.5) * size, -0.5 * size)
-    ax.set_aspect("equal")
-    ax.set_xlabel("y (m)")
-    ax.set_ylabel("x (m)")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
 
-def _read(env: Any) -> tuple[Layout, float, np.ndarray, np.ndarray]:
-    """
-    :param env: See :func:`plot_maze`
-    :return: Layout, cell size, pairs of start and goal cells, and goals of the running episodes
-    """
+def _read(env: Any) -> tuple[Maze, np.ndarray]:
+    """The maze, and the goals of the running episodes."""
     if isinstance(env, Layout):
-        pairs = np.array([(start, goal) for start in env.starts for goal in env.goals])
-        return env, 1.0, pairs, np.zeros((0, 2))
+        return Maze(env, cell_size=1.0, wall_height=1.0), np.zeros((0, 2))
     core = env.unwrapped
     if hasattr(core, "simulation"):
-        scene, goals = core.simulation.task.scene, core.simulation.goals
+        scene, goals = core.task.scene, core.simulation.goals
     elif hasattr(core, "get_attr"):
         scene, goals = core.get_attr("task")[0].scene, np.array(core.get_attr("goal"))
     else:
         scene, goals = None, np.zeros((0, 2))
     if not isinstance(scene, Maze):
         raise ValueError(f"{type(core).__name__} has no maze to draw. plot_maze needs a maze environment of this package.")
-    return scene.layout, scene.cell_size, scene.pairs, goals
+    return scene, goals

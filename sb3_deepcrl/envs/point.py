@@ -1,6 +1,3 @@
-from collections.abc import Mapping
-from typing import ClassVar
-
 import mujoco
 import numpy as np
 
@@ -23,7 +20,6 @@ class Point(Robot):
     frame_skip = 4
     cell_size = 2.0
     reset_noise_scale = 0.1
-    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
     radius = 0.25
     follow_body = "ball"
     follow_distance = 6.0
@@ -34,15 +30,8 @@ class Point(Robot):
         spec.option.timestep = 0.025
         spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
         spec.option.iterations = 4
-        spec.add_texture(
-            name="checker",
-            type=mujoco.mjtTexture.mjTEXTURE_2D,
-            builtin=mujoco.mjtBuiltin.mjBUILTIN_CHECKER,
-            rgb1=[0.2, 0.25, 0.2],
-            rgb2=[0.8, 0.85, 0.8],
-            width=100,
-            height=100,
-        )
+        kinds = {"type": mujoco.mjtTexture.mjTEXTURE_2D, "builtin": mujoco.mjtBuiltin.mjBUILTIN_CHECKER}
+        spec.add_texture(name="checker", rgb1=[0.2, 0.25, 0.2], rgb2=[0.8, 0.85, 0.8], width=100, height=100, **kinds)
         material = spec.add_material(name="floor", texrepeat=[0.5, 0.5], texuniform=True)
         material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "checker"
         spec.worldbody.add_light(pos=[0, 0, 3], dir=[0, 0, -1], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
@@ -51,17 +40,8 @@ class Point(Robot):
             name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[0, 0, 1], material="floor", contype=0, conaffinity=0
         )
         ball = spec.worldbody.add_body(name="ball", pos=[0, 0, self.radius])
-        ball.add_geom(
-            name="ball",
-            type=mujoco.mjtGeom.mjGEOM_SPHERE,
-            size=[self.radius, 0, 0],
-            mass=1,
-            contype=1,
-            conaffinity=0,
-            friction=[0, 0, 0],
-            condim=1,
-            rgba=[0.8, 0.3, 0.2, 1],
-        )
+        shape = {"type": mujoco.mjtGeom.mjGEOM_SPHERE, "size": [self.radius, 0, 0], "rgba": [0.8, 0.3, 0.2, 1]}
+        ball.add_geom(name="ball", mass=1, contype=1, conaffinity=0, condim=1, friction=[0, 0, 0], **shape)
         for axis, direction in (("x", [1, 0, 0]), ("y", [0, 1, 0])):
             ball.add_joint(name=axis, type=mujoco.mjtJoint.mjJNT_SLIDE, axis=direction, damping=[4, 0, 0])
             motor = spec.add_actuator(name=axis, target=axis, trntype=mujoco.mjtTrn.mjTRN_JOINT)

@@ -30,9 +30,6 @@ STITCHING_DISTANCE = 3
 
 
 def _env_table() -> dict[str, dict[str, Any]]:
-    """
-    :return: Arguments of the task by Gymnasium id
-    """
     table: dict[str, dict[str, Any]] = {}
     for robot in ("point", "ant", "humanoid"):
         for layout in ("u", "u2", "u3", "u4", "u5", "u6", "u7", "big", "hardest"):
@@ -57,6 +54,7 @@ def _env_table() -> dict[str, dict[str, Any]]:
     return table
 
 
+#: Arguments of the task by Gymnasium id
 ENV_TABLE = _env_table()
 
 

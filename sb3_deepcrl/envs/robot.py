@@ -18,18 +18,21 @@ State = Mapping[str, np.ndarray]
 class Robot(ABC):
     """
     The physical half of a task: a model, its home state, what is observed and what an action does.
-    Everything works on arrays with a leading batch axis and knows nothing of mazes and goals.
+    Everything works on arrays with a leading batch axis and knows nothing of mazes.
 
     The observation starts with the coordinates that a goal is compared to, so the achieved goal is always
     ``observation[:, :goal_dim]``.
+
+    :param on_field: Whether it acts on the open field
     """
 
     #: Name under which a task asks for the robot
     name: ClassVar[str]
-    #: Size of observation, action and goal
     observation_dim: ClassVar[int]
     action_dim: ClassVar[int]
     goal_dim: ClassVar[int]
+    #: Coordinates that all goals share, behind x and y, in meters
+    goal_tail: ClassVar[tuple[float, ...]] = ()
     #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``. They may not depend on where the
     #: robot starts.
     derived_fields: ClassVar[tuple[str, ...]] = ()
@@ -37,59 +40,52 @@ class Robot(ABC):
     #: physics step, which starts one time step earlier, as in Gymnasium's environments, and cost nothing.
     derived_stage: ClassVar[mujoco.mjtStage] = mujoco.mjtStage.mjSTAGE_NONE
     #: Physics steps of one env step
-    frame_skip: ClassVar[int]
-    #: Side of a maze cell in metres
+    frame_skip: int
+    #: Whether it works on a table, and in no maze
+    on_table: ClassVar[bool] = False
+    #: Side of a maze cell in meters
     cell_size: ClassVar[float] = 4.0
-    #: Lowest and highest ``qpos[2]``, the height of the torso in metres, at which an episode goes on (None: no limits)
+    #: Smallest and largest distance of a goal on the open field in meters (None: it acts in mazes only)
+    field_distance: ClassVar[tuple[float, float] | None] = None
+    #: Lowest and highest ``qpos[2]``, the height of the torso in meters, at which an episode goes on (None: no limits)
     healthy_z_range: ClassVar[tuple[float, float] | None] = None
     #: Spread of the start state: uniform on positions, normal on velocities
     reset_noise_scale: ClassVar[float] = 0.0
-    #: Distance to the goal in metres below which a step counts as a success
+    #: Distance to the goal in meters below which a step counts as a success, and those of further measures by name
     success_threshold: ClassVar[float] = 0.5
-    #: Name of further measures of success and their thresholds in metres
-    extra_thresholds: ClassVar[Mapping[str, float]] = {}
-    #: Distance from walls that a start position must keep, in metres
+    extra_thresholds: ClassVar[Mapping[str, float]] = {"success_easy": 2.0}
+    #: Distance from walls that a start position must keep, in meters
     radius: ClassVar[float]
     #: Where ``qpos`` holds the two coordinates that a start position sets
     start_address: ClassVar[slice] = slice(0, 2)
-    #: Body that the follow camera looks at, and the camera's distance in metres
+    #: Body that the follow camera looks at, and the camera's distance in meters
     follow_body: ClassVar[str]
     follow_distance: ClassVar[float]
 
+    def __init__(self, on_field: bool = False):
+        self.on_field = on_field
+
     @abstractmethod
     def make_spec(self) -> mujoco.MjSpec:
-        """
-        :return: A new editable model of the robot on an open floor
-        """
+        """A new editable model of the robot on an open floor."""
 
     @abstractmethod
     def home(self) -> np.ndarray:
-        """
-        :return: The ``qpos`` at which the robot stands at the origin
-        """
+        """The ``qpos`` at which the robot stands at the origin."""
 
     @abstractmethod
     def observation(self, state: State) -> np.ndarray:
-        """
-        :param state: The simulation's arrays
-        :return: Observations in float32, shape (n, observation_dim)
-        """
+        """Observations in float32 of the simulation's arrays, shape (n, observation_dim)."""
 
     def control(self, actions: np.ndarray) -> np.ndarray:
-        """
-        :param actions: Actions in [-1, 1], shape (n, action_dim)
-        :return: ``ctrl``, shape (n, nu)
-        """
+        """The ``ctrl`` of actions in [-1, 1], shapes (n, nu) and (n, action_dim)."""
         return actions
 
 
 def gymnasium_spec(file_name: str) -> mujoco.MjSpec:
-    """
-    :param file_name: Name of a model that comes with Gymnasium
-    :return: The editable model, whose floor is drawn without an end
-    """
+    """Editable model that comes with Gymnasium, whose floor is drawn without an end."""
     spec = mujoco.MjSpec.from_file(str(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / file_name))
-    # Gymnasium draws 80 m of floor at most, less than the widest maze with its texture in metres
+    # Gymnasium draws 80 m of floor at most, less than the widest maze with its texture in meters
     floor, material = spec.geom("floor"), spec.material("MatPlane")
     floor.size = [0, 0, 1]
     material.texuniform, material.texrepeat, material.reflectance = True, [0.5, 0.5], 0

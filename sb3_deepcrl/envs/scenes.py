@@ -1,12 +1,14 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mujoco
 import numpy as np
 
 from sb3_deepcrl.envs.layouts import Layout
 
+BOX = mujoco.mjtGeom.mjGEOM_BOX
 WALL_COLOR = (0.7, 0.5, 0.3, 1.0)
 
 
@@ -20,24 +22,22 @@ class Scene(ABC):
 
     #: Numbers that one draw of start and goal consumes
     n_uniform: int
-    #: Corner points (x, y) of the rectangle that a top-down picture shows, in metres
+    #: Corner points (x, y) of the rectangle that a top-down picture shows, in meters
     bounds: tuple[tuple[float, float], tuple[float, float]]
     #: Whether a drawn start is exact, i.e. gets none of the robot's start noise
     exact_start: bool = False
 
     @abstractmethod
     def build(self, spec: mujoco.MjSpec) -> None:
-        """
-        Add the scene's geometry to a robot's model.
-
-        :param spec: The model to edit
-        """
+        """Add the scene's geometry to a robot's model."""
 
     @abstractmethod
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
+        Draw starts and goals.
+
         :param uniform: Numbers in [0, 1), shape (n, n_uniform)
-        :return: Start positions of shape (n, 2) and goals of shape (n, goal_dim), in metres
+        :return: Start positions of shape (n, 2) and goals of shape (n, goal_dim), in meters
         """
 
     def next_goals(self, uniform: np.ndarray, goals: np.ndarray) -> np.ndarray:
@@ -45,46 +45,40 @@ class Scene(ABC):
         Draw goals for robots that reached theirs.
 
         :param uniform: Numbers in [0, 1), shape (n, n_uniform)
-        :param goals: The goals that were reached in metres, shape (n, goal_dim)
+        :param goals: The goals that were reached in meters, shape (n, goal_dim)
         :return: The next ones, same shape
         """
         return self.draw(uniform)[1]
 
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
+    # An open floor accepts every start and goal
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:  # noqa: B027
         """
-        An open floor accepts every start and goal.
+        Refuse a start or goal where the robot cannot be.
 
-        :param start: x and y of a given start in metres
-        :param goal: A given goal in metres
-        :param radius: Distance to walls that the robot needs, in metres
-        :param where: Place for the messages, e.g. the env index
-        :raises ValueError: If one of them lies in a wall
+        :param start: x and y of a given start in meters, None if it is drawn
+        :param goal: A given goal in meters, None if it is drawn
+        :param radius: Distance to walls that the robot needs, in meters
         """
-        return
 
-    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None, where: str = "") -> None:
-        """
-        An open floor has a way from everywhere to everywhere.
-
-        :param start: x and y of a given start in metres, None if it is drawn
-        :param goal: A given goal in metres, None if it is drawn
-        :param where: Place for the messages, e.g. the env index
-        :raises ValueError: If no way leads from the start to the goal
-        """
-        return
+    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None) -> None:  # noqa: B027
+        """Refuse a start and a goal, as in :meth:`check`, between which there is no way."""
 
 
 class Maze(Scene):
     """
+    A maze: starts and goals are the centers of its cells, drawn from a table of pairs with a probability each.
+
     :param layout: The checked maze
-    :param cell_size: Side of a cell in metres
-    :param wall_height: Height of the walls in metres
+    :param cell_size: Side of a cell in meters
+    :param wall_height: Height of the walls in meters
     :param goal_set: "train" or "eval"
     :param stitching: None, or the number k of the stitching study: training pairs are at most k cells apart, evaluation
         goals are more than k cells from the start
     :param goal_tail: Constant coordinates of a goal behind x and y
     :param random_start: Whether every free cell from which a way leads to the goal is a start cell
     """
+
+    n_uniform = 1
 
     def __init__(
         self,
@@ -103,7 +97,6 @@ class Maze(Scene):
         self.exact_start = stitching is not None
         n_rows, n_columns = layout.shape
         self.bounds = ((-cell_size / 2, -cell_size / 2), ((n_rows - 0.5) * cell_size, (n_columns - 0.5) * cell_size))
-        # The law is a table of (start cell, goal cell) pairs with a probability each
         if stitching is not None and goal_set == "train":
             self.pairs, probabilities = layout.training_pairs(stitching)
         else:
@@ -111,16 +104,9 @@ class Maze(Scene):
             if stitching is not None:
                 goals = layout.far_goals(stitching)
             starts = layout.free if random_start else layout.starts
-            distances = [layout.distances(start) for start in starts]
             # Only a random start can be the goal itself, or be cut off from it
-            self.pairs = np.array(
-                [
-                    (start, goal)
-                    for start, steps in zip(starts, distances, strict=True)
-                    for goal in goals
-                    if steps[tuple(goal)] > 0
-                ]
-            )
+            ways = [(start, layout.distances(start)) for start in starts]
+            self.pairs = np.array([(start, goal) for start, steps in ways for goal in goals if steps[tuple(goal)] > 0])
             probabilities = np.full(len(self.pairs), 1 / len(self.pairs))
         self._cumulative = np.cumsum(probabilities)
         positions = self.pairs * cell_size
@@ -129,7 +115,6 @@ class Maze(Scene):
         self._all_goals = np.unique(self._goals, axis=0)
         # Goals that can be reached from a cell, but for the cell itself
         self._other_goals: dict[tuple[int, int], np.ndarray] = {}
-        self.n_uniform = 1
 
     def build(self, spec: mujoco.MjSpec) -> None:
         size = self.cell_size
@@ -137,7 +122,7 @@ class Maze(Scene):
             # Everything is set, as a new geom inherits the robot's defaults
             spec.worldbody.add_geom(
                 name=f"wall_{row}_{column}",
-                type=mujoco.mjtGeom.mjGEOM_BOX,
+                type=BOX,
                 pos=[(row + (n_rows - 1) / 2) * size, (column + (n_columns - 1) / 2) * size, self.wall_height / 2],
                 size=[n_rows * size / 2, n_columns * size / 2, self.wall_height / 2],
                 contype=1,
@@ -170,21 +155,36 @@ class Maze(Scene):
         return self._other_goals[cell]
 
     def cell_of(self, position: np.ndarray) -> tuple[int, int]:
-        """
-        :param position: x and y in metres (further coordinates are ignored)
-        :return: Row and column of the cell around it
-        """
+        """Row and column of the cell around x and y in meters (further coordinates are ignored)."""
         row, column = np.floor(np.asarray(position)[:2] / self.cell_size + 0.5).astype(int)
         return int(row), int(column)
 
-    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float, where: str = "") -> None:
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
+        for kind, position in (("start", start), ("goal", goal)):
+            if position is not None and self.layout.is_wall(*self.cell_of(position)):
+                row, column = self.cell_of(position)
+                raise ValueError(
+                    f"The {kind} {position.tolist()} lies in the wall at row {row}, column {column} of maze "
+                    f"{self.layout.name!r}. Cell (i, j) spans {self.cell_size} m around x = {self.cell_size} i, "
+                    f"y = {self.cell_size} j: choose a free cell."
+                )
         if start is not None:
-            self._check_cell("start", start, where)
-            self._check_clearance(start, radius, where)
-        if goal is not None:
-            self._check_cell("goal", goal, where)
+            self._check_clearance(start, radius)
 
-    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None, where: str = "") -> None:
+    def _check_clearance(self, start: np.ndarray, radius: float) -> None:
+        row, column = self.cell_of(start)
+        for i in range(row - 1, row + 2):
+            for j in range(column - 1, column + 2):
+                outside = np.abs(start - np.array([i, j]) * self.cell_size) - self.cell_size / 2
+                distance = math.hypot(*np.maximum(outside, 0))
+                if self.layout.is_wall(i, j) and distance < radius:
+                    raise ValueError(
+                        f"The start {start.tolist()} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
+                        f"robot needs {radius} m. The center of the cell in row {row}, column {column} is at "
+                        f"{[row * self.cell_size, column * self.cell_size]}."
+                    )
+
+    def check_way(self, start: np.ndarray | None, goal: np.ndarray | None) -> None:
         if start is None and goal is None:
             return
         # All drawn starts and goals are connected, so one of them stands for all
@@ -193,31 +193,8 @@ class Maze(Scene):
         if self.layout.distances(first)[last] < 0:
             raise ValueError(
                 f"No way leads from the {'drawn' if start is None else 'given'} start in row {first[0]}, column {first[1]} to "
-                f"the {'drawn' if goal is None else 'given'} goal in row {last[0]}, column {last[1]}{where} of maze "
+                f"the {'drawn' if goal is None else 'given'} goal in row {last[0]}, column {last[1]} of maze "
                 f"{self.layout.name!r}. Choose both in one part of the maze, or open a way in its text."
-            )
-
-    def _check_clearance(self, start: np.ndarray, radius: float, where: str) -> None:
-        row, column = self.cell_of(start)
-        for i in range(row - 1, row + 2):
-            for j in range(column - 1, column + 2):
-                outside = np.abs(start - np.array([i, j]) * self.cell_size) - self.cell_size / 2
-                distance = math.hypot(*np.maximum(outside, 0))
-                if self.layout.is_wall(i, j) and distance < radius:
-                    raise ValueError(
-                        f"The start {start.tolist()}{where} is {distance:.3f} m from the wall at row {i}, column {j}, but the "
-                        f"robot needs {radius} m. The centre of the cell in row {row}, column {column} is at "
-                        f"{[row * self.cell_size, column * self.cell_size]}."
-                    )
-
-    def _check_cell(self, kind: str, position: np.ndarray, where: str) -> None:
-        row, column = self.cell_of(position)
-        if self.layout.is_wall(row, column):
-            raise ValueError(
-                f"The {kind} {position.tolist()}{where} lies in the wall at row {row}, column {column} of maze "
-                f"{self.layout.name!r}. "
-                f"Cell (i, j) spans {self.cell_size} m around x = {self.cell_size} i, y = {self.cell_size} j: "
-                "choose a free cell."
             )
 
 
@@ -225,25 +202,103 @@ class OpenField(Scene):
     """
     An open floor: the start is the origin, the goal lies in any direction, at a distance drawn uniformly.
 
-    :param distance: Smallest and largest distance of a goal from the start in metres
+    :param distance: Smallest and largest distance of a goal from the start in meters
     :param goal_tail: Constant coordinates of a goal behind x and y
     """
+
+    n_uniform = 2
 
     def __init__(self, distance: tuple[float, float], goal_tail: Sequence[float] = ()):
         self.distance = distance
         self.goal_tail = tuple(goal_tail)
         reach = distance[1] + 1
         self.bounds = ((-reach, -reach), (reach, reach))
-        self.n_uniform = 2
 
     def build(self, spec: mujoco.MjSpec) -> None:
         """Nothing is added: the robots' models come with a floor."""
 
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         low, high = self.distance
-        # math instead of NumPy: its vectorised sine may round differently for batches of different sizes
+        # math instead of NumPy: its vectorized sine may round differently for batches of different sizes
         goals = [
             (r * math.cos(angle), r * math.sin(angle), *self.goal_tail)
             for r, angle in ((low + (high - low) * u, 2 * math.pi * v) for u, v in uniform.tolist())
         ]
         return np.zeros((len(uniform), 2)), np.array(goals)
+
+
+class Square(NamedTuple):
+    """x and y of its middle, and half its side, in meters."""
+
+    center: tuple[float, float]
+    half: float
+
+
+# Where the cube starts and where its goals lie
+TABLES: dict[str, tuple[Square, Square]] = {
+    "push_easy": (Square((-0.1, 0.6), 0.1), Square((0.1, 0.6), 0.1)),
+    "push_hard": (Square((-0.25, 0.65), 0.25), Square((0.25, 0.65), 0.25)),
+    "binpick_hard": (Square((-0.3, 0.6), 0.15), Square((0.3, 0.6), 0.15)),
+}
+# Half the inner side of a bin, half its height and half the thickness of its walls, in meters
+BIN_HALF, BIN_HALF_HEIGHT, BIN_HALF_THICKNESS = 0.19, 0.033, 0.005
+# Greatest height of a goal above the table in meters
+MAX_GOAL_HEIGHT = 1.0
+
+
+class Table(Scene):
+    """
+    The arm's table: the cube starts in one square and its goals lie in a second one, where the cube lies flat. Colored tiles
+    mark the squares; in the bin-picking task they are bins with walls.
+
+    :param name: Key in ``TABLES``
+    :param goal_tail: Height of a goal in meters
+    """
+
+    bounds = ((-0.7, -0.2), (0.7, 1.1))
+    n_uniform = 4
+    # Nothing but the cube has a start position, and it gets no noise
+    exact_start = True
+
+    def __init__(self, name: str, goal_tail: Sequence[float]):
+        self.name = name
+        self.squares = TABLES[name]
+        self.goal_tail = tuple(goal_tail)
+
+    def build(self, spec: mujoco.MjSpec) -> None:
+        colors = ([0.2, 0.4, 0.8, 1], [0.8, 0.3, 0.2, 1])
+        for label, color, (center, half) in zip(("start", "goal"), colors, self.squares, strict=True):
+            body = spec.worldbody.add_body(name=f"{label}_square", pos=[*center, 0])
+            if self.name != "binpick_hard":
+                body.add_geom(type=BOX, pos=[0, 0, 0.0005], size=[half, half, 0.0005], rgba=color)
+                continue
+            spec.option.impratio = 10
+            across = [BIN_HALF + BIN_HALF_THICKNESS, BIN_HALF_THICKNESS, BIN_HALF_HEIGHT]
+            along = [BIN_HALF_THICKNESS, BIN_HALF - BIN_HALF_THICKNESS, BIN_HALF_HEIGHT]
+            walls = ((0, -BIN_HALF, across), (0, BIN_HALF, across), (-BIN_HALF, 0, along), (BIN_HALF, 0, along))
+            for i, (x, y, size) in enumerate(walls):
+                wall = f"{label}_bin{i}"
+                body.add_geom(name=wall, type=BOX, pos=[x, y, BIN_HALF_HEIGHT], size=size, rgba=color)
+                for other in ("cube", "hand", "left_finger", "right_finger"):
+                    spec.add_pair(geomname1=wall, geomname2=other)
+
+    def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:
+        (low_x, low_y), (high_x, high_y) = self.bounds
+        for kind, point in (("start", start), ("goal", goal)):
+            if point is not None and not (low_x <= point[0] <= high_x and low_y <= point[1] <= high_y):
+                raise ValueError(
+                    f"The {kind} {point.tolist()} is out of the arm's reach: choose x from {low_x} to {high_x} and "
+                    f"y from {low_y} to {high_y}."
+                )
+        if goal is not None and not 0 <= goal[2] <= MAX_GOAL_HEIGHT:
+            raise ValueError(
+                f"The goal {goal.tolist()} lies below the table or above the arm's reach: choose z from 0 to "
+                f"{MAX_GOAL_HEIGHT}. A cube that lies flat on the table has z = {self.goal_tail[0]}."
+            )
+
+    def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        start, goal = (
+            np.array(square.center) + square.half * (2 * uniform[:, 2 * i : 2 * i + 2] - 1)
+            for i, square in enumerate(self.squares)
+        )
+        return start, np.hstack((goal, np.tile(self.goal_tail, (len(goal), 1))))

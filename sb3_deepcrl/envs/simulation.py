@@ -9,7 +9,7 @@ from mujoco.batch import Batch, SimulationError
 
 from sb3_deepcrl.envs.task import GoalTask
 
-# Beyond this a number in an observation can only come from a diverging simulation (metres, radians, seconds and products)
+# Beyond this a number in an observation can only come from a diverging simulation (meters, radians, seconds and products)
 MAX_OBSERVATION = 1e6
 
 
@@ -47,7 +47,7 @@ class Simulation:
         # Not persistent: one MjData a thread, instead of one an environment, stays in the cache and was faster for every robot
         self._batch: Batch | None = Batch(task.model, n_envs, n_threads)
         self.generators: list[np.random.Generator] = [seeding.np_random()[0] for _ in range(n_envs)]
-        #: Goals in metres, shape (n_envs, goal_dim)
+        #: Goals in meters, shape (n_envs, goal_dim)
         self.goals = np.zeros((n_envs, task.robot.goal_dim), dtype=np.float32)
         #: Number of simulations that broke down so far
         self.n_diverged = 0
@@ -70,10 +70,7 @@ class Simulation:
         return self._batch
 
     def _derive_home(self) -> dict[str, np.ndarray]:
-        """
-        :return: The derived fields of robots at rest at home, one row an environment. They do not depend on where home is, so
-            that episodes that start without noise can take them over and save a forward pass.
-        """
+        """Derived fields at home, for each env. They hold anywhere, so that without noise a reset needs no forward pass."""
         fields = self.task.robot.derived_fields if self.task.reset_noise_scale == 0 else ()
         if fields:
             self._state["qpos"][0] = self.task.robot.home()
@@ -81,43 +78,35 @@ class Simulation:
         return {name: np.repeat(self._state[name][:1], self.n_envs, axis=0) for name in fields}
 
     def seed(self, index: int, generator: np.random.Generator) -> None:
-        """
-        :param index: Index of the environment
-        :param generator: The random numbers that it uses from its next reset on
-        """
+        """Give an environment other random numbers, from its next reset on."""
         self.generators[index] = generator
         self._fixed[index] = np.nan
 
     def reset(
-        self,
-        indices: np.ndarray,
-        starts: Sequence[np.ndarray | None] | None = None,
-        goals: Sequence[np.ndarray | None] | None = None,
+        self, indices: np.ndarray, given: Sequence[tuple[np.ndarray | None, np.ndarray | None]] = ()
     ) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
         """
         Start a new episode in some environments.
 
         :param indices: Sorted indices of the environments
-        :param starts: Checked start of each of them in metres, None for a drawn one
-        :param goals: Checked goal of each of them in metres, None for a drawn one
+        :param given: Start and goal of each of them as ``check_options`` returns them; without, all are drawn
         :return: Observations and measures of these environments
         :raises RuntimeError: If the environments are closed
         """
         batch, task = self.batch, self.task
         self._running = True
-        draw = task.draw([self.generators[i] for i in indices])
+        uniform, *noise = task.draw([self.generators[i] for i in indices])
         if task.goal_mode == "fixed":
             kept = self._fixed[indices]
-            draw = draw._replace(scene=np.where(np.isnan(kept), draw.scene, kept))
-            self._fixed[indices] = draw.scene
-        start, goal = task.scene.draw(draw.scene)
+            uniform = self._fixed[indices] = np.where(np.isnan(kept), uniform, kept)
+        start, goal = task.scene.draw(uniform)
         exact = np.full(len(indices), task.scene.exact_start)
-        for given, drawn in ((starts, start), (goals, goal)):
-            for k, value in enumerate(given or ()):
-                if value is not None:
-                    drawn[k] = value
-                    exact[k] |= given is starts
-        qpos, qvel = task.start_states(draw, start, exact)
+        for k, (given_start, given_goal) in enumerate(given):
+            if given_start is not None:
+                start[k], exact[k] = given_start, True
+            if given_goal is not None:
+                goal[k] = given_goal
+        qpos, qvel = task.start_states(start, exact, *noise)
         batch.state[indices] = self._fresh_row
         self._state["qpos"][indices] = qpos
         self._state["qvel"][indices] = qvel
@@ -131,15 +120,15 @@ class Simulation:
         }
         observation = task.robot.observation(state)
         self._observation[indices] = observation
-        healthy = self._is_healthy(state["qpos"])
-        goal32 = self.goals[indices]
-        achieved = observation[:, : task.robot.goal_dim].copy()
-        info = self._measures(task.goal_distance(achieved, goal32), healthy)
-        return {"observation": observation, "achieved_goal": achieved, "desired_goal": goal32}, info
+        observations = self._with_goals(observation, self.goals[indices])
+        distance = task.goal_distance(observations["achieved_goal"], observations["desired_goal"])
+        return observations, self._measures(distance, self._is_healthy(state["qpos"]))
 
     def step(self, actions: np.ndarray) -> Transition:
         """
-        :param actions: Actions of all environments, shape (n_envs, action_dim)
+        Advance all environments by one control step.
+
+        :param actions: Actions, shape (n_envs, action_dim)
         :return: What they lead to
         :raises ValueError: If the shape is wrong or an action is not finite
         :raises RuntimeError: If no episode runs, i.e. before the first reset and after ``close``
@@ -165,30 +154,28 @@ class Simulation:
             observation[diverged] = self._observation[diverged]
             healthy |= diverged
         self._observation[:] = observation
-        achieved = observation[:, : task.robot.goal_dim].copy()
-        distance = task.goal_distance(achieved, self.goals)
+        observations = self._with_goals(observation, self.goals)
+        distance = task.goal_distance(observations["achieved_goal"], self.goals)
         info = self._measures(distance, healthy)
-        if task.goal_mode == "continuing":
+        if task.goal_mode == "continuing" and len(reached := np.flatnonzero(info["is_success"])):
             # What the step led to belongs to the goal that was pursued in it; the next action is for the new one
-            self._renew_goals(np.flatnonzero(info["is_success"]))
-        return Transition(
-            {"observation": observation, "achieved_goal": achieved, "desired_goal": self.goals.copy()},
-            task.reward_from_distance(distance),
-            ~healthy if task.terminate_when_unhealthy else np.zeros(self.n_envs, dtype=bool),
-            diverged,
-            info,
-        )
+            uniform = np.array([self.generators[i].random(task.scene.n_uniform) for i in reached])
+            self.goals[reached] = task.scene.next_goals(uniform, self.goals[reached])
+            observations["desired_goal"] = self.goals.copy()
+        terminated = ~healthy if task.terminate_when_unhealthy else np.zeros(self.n_envs, dtype=bool)
+        return Transition(observations, task.reward_from_distance(distance), terminated, diverged, info)
 
-    def _renew_goals(self, indices: np.ndarray) -> None:
-        if len(indices) > 0:
-            uniform = np.array([self.generators[i].random(self.task.scene.n_uniform) for i in indices])
-            self.goals[indices] = self.task.scene.next_goals(uniform, self.goals[indices])
+    def _with_goals(self, observation: np.ndarray, goals: np.ndarray) -> dict[str, np.ndarray]:
+        achieved = observation[:, : self.task.robot.goal_dim].copy()
+        return {"observation": observation, "achieved_goal": achieved, "desired_goal": goals.copy()}
 
     def data(self, index: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
         """
+        Copy the simulation of an environment, with computed kinematics, for rendering or any other function of MuJoCo.
+
         :param index: Index of the environment
         :param data: Where to write; None makes a new one
-        :return: A copy of its simulation with computed kinematics, for rendering or any other function of MuJoCo
+        :return: The copy
         """
         data = self.batch.get_data(index, data)
         mujoco.mj_forward(self.task.model, data)
@@ -201,9 +188,7 @@ class Simulation:
         self._state, self._warnings = {}, np.zeros((0, 0))
 
     def check_open(self) -> None:
-        """
-        :raises RuntimeError: If the environments are closed
-        """
+        """Refuse whatever needs a simulation once the environments are closed."""
         if self._batch is None:
             raise RuntimeError("The environment is closed, it cannot be used any more. Make a new one.")
 

@@ -18,16 +18,9 @@ class SuccessInfoWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         gym.Wrapper.__init__(self, env)
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """
-        :param action: Action for the env
-        :return: What the env returned
-        :raises ValueError: if the info dict tells nothing about success
-        """
         observation, reward, terminated, truncated, info = self.env.step(action)
         if "is_success" not in info:
             if "success" not in info:
-                raise ValueError(
-                    f"The info dict of {self.env} has no key `success`, only {sorted(info)}: do not wrap this env"
-                )
+                raise ValueError(f"The info of {self.env} has no key `success`, only {sorted(info)}: do not wrap this env")
             info["is_success"] = bool(info["success"])
         return observation, reward, terminated, truncated, info

@@ -1,17 +1,13 @@
 """
 DeepCRL in RL Zoo. Importing this package is all that RL Zoo needs to know: the algorithm ``deepcrl``, its hyperparameter
-search, the tasks of this package and those of gymnasium-robotics.
+search, the tasks of this package and those of gymnasium-robotics, and the configs of this package.
 
-The launchers of this package (``python -m sb3_deepcrl.zoo.train``, ...) do it by themselves. For RL Zoo's own ones, put a
-file ``custom_envs.py`` with the line ``import sb3_deepcrl.zoo`` where you call them: RL Zoo imports it before it reads
-the command line.
+``python -m sb3_deepcrl.zoo`` does it by itself. For RL Zoo's own commands, put a file ``custom_envs.py`` with the line
+``import sb3_deepcrl.zoo`` where you call them: RL Zoo imports it before it reads the command line.
 """
 
-import functools
-import os
-from typing import Any
-
 try:
+    import rl_zoo3.exp_manager as rl_zoo3_manager
     from rl_zoo3 import ALGOS
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 except ImportError as error:
@@ -19,25 +15,11 @@ except ImportError as error:
     message = f'RL Zoo cannot be imported ({error}): install the extra "zoo", in a clone by `pip install -e ".[zoo]"`'
     raise ImportError(message, name=__name__) from None
 
-try:
-    # Loads the library for pictures that the user asks for, even if none is made
-    import mujoco  # noqa: F401
-except Exception as error:
-    if not (library := os.environ.get("MUJOCO_GL")):
-        raise
-    message = (
-        f"MUJOCO_GL={library} does not work here ({type(error).__name__}: {error}): use egl (Debian: libegl1) or osmesa "
-        "(libosmesa6) to make pictures without a screen, and leave it out otherwise"
-    )
-    raise ImportError(message, name=__name__) from None
-
-import rl_zoo3.exp_manager as rl_zoo3_manager
 from gymnasium.envs.registration import WrapperSpec, registry
 
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import import_gymnasium_robotics
 from sb3_deepcrl.envs import register_envs
-from sb3_deepcrl.zoo.config import find_config
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 
 MAZES = "gymnasium_robotics.envs.maze"
@@ -45,35 +27,22 @@ SUCCESS_INFO = WrapperSpec("SuccessInfoWrapper", "sb3_deepcrl.envs.wrappers:Succ
 
 
 def register() -> None:
-    """Register algorithm, hyperparameter search and envs. Calling it again changes nothing."""
+    """Register algorithm, hyperparameter search, experiment manager and envs. Calling it again changes nothing."""
     ALGOS["deepcrl"] = DeepCRL
     HYPERPARAMS_SAMPLER["deepcrl"] = sample_deepcrl_params
     HYPERPARAMS_CONVERTER["deepcrl"] = convert_deepcrl_params
     register_envs()
     import_gymnasium_robotics()
-    find_configs()
     for spec in registry.values():
         # These mazes report `success`. Wrapped here, inside of Monitor, the success rate is in its file too
         if str(spec.entry_point).startswith(MAZES) and SUCCESS_INFO not in spec.additional_wrappers:
             spec.additional_wrappers = (*spec.additional_wrappers, SUCCESS_INFO)
-
-
-def find_configs() -> None:
-    """
-    Let RL Zoo find the configs of this package by their names, and without one where it has none, whoever runs it: its own
-    scripts look into its own folder only. See :func:`~sb3_deepcrl.zoo.config.find_config`.
-    """
-    manager_class = getattr(rl_zoo3_manager, "ExperimentManager", None)
     # Without it the module of RL Zoo is being imported, by a script that trains nothing: `train` imports this one first
-    if manager_class is None or hasattr(original := manager_class.__init__, "__wrapped__"):
-        return
+    if hasattr(rl_zoo3_manager, "ExperimentManager"):
+        from sb3_deepcrl.zoo.callbacks import make_trial_callback
+        from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 
-    @functools.wraps(original)
-    def init(self: Any, args: Any, algo: str, env_id: str, *positional: Any, **kwargs: Any) -> None:
-        kwargs["config"] = find_config(kwargs.get("config"), algo, env_id)
-        original(self, args, algo, env_id, *positional, **kwargs)
-
-    manager_class.__init__ = init
+        vars(rl_zoo3_manager).update(ExperimentManager=GoalExperimentManager, TrialEvalCallback=make_trial_callback)
 
 
 register()

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -5,15 +6,19 @@ import numpy as np
 import optuna
 from gymnasium import spaces
 from rl_zoo3.callbacks import TrialEvalCallback
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_deepcrl.common.evaluation import GoalEvalCallback
+from sb3_deepcrl.common.callbacks import GoalEvalCallback
 from sb3_deepcrl.common.utils import atomic_path
+from sb3_deepcrl.zoo.runs import RunFolder
 
 
 def reports_goals(env: VecEnv) -> bool:
     """
+    Find out whether :class:`~sb3_deepcrl.common.callbacks.GoalEvalCallback` can evaluate on an env.
+
     :param env: An env that nobody uses yet: it is reset and makes a step
     :return: Whether its observations hold goals, and its infos tell whether they are reached
     """
@@ -25,85 +30,68 @@ def reports_goals(env: VecEnv) -> bool:
     return all("is_success" in info or "success" in info for info in infos)
 
 
-class TrialGoalEvalCallback(GoalEvalCallback):
-    """
-    Callback used for evaluating and reporting a trial by the fraction of the steps that are spent at the goal.
+class TrialGoalEvalCallback(TrialEvalCallback, GoalEvalCallback):
+    """Callback used for evaluating and reporting a trial by the fraction of the steps that are spent at the goal."""
 
-    :param eval_env: The environment used for evaluation
-    :param trial: The trial
-    :param kwargs: Other arguments of :class:`~sb3_deepcrl.common.evaluation.GoalEvalCallback`
-    """
-
-    def __init__(self, eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any):
-        super().__init__(eval_env, verbose=0, **kwargs)
-        self.trial = trial
-        self.eval_idx = 0
-        self.is_pruned = False
-
-    def _on_step(self) -> bool:
-        if not super()._on_step():
-            return False
-        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
-            self.eval_idx += 1
-            # What the study takes as the result of the trial
-            self.last_mean_reward = self.last_means["time_at_goal_fraction"]
-            self.trial.report(self.last_mean_reward, self.eval_idx)
-            # Prune trial if need
-            self.is_pruned = self.trial.should_prune()
-        return not self.is_pruned
+    #: What RL Zoo reports to Optuna, in place of the reward
+    last_mean_reward = property(lambda self: self.last_means.get("time_at_goal_fraction", -np.inf), lambda self, value: None)
 
 
 def make_trial_callback(eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any) -> EvalCallback:
     """
+    Make the callback that reports a trial by time at goal where the env tells it, and by reward elsewhere.
+
     :param eval_env: The environment used for evaluation
     :param trial: The trial
     :param kwargs: Other arguments of the callback
-    :return: A callback that reports time at goal where the env tells it, and the reward elsewhere
+    :return: The callback
     """
     callback_class = TrialGoalEvalCallback if reports_goals(eval_env) else TrialEvalCallback
     return callback_class(eval_env, trial, **kwargs)
 
 
-class ResumableCheckpointCallback(CheckpointCallback):
+def save_model(model: BaseAlgorithm, path: Path, save_replay_buffer: bool) -> None:
     """
-    Callback for saving checkpoints a run can be continued from, whenever it is killed.
+    Save a model with all that belongs to it in the folder of its run. Each file appears as a whole or not at all, and the
+    model last: if there is one, it has everything.
 
-    Each file appears as a whole or not at all, and the model last: a model of which there is a file has all that belongs to
-    it. Only the newest checkpoint keeps its replay buffer, and the previous one loses it when the newest is complete.
+    :param model: The model
+    :param path: Where it goes
+    :param save_replay_buffer: Whether to save its replay buffer too, if it has one
+    """
+
+    def write(path: Path, save: Callable[[str], None]) -> None:
+        with atomic_path(path, path.suffix) as temporary:
+            save(str(temporary))
+
+    run = RunFolder(path.parent)
+    if save_replay_buffer and getattr(model, "replay_buffer", None) is not None:
+        write(run.sibling(path, "replay_buffer"), model.save_replay_buffer)  # type: ignore[attr-defined]
+    if (vec_normalize := model.get_vec_normalize_env()) is not None:
+        write(run.sibling(path, "vecnormalize"), vec_normalize.save)
+    write(path, model.save)
+    for buffer in (run.path / "replay_buffer.pkl", *run.path.glob("rl_model_replay_buffer_*_steps.pkl")):
+        # One is enough to go on
+        if save_replay_buffer and buffer != run.sibling(path, "replay_buffer"):
+            buffer.unlink(missing_ok=True)
+
+
+class ResumableCheckpointCallback(BaseCallback):
+    """
+    Callback for saving checkpoints a run can be continued from, whenever it is killed. The newest one has its replay buffer.
 
     :param save_freq: Save checkpoints every ``save_freq`` call of the callback.
     :param save_path: Path to the folder where the model will be saved.
     :param save_replay_buffer: Save the model replay buffer
-    :param verbose: Verbosity level: 0 for no output, 2 for indicating when saving model checkpoint
     """
 
-    def __init__(self, save_freq: int, save_path: str, save_replay_buffer: bool = False, verbose: int = 0):
-        super().__init__(save_freq, save_path, "rl_model", save_replay_buffer, save_vecnormalize=True, verbose=verbose)
+    def __init__(self, save_freq: int, save_path: str, save_replay_buffer: bool = False):
+        super().__init__()
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        self.save_replay_buffer = save_replay_buffer
 
     def _on_step(self) -> bool:
-        if self.n_calls % self.save_freq != 0:
-            return True
-        previous_buffers = replay_buffers(Path(self.save_path))
-        buffer_path = Path(self._checkpoint_path("replay_buffer_", extension="pkl"))
-        if self.save_replay_buffer:
-            self.model.save_replay_buffer(buffer_path)  # type: ignore[attr-defined]
-        vec_normalize = self.model.get_vec_normalize_env()
-        if vec_normalize is not None:
-            with atomic_path(self._checkpoint_path("vecnormalize_", extension="pkl"), ".pkl") as temporary:
-                vec_normalize.save(str(temporary))
-        model_path = self._checkpoint_path(extension="zip")
-        self.model.save(model_path)
-        if self.verbose >= 2:
-            print(f"Saving model checkpoint to {model_path}")
-        for previous in previous_buffers:
-            if previous != buffer_path:
-                previous.unlink(missing_ok=True)
+        if self.n_calls % self.save_freq == 0:
+            save_model(self.model, self.save_path / f"rl_model_{self.num_timesteps}_steps.zip", self.save_replay_buffer)
         return True
-
-
-def replay_buffers(folder: Path) -> list[Path]:
-    """
-    :param folder: Folder of a run
-    :return: Replay buffers of its checkpoints
-    """
-    return list(folder.glob("rl_model_replay_buffer_*_steps.pkl"))

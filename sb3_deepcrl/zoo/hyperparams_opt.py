@@ -1,10 +1,9 @@
-import math
 from typing import Any
 
 import optuna
 
-# Number of transitions for one gradient step, smallest and largest
-TRANSITIONS_PER_UPDATE = (4, 64)
+# Numbers that are powers of two
+POWERS = ("depth", "width", "batch_size", "transitions_per_update")
 
 
 def convert_deepcrl_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
@@ -15,13 +14,10 @@ def convert_deepcrl_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :return: Keyword arguments for DeepCRL
     """
     hyperparams = dict(sampled_params)
-    for name in ("depth", "width", "batch_size"):
+    for name in POWERS:
         hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
     hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
-    # More than one update for a step of the envs, or more than one step for an update
-    updates_pow = hyperparams.pop("updates_per_step_pow")
-    hyperparams["train_freq"] = 2 ** max(-updates_pow, 0)
-    hyperparams["gradient_steps"] = 2 ** max(updates_pow, 0)
+    hyperparams["policy_kwargs"] = {"energy": hyperparams.pop("energy")}
     return hyperparams
 
 
@@ -31,13 +27,10 @@ def sample_deepcrl_params(trial: optuna.Trial, n_actions: int, n_envs: int, addi
 
     :param trial: The trial
     :param n_actions: Number of dimensions of an action
-    :param n_envs: Number of parallel envs
+    :param n_envs: Number of parallel envs, not used
     :param additional_args: What RL Zoo tells about HerReplayBuffer, not used
     :return: Keyword arguments for DeepCRL
     """
-    # One update for so many transitions, whatever the number of envs
-    fewest, most = TRANSITIONS_PER_UPDATE
-    lowest_pow, highest_pow = math.ceil(math.log2(n_envs / most)), math.floor(math.log2(n_envs / fewest))
     sampled_params: dict[str, Any] = {
         # 4 to 64 layers
         "depth_pow": trial.suggest_int("depth_pow", 2, 6),
@@ -45,19 +38,19 @@ def sample_deepcrl_params(trial: optuna.Trial, n_actions: int, n_envs: int, addi
         "width_pow": trial.suggest_int("width_pow", 6, 9),
         # 128 to 1024 transitions
         "batch_size_pow": trial.suggest_int("batch_size_pow", 7, 10),
+        # 4 to 64 transitions
+        "transitions_per_update_pow": trial.suggest_int("transitions_per_update_pow", 2, 6),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
         "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-5, 2e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-3, 0.1, log=True),
         "logsumexp_coef": trial.suggest_float("logsumexp_coef", 1e-3, 1.0, log=True),
         # The default is minus half of the number of dimensions
         "target_entropy": trial.suggest_float("target_entropy", -2.0 * n_actions, 0.0),
-        "updates_per_step_pow": trial.suggest_int("updates_per_step_pow", lowest_pow, highest_pow),
         "energy": trial.suggest_categorical("energy", ["norm", "squared", "dot", "cosine"]),
         "contrastive_loss": trial.suggest_categorical("contrastive_loss", ["forward", "backward", "symmetric"]),
     }
     hyperparams = convert_deepcrl_params(sampled_params)
     # Display true values
-    for name in ("depth", "width", "batch_size", "gamma"):
+    for name in (*POWERS, "gamma"):
         trial.set_user_attr(name, hyperparams[name])
-    trial.set_user_attr("transitions_per_update", n_envs / 2 ** sampled_params["updates_per_step_pow"])
     return hyperparams

@@ -1,0 +1,247 @@
+"""
+What a study found: a Markdown file, a CSV file and a picture.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sb3_deepcrl.analysis.statistics import (
+    Estimate,
+    curves_of,
+    final_estimate,
+    final_scores,
+    interquartile_mean,
+    steps_to_success,
+)
+from sb3_deepcrl.common.utils import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# By setting, the evaluations of each seed: what was measured, shape (n_evaluations,) each
+Results = dict[str, list[dict[str, np.ndarray]]]
+
+
+@dataclass
+class Report:
+    """
+    What a study found.
+
+    :param title: First line
+    :param rows: Rows of the CSV file, all with the same columns
+    :param table: Rows of the table, all with the same columns
+    :param notes: Sentences below it
+    :param figure: The picture
+    :param path: The Markdown file, once it is written
+    """
+
+    title: str
+    rows: list[dict[str, Any]]
+    table: list[dict[str, Any]]
+    notes: list[str]
+    figure: "Figure"
+    path: Path | None = None
+
+    def write(self, path: Path, command: str) -> None:
+        """
+        Write the three files, each as a whole or not at all.
+
+        :param path: The Markdown file; the others lie beside it
+        :param command: The command that makes this report
+        """
+        self.path = path
+        with atomic_path(path.with_suffix(".csv"), ".csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        # The layout moves the ticks, whose labels it needs to know
+        self.figure.draw_without_rendering()
+        with atomic_path(path.with_suffix(".png"), ".png") as temporary:
+            self.figure.savefig(temporary, format="png", dpi=150)
+        columns = list(self.table[0])
+        lines = [f"# {self.title}", "", f"Command: `{command}`.", ""]
+        lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in self.table]
+        lines += ["", *(f"{note}\n" for note in self.notes), f"![{self.title}]({path.with_suffix('.png').name})", ""]
+        with atomic_path(path, ".md") as temporary:
+            temporary.write_text("\n".join(lines))
+
+
+def evaluation_rows(results: Results, columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Make a row of each evaluation.
+
+    :param results: Evaluations of each seed by setting
+    :param columns: More columns of each setting
+    :return: The rows
+    """
+    return [
+        {
+            **{"setting": label, **columns.get(label, {}), "seed": number},
+            **{name: round(float(values[i]), 4) for name, values in seed.items()},
+        }
+        for label, seeds in results.items()
+        for number, seed in enumerate(seeds)
+        for i in range(len(seed["timesteps"]))
+    ]
+
+
+def summarize(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """
+    Say in a row of a table how a setting did.
+
+    :param seeds: Evaluations of each seed
+    :return: Columns of the row
+    """
+    steps = np.median([steps_to_success(seed) for seed in seeds])
+    return {
+        "time at goal": final_estimate(seeds),
+        "each seed": ", ".join(f"{score:.0f}" for score in final_scores(seeds, "time_at_goal")),
+        "success": final_estimate(seeds, "success_any"),
+        "best success": interquartile_mean(curves_of(seeds, "success_any").max(axis=1)[:, None])[0],
+        "steps to 90 %": f"{steps:,.0f}" if np.isfinite(steps) else "-",
+        "updates": f"{seeds[0]['n_updates'][-1]:.0f}",
+        "seconds": f"{np.median([seed['seconds'][-1] for seed in seeds]):.0f}",
+    }
+
+
+def scores_by_depth(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int, np.ndarray]:
+    """
+    Average a column over the rows of each depth and seed.
+
+    :param rows: Rows with the columns ``depth`` and ``seed``
+    :param column: The column
+    :return: The means, shape ``(n_seeds,)``, by depth
+    """
+    values: dict[int, dict[int, list[float]]] = {}
+    for row in rows:
+        values.setdefault(row["depth"], {}).setdefault(row["seed"], []).append(float(row[column]))
+    return {depth: np.array([np.mean(seed) for seed in seeds.values()]) for depth, seeds in values.items()}
+
+
+def describe_origin(records_by_run: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """
+    Say with which code, machine and arguments runs were made.
+
+    :param records_by_run: For each run its algorithm and what stands in its ``made_with.json``
+    :return: Sentences
+    """
+    counts = Counter("; then ".join(dict.fromkeys(map(_describe, records))) for _, records in records_by_run)
+    sentences = [" ".join(f"{count} of {len(records_by_run)} runs made with {what}." for what, count in counts.items())]
+    # By algorithm or env, and by argument, the values that there are
+    values: dict[str, dict[str, dict[str, None]]] = {}
+    for algo, records in records_by_run:
+        for name, value in (item for record in records for item in record["arguments"].items()):
+            prefix, _, rest = name.partition(".")
+            group, key = (prefix, rest) if prefix in ("env", "eval_env") else (algo, name)
+            values.setdefault(group, {}).setdefault(key, {})[repr(value)] = None
+    for group, named in values.items():
+        words = ", ".join(f"{name}={' or '.join(found)}" for name, found in named.items())
+        sentences.append(f"Arguments of {group}, defaults included: `{words}`.")
+    return sentences
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    revision = f"revision {record['revision']}, " if record["revision"] else ""
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    gpu = f", {record['gpu']}" if record["gpu"] else ""
+    return (
+        f"sb3_deepcrl {record['version']} ({revision}source {record['source']}), {packages}, on {record['processor']}{gpu}, "
+        f"{record['cores']} cores, threads: {record['threads']}, precision {record['precision']}"
+    )
+
+
+# --- Figures ------------------------------------------------------------------------------------------------------------
+
+
+def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: float = 3.4) -> tuple["Figure", Any]:
+    """
+    Make a figure that no window shows.
+
+    :param n_rows: Number of rows of axes
+    :param n_columns: Number of columns of axes
+    :param width: Width of each in inches
+    :param height: Height of each in inches
+    :return: The figure and its axes, shape ``(n_rows, n_columns)``
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(n_columns * width, n_rows * height), layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False)
+
+
+def draw_curve(ax: "Axes", x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: str = "-") -> None:
+    """
+    Draw the interquartile mean over the seeds as a line and its interval as a band.
+
+    :param ax: Where
+    :param x: Horizontal positions, shape ``(n_points,)``
+    :param curves: Scores of shape ``(n_seeds, n_points)``
+    :param label: Name of the line
+    :param color: Its color
+    :param linestyle: Its style
+    """
+    means, lows, highs = np.array(interquartile_mean(curves)).T
+    (line,) = ax.plot(x, means, label=label, color=color, linestyle=linestyle)
+    ax.fill_between(x, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def draw_estimates(ax: "Axes", points: Mapping[float, Estimate], label: str, color: Any = None) -> None:
+    """
+    Draw estimates as points with their intervals, and lines between them.
+
+    :param ax: Where
+    :param points: The estimates by their horizontal positions
+    :param label: Name of the line
+    :param color: Its color
+    """
+    means, lows, highs = np.array([points[x] for x in sorted(points)]).T
+    # Of a skewed bootstrap distribution the mean may lie outside of the interval
+    errors = np.maximum([means - lows, highs - means], 0)
+    ax.errorbar(sorted(points), means, errors, fmt="o-", label=label, color=color, capsize=3)
+
+
+def draw_learning_curves(results: Results) -> "Figure":
+    """
+    Draw time at goal and success over env steps and over seconds.
+
+    :param results: Evaluations of each seed by setting
+    :return: The figure
+    """
+    from matplotlib import colormaps
+
+    figure, axes = new_figure(2, 2)
+    for number, (label, seeds) in enumerate(results.items()):
+        color = colormaps["viridis_r"](0.15 + 0.8 * number / max(len(results) - 1, 1))
+        for column, (over, name, unit) in enumerate(
+            (("timesteps", "env steps (thousands)", 1000), ("seconds", "CPU seconds", 1))
+        ):
+            x = curves_of(seeds, over).mean(axis=0) / unit
+            for ax, measure in zip(axes[:, column], ("time_at_goal", "success_any"), strict=True):
+                draw_curve(ax, x, curves_of(seeds, measure), label, color)
+                ax.set(xlabel=name, ylabel={"time_at_goal": "time at goal (steps)"}.get(measure, "success"))
+    for time_ax, success_ax in axes.T:
+        time_ax.set_ylim(bottom=0)
+        success_ax.set_ylim(-0.02, 1.02)
+    # Where it hides no line
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def depth_colors(depths: Sequence[int]) -> dict[int, Any]:
+    """
+    Choose colors, the darker the deeper.
+
+    :param depths: Depths
+    :return: A color for each
+    """
+    from matplotlib import colormaps
+
+    return {depth: colormaps["viridis_r"](0.15 + 0.8 * i / max(len(depths) - 1, 1)) for i, depth in enumerate(sorted(depths))}

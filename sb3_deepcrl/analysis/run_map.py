@@ -1,0 +1,76 @@
+"""
+The command ``sb3-deepcrl value_map``: draws what the model of a run has learned, its value over the maze for one goal and the
+actions that it takes.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, is_vecenv_wrapped
+
+from sb3_deepcrl.analysis import MazeMap, plot_value_map
+from sb3_deepcrl.common.startup import end_start
+from sb3_deepcrl.common.utils import how_to_write, is_for_user
+from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.env_ids import find_spec
+from sb3_deepcrl.zoo.launcher import DEFAULT_ENV
+from sb3_deepcrl.zoo.runs import RunFolder
+
+
+def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path | None = None) -> Path:
+    """
+    Draw the learned value of a run.
+
+    :param run: The run
+    :param goal: Goal in meters, by default in the first free cell
+    :param output: Picture, by default ``value.png`` in the folder of the run
+    :return: The picture
+    """
+    from matplotlib.figure import Figure
+
+    vec_env = run.make_env()
+    if is_vecenv_wrapped(vec_env, VecFrameStack):
+        raise ValueError(f"{run.path} has `frame_stack`: what its model sees cannot be placed on a map")
+    base = vec_env.unwrapped
+    assert isinstance(base, DummyVecEnv)
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    ax = figure.subplots()
+    if goal is None:
+        # The first free cell is the end of a corridor in most mazes
+        goal = MazeMap.from_env(base.envs[0]).places()[0]
+    model = run.load_model(vec_env)
+    assert isinstance(model, DeepCRL)
+    plot_value_map(model, base.envs[0], goal, seed=0, ax=ax)
+    vec_env.close()
+    ax.set_title(f"{run.args()['env']}: learned value and policy")
+    output = output or run.path / "value.png"
+    if not output.parent.exists():
+        output.parent.mkdir(parents=True)
+    figure.savefig(output, dpi=150)
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Run the command.
+
+    :param argv: Arguments of the command line, ``sys.argv`` by default
+    """
+    end_start()
+    parser = argparse.ArgumentParser(prog="sb3-deepcrl value_map", description="Draw the learned value of a run.")
+    parser.add_argument("--env", help="Environment ID", default=DEFAULT_ENV)
+    parser.add_argument("-f", "--folder", help="Log folder", default="logs")
+    parser.add_argument("--goal", nargs=2, type=float, metavar=("X", "Y"), help="Goal, by default in the first free cell")
+    parser.add_argument("-o", "--output", type=Path, help="Picture, by default value.png in the folder of the run")
+    args = parser.parse_args(argv)
+    try:
+        run = RunFolder.newest(args.folder, "deepcrl", find_spec(args.env).id)
+        if run is None:
+            raise ValueError(f"there is no run of {args.env} in {args.folder}")
+        print(f"Value over the maze: {draw_run(run, args.goal, args.output)}")
+    except Exception as error:
+        advice = how_to_write(error, [args.folder, args.output])
+        if advice is None and not is_for_user(error):
+            raise
+        parser.exit(2, f"{parser.prog}: error: {error}{f': {advice}' if advice else ''}\n")
