@@ -103,10 +103,9 @@ class Learners(BaseCallback):
         for name in ("policy", "env", "actor_depth", "critic_depth"):
             kwargs.pop(name, None)
         policy_kwargs = {name: value for name, value in collector.policy_kwargs.items() if "depth" not in name}
-        # Not the seed of the collector, or one of the same depth would start with its networks
-        seed = int(np.random.SeedSequence([collector.seed or 0, depth]).generate_state(1)[0])
-        with _own_random_numbers(seed):
-            kwargs.update(depth=depth, policy_kwargs=policy_kwargs, seed=seed)
+        # Not the networks of the collector, if that is as deep; a seed would be that of the envs too
+        with _own_random_numbers(collector.seed or 0, depth):
+            kwargs.update(depth=depth, policy_kwargs=policy_kwargs, seed=None)
             return DeepCRL("MultiInputPolicy", self.training_env, **kwargs)
 
     def _on_training_start(self) -> None:
@@ -135,7 +134,7 @@ class Learners(BaseCallback):
     def _catch_up(self) -> None:
         for depth, learner in self.learners.items():
             learner._current_progress_remaining = self.model._current_progress_remaining
-            with _own_random_numbers(learner.seed or 0, self.num_timesteps):
+            with _own_random_numbers(self.model.seed or 0, depth, self.num_timesteps):
                 learner.train(self.model._n_updates - learner._n_updates, learner.batch_size)
             self.evaluations[depth].on_rollout_start()
 

@@ -92,6 +92,9 @@ class Study(ABC):
         for item in fields(self):
             value = getattr(self, item.name)
             values = list(value) if isinstance(value, list | tuple) else [value]
+            # Not coordinates
+            if any(isinstance(number, float) for number in values):
+                continue
             if any(isinstance(number, int) and not isinstance(number, bool) and number < 1 for number in values):
                 raise ValueError(f"`{item.name}` must be at least 1, got {value}")
             if len(set(map(str, values))) < len(values):

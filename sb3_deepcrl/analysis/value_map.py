@@ -244,6 +244,8 @@ class ValueMapStudy(ComparisonOfDepths):
     """Number of places along the side of a cell that are correlated"""
 
     def __post_init__(self) -> None:
+        if self.goal is not None:
+            self.goal = float(self.goal[0]), float(self.goal[1])
         super().__post_init__()
         with make_env(self.eval_env, self.env_kwargs) as env:
             _check_goals(MazeMap.from_env(env), [] if self.goal is None else [self.goal])
