@@ -79,7 +79,7 @@ def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for k in range(n_updates):
             rows = slice(k * model.batch_size, (k + 1) * model.batch_size)
-            model._run_update({key: values[rows] for key, values in observations.items()}, actions[rows])
+            model._runner.run({key: values[rows] for key, values in observations.items()}, actions[rows])
     events = profiler.key_averages()
     products = sum(event.self_cpu_time_total for event in events if event.key in MATRIX_PRODUCTS) / 1000 / n_updates
     return products, 1000 * clock.seconds["update"] / n_updates
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
     clock.watch(model, "predict", "forward")
     clock.watch(model.replay_buffer, "add", "replay")
     clock.watch(model.replay_buffer, "sample_contrastive", "replay")
-    clock.watch(model, "_run_update", "update")
+    clock.watch(model._runner, "run", "update")
     start = time.perf_counter()
     model.learn(n_updates * TRANSITIONS_PER_UPDATE, log_interval=None)  # type: ignore[arg-type]
     total = time.perf_counter() - start

@@ -17,12 +17,20 @@ peak memory are its own. The roof is the rate of the three matrix products of a 
 precision, measured before and after the updates; products of our own may be above it. Run it on an idle machine::
 
     python benchmarks/update.py --output docs/results/update.md
+
+Beside busy neighbors, the second time as the commands of this package do it, whose OpenMP threads soon sleep::
+
+    python benchmarks/update.py --busy 2 --sizes 16x256x512 4x32x256 --modes eager compiled bfloat16
+    GOMP_SPINCOUNT=1000 python benchmarks/update.py --busy 2 --sizes 16x256x512 4x32x256 --modes eager compiled bfloat16
 """
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
+import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -41,8 +49,6 @@ from gymnasium import spaces
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
-from sb3_deepcrl.analysis.provenance import processor
-from sb3_deepcrl.analysis.runs import write_rows
 from sb3_deepcrl.common import compilation
 
 # Observation, goal and action of the humanoid tasks
@@ -283,7 +289,7 @@ def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[],
         return jax_update(size, {key: value.numpy() for key, value in observations.items()}, actions.numpy())
     if mode == "plain":
         return lambda: plain_update(model, observations, actions)
-    return lambda: model._run_update(observations, actions)
+    return lambda: model._runner.run(observations, actions)
 
 
 def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]:
@@ -325,7 +331,9 @@ def machine(args: argparse.Namespace) -> str:
     """
     if args.device == "cuda":
         return f"{th.cuda.get_device_name()}, torch {th.__version__}"
-    return f"{args.n_threads} threads of {processor()} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
+    processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    name = processor[1] if processor else platform.machine()
+    return f"{args.n_threads} threads of {name} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
 
 
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
@@ -335,6 +343,8 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     :return: Table in Markdown
     """
     beside = f" with {args.busy} busy processes beside" if args.busy else ""
+    if "GOMP_SPINCOUNT" in os.environ:
+        beside += f" and GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}"
     plain = {row["size"]: row["ms"] for row in rows if row["mode"] == "plain"}
     lines = [
         "# Time and memory of one update",
@@ -437,7 +447,10 @@ def main() -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text)
-        write_rows(args.output.with_suffix(".csv"), rows)
+        with args.output.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
         draw(rows, args.output.with_suffix(".png"))
 
 

@@ -622,7 +622,7 @@ def graph(model: DeepCRL) -> StandInBackend:
     """Give the model's updates to a stand-in, as ``UpdateRunner`` gives them to CUDA."""
     n_metrics = 8 + (model.ent_coef_optimizer is not None)
     backend = StandInBackend(th.empty(n_metrics))
-    model._run_update.graph = GraphedFunction(model._run_update.update_minibatch, backend)
+    model._runner.graph = GraphedFunction(model._runner.update_minibatch, backend)
     return backend
 
 
@@ -654,7 +654,7 @@ def test_graph_is_captured_anew_when_what_it_keeps_changes(change):
     model = make_model().learn(40)
     backend = graph(model)
     # The stand-in captures what PyTorch's optimizers refuse to do on a CPU
-    model._run_update.prepare = lambda optimizers: None
+    model._runner.prepare_optimizers = lambda: None
     model.train(5, 32)
     model.train(5, 32)
     assert len(backend.graphs) == 1
@@ -765,8 +765,8 @@ def test_cuda_graphs_on_a_gpu(tmp_path, monkeypatch):
     for model in models:
         model.set_random_seed(0)
         model.train(20, 32)
-    assert models[1]._run_update.graph._graph is not None
-    assert models[0]._run_update.graph is None
+    assert models[1]._runner.graph._graph is not None
+    assert models[0]._runner.graph is None
     for actual, wanted in zip(models[1].policy.parameters(), models[0].policy.parameters(), strict=True):
         th.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
     observation = models[1].env.reset()

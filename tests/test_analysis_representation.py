@@ -125,7 +125,7 @@ def test_recorded_states_and_actions_belong_together():
 @pytest.mark.parametrize("normalize", [False, True])
 def test_embeddings_are_those_of_the_critic(normalize, energy):
     env = DummyVecEnv([GoalReachEnv])
-    model = make_model(VecNormalize(env) if normalize else env, energy=energy).learn(60)
+    model = make_model(VecNormalize(env) if normalize else env, policy_kwargs=dict(repr_dim=8, energy=energy)).learn(60)
     trajectory = record_episodes(make_model(env), env)[0]
     embeddings, goal, energies = _embed(model, trajectory)
     assert (embeddings.shape, goal.shape) == ((len(trajectory.actions), 8), (8,))
@@ -142,9 +142,7 @@ def test_embeddings_are_those_of_the_critic(normalize, energy):
 def study_of(tmp_path, env_id: str = "PointUMaze-v0", steps: int = 100) -> RepresentationStudy:
     options = {**TOY, "n_eval_episodes": 8, "env_kwargs": {"max_episode_steps": steps}}
     study = RepresentationStudy(env=env_id, depths=(4, 8), runs=tmp_path, **options)
-    models = {
-        depth: DeepCRL("MultiInputPolicy", env_id, depth=depth, width=8, repr_dim=4, buffer_size=2000) for depth in (4, 8)
-    }
+    models = {depth: DeepCRL("MultiInputPolicy", env_id, depth=depth, width=8, buffer_size=2000) for depth in (4, 8)}
     write_all(study, depth_4=models[4], depth_8=models[8])
     return study
 

@@ -66,14 +66,14 @@ def train(runs: Path, n_seeds: int = 1, **kwargs) -> str:
 
 
 def test_command():
-    hyperparams = {"energy": "dot", "policy_kwargs": {"activation_fn": Expression("nn.ReLU"), "norm": "none"}}
+    hyperparams = {"contrastive_loss": "symmetric", "policy_kwargs": {"activation_fn": Expression("nn.ReLU"), "norm": "none"}}
     run = replace(RUN, algo="sac", hyperparams={**hyperparams, "callback": ["{folder}"]}, env_kwargs={"maze": "u"}, seed=3)
     folder = str(run.folder(Path("runs")))
     assert run.command(Path("runs")) == [
         *("python", "-m", "sb3_deepcrl.zoo", "train", "--algo", "sac", "--env", "PointUMaze-v0", "-f", folder),
         *("-n", "160", "--seed", "3", "--eval-env", "PointUMazeEval-v0", "--eval-freq", "40", "--eval-episodes", "4"),
         *("--n-eval-envs", "4", "--save-freq", "40", "--save-replay-buffer", "--resume"),
-        *("--hyperparams", "energy:'dot'", "policy_kwargs:{'activation_fn': nn.ReLU, 'norm': 'none'}"),
+        *("--hyperparams", "contrastive_loss:'symmetric'", "policy_kwargs:{'activation_fn': nn.ReLU, 'norm': 'none'}"),
         *(f"callback:['{folder}']", "--env-kwargs", "maze:'u'"),
     ]
 
@@ -113,7 +113,7 @@ def test_evaluations_up_to_the_steps(tmp_path):
     ("what", "message"),
     [
         ("source", r"was made with other code of sb3_deepcrl \(source other, now \w+\)\. Use another folder"),
-        ("config", r"`gamma=0\.5`, where deepcrl\.yml has 0\.95 now; and 1 more of these runs\. Use another folder"),
+        ("config", r"`gamma=0\.5`, where zoo_configs has 0\.95 now; and 1 more of these runs\. Use another folder"),
     ],
 )
 def test_runs_of_other_code_are_not_taken(tmp_path, what, message):

@@ -4,7 +4,7 @@ import torch as th
 from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_deepcrl import DeepCRL
-from sb3_deepcrl.analysis import ScaleStudy
+from sb3_deepcrl.analysis import DepthStudy, ScaleStudy
 from sb3_deepcrl.analysis.scale import Size, _make_policy, _nearest, count_operations
 from tests.studies import results_of_scores
 
@@ -58,17 +58,17 @@ def test_nearest_number(target, number):
 def test_matches_are_equal_within_one_unit(env_id, match):
     study = ScaleStudy(env=env_id, depth=4, width=64, depths=[16, 64], match=[match])
     for depth in study.depths:
-        deeper, size = Size(depth, 64, study.batch_size), study.matches[depth, match]
+        deeper, size = Size(depth, 64, study.shallow.batch_size), study.matches[depth, match]
 
         def count(size: Size) -> int:
             return study.count(size, match)
 
         assert size.depth == 4
         if match == "batch":
-            assert size.width == 64 and size.batch_size > study.batch_size
+            assert size.width == 64 and size.batch_size > study.shallow.batch_size
             one_more, one_less = (Size(4, 64, size.batch_size + unit) for unit in (1, -1))
         else:
-            assert size.width > 64 and size.batch_size == study.batch_size
+            assert size.width > 64 and size.batch_size == study.shallow.batch_size
             one_more, one_less = (Size(4, size.width + unit, size.batch_size) for unit in (1, -1))
         target = count(deeper)
         assert count(one_less) < target < count(one_more)
@@ -90,6 +90,14 @@ def test_settings_are_shared():
     size = study.matches[16, "batch"]
     assert ["other batch"] not in ScaleStudy(**options, batch_sizes=[256]).sizes.values()
     assert ScaleStudy(**options, batch_sizes=[size.batch_size, 256]).sizes[size] == names[2]
+
+
+def test_runs_are_those_of_the_depth_study():
+    # The point has width 32 and minibatches of 256 in zoo_configs
+    settings, depths = ScaleStudy(match=("batch",)).settings(), DepthStudy(depths=(4, 16)).settings()
+    assert settings["depth 4, width 32, batch 256"] == depths["depth 4"]
+    assert settings["depth 16, width 32, batch 256"] == depths["depth 16"]
+    assert settings["depth 16, width 32, batch 1024"].hyperparams == {"depth": 16, "batch_size": 1024}
 
 
 def test_report_of_known_scores():

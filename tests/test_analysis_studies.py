@@ -244,10 +244,10 @@ def test_help(capsys, name):
 
 
 def test_keys_and_values():
-    texts = ("gamma:0.9", "energy:dot", "a:b:c", "kwargs:{'x': 1}", "flag:True")
-    expected = [("gamma", 0.9), ("energy", "dot"), ("a", "b:c"), ("kwargs", {"x": 1}), ("flag", True)]
+    texts = ("gamma:0.9", "contrastive_loss:symmetric", "a:b:c", "kwargs:{'x': 1}", "flag:True")
+    expected = [("gamma", 0.9), ("contrastive_loss", "symmetric"), ("a", "b:c"), ("kwargs", {"x": 1}), ("flag", True)]
     assert [key_value(text) for text in texts] == expected
-    hyperparams = {"energy": "dot", "buffer_size": 4000, "ent_coef": "0.1", "policy_kwargs": {"norm": "none"}}
+    hyperparams = {"contrastive_loss": "symmetric", "buffer_size": 4000, "ent_coef": "0.1", "policy_kwargs": {"norm": "none"}}
     words = shlex.split(DepthStudy(hyperparams=hyperparams).command())
     assert dict(map(key_value, words[words.index("--hyperparams") + 1 :])) == hyperparams
 

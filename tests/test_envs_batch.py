@@ -431,7 +431,7 @@ def test_sac_her_and_deepcrl_train(face):
         "MultiInputPolicy", make(), replay_buffer_class=HerReplayBuffer, policy_kwargs={"net_arch": [16]}, **settings
     ).learn(240)
     assert sac._n_updates > 20
-    model = DeepCRL("MultiInputPolicy", make(), depth=4, width=16, repr_dim=8, **settings).learn(240)
+    model = DeepCRL("MultiInputPolicy", make(), depth=4, width=16, **settings).learn(240)
     assert model.num_timesteps == 240
     assert len(model.ep_success_buffer) == len(model.ep_info_buffer) == 16
     rewards, lengths = evaluate_policy(model, make(), n_eval_episodes=4, return_episode_rewards=True)

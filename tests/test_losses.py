@@ -140,6 +140,26 @@ def test_squashed_gaussian_gradients():
     th.testing.assert_close(by_row(mean.detach(), log_std.detach(), noise), expected)
 
 
+@pytest.mark.skipif(load_kernel() is None, reason="no AVX2 or no compiler")
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (33, 17)])
+def test_fused_squashed_gaussian(shape):
+    th.manual_seed(0)
+    mean, log_std, noise = 3 * th.randn(shape), th.randn(shape), th.randn(shape)
+    mean[0] = th.tensor([40.0, -40.0, 0.0])[: shape[1]].repeat(shape[1])[: shape[1]]
+    inputs = [value.double().requires_grad_() for value in (mean, log_std)]
+    expected = squashed_gaussian(*inputs, noise.double())
+    fused = [value.requires_grad_() for value in (mean, log_std)]
+    outputs = squashed_gaussian(*fused, noise, fused=True)
+    for output, wanted in zip(outputs, expected, strict=True):
+        th.testing.assert_close(output, wanted.float(), rtol=1e-6, atol=1e-5)
+    for values in (outputs, expected):
+        (values[0].sum() + values[1].square().sum()).backward()
+    for ours, wanted in zip(fused, inputs, strict=True):
+        th.testing.assert_close(ours.grad, wanted.grad.float(), rtol=1e-5, atol=1e-4)
+    actions, log_prob = squashed_gaussian(th.full(shape, th.nan), log_std, noise, fused=True)
+    assert actions.isnan().all() and log_prob.isnan().all()
+
+
 def test_squashed_gaussian_by_hand():
     # At zero: density of the normal law, and the derivative of tanh is one
     zero = th.zeros(1, 1, dtype=th.float64)

@@ -15,7 +15,7 @@ from torch import nn
 from sb3_deepcrl import compile_blocks, uncompile_blocks
 from sb3_deepcrl.common import compilation, tower_kernel
 from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
-from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, check_memory, has_kernel, load_kernel
+from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, _check_memory, apply_heads, has_kernel, load_kernel
 
 has_avx2 = th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no AVX2 or no compiler")
@@ -124,6 +124,39 @@ def test_output_and_gradients(n_rows, input_dim, depth, width, kwargs, n_threads
         assert_close(gradients(kernel, x, upper), expected, 1e-5 if depth < 64 else 2e-5)
         kernel.checkpoint_activations = False
     assert all(parameter.grad is None for parameter in kernel.parameters())
+
+
+@needs_kernel
+@pytest.mark.parametrize("sizes", [(1,), (17, 17), (3, 300)])
+@pytest.mark.parametrize(("n_rows", "width"), [(1, 16), (77, 48), (517, 32)])
+def test_other_heads(sizes, n_rows, width, n_threads):
+    """One call does them all, also if nobody differentiates one of them."""
+    n_threads(2)
+    tower = make_tower(5, None, 8, width)
+    heads = [nn.Linear(width, size) for size in sizes]
+    everything = nn.ModuleList([tower, *heads])
+    exact = deepcopy(everything).double()
+    kernel = nn.ModuleList([on_kernel(tower), *deepcopy(heads)])
+    for head in kernel[1:]:
+        head._call_impl = refuse
+    x = th.randn(n_rows, 5)
+
+    def differentiate(modules, x, n_used):
+        x = x.clone().requires_grad_()
+        outputs = apply_heads(modules[0], x, *modules[1:])
+        assert [tuple(output.shape) for output in outputs] == [(n_rows, size) for size in sizes]
+        loss = sum(output.square().sum() for output in outputs[:n_used])
+        inputs = [x, *modules.parameters()]
+        return [*outputs, *th.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)]
+
+    for n_used in {1, len(sizes)}:
+        assert_close(differentiate(kernel, x, n_used), differentiate(exact, x.double(), n_used))
+    # What is done to a head, or in place of it, counts
+    with th.no_grad():
+        kernel[1].weight.zero_()
+        assert th.equal(apply_heads(kernel[0], x, *kernel[1:])[0], kernel[1].bias.expand(n_rows, -1))
+        other = nn.Linear(width, 2)
+        assert_close(apply_heads(kernel[0], x, other), [deepcopy(other).double()(exact[0](x.double()))])
 
 
 @needs_bfloat16
@@ -271,6 +304,10 @@ OTHERS = {
     "shared": lambda tower: setattr(tower.blocks[0].branch[3], "weight", tower.blocks[1].branch[3].weight),
     "hook": lambda tower: tower.blocks[0].branch[3].register_forward_hook(lambda *_: None),
     "hook of a container": lambda tower: tower.blocks.register_forward_pre_hook(lambda *_: None),
+    "hook of the head": lambda tower: tower.head.register_forward_hook(lambda *_: None),
+    "head": lambda tower: setattr(tower, "head", nn.Sequential(nn.Linear(32, 3), nn.Tanh())),
+    "empty head": lambda tower: setattr(tower, "head", nn.Linear(32, 0)),
+    "head without bias": lambda tower: setattr(tower, "head", nn.Linear(32, 3, bias=False)),
     "hook of the tower": lambda tower: tower.register_full_backward_hook(lambda *_: None),
 }
 
@@ -477,11 +514,11 @@ def test_copies_are_uncompiled():
 
 @needs_kernel
 def test_out_of_memory_is_an_error():
-    kernel, width = load_kernel(), 2**24
-    assert not kernel.tower_forward(None, None, None, None, 1, 1, width, 1, 1e-6, False, True, 1)
-    assert not kernel.tower_backward(*[None] * 5, 1, 1, width, 1, 1e-6, False, True, 1)
+    kernel, shape = load_kernel(), tower_kernel._Shape(n_inputs=1, width=2**24, n_blocks=1)
+    assert not kernel.tower_forward(shape, 1, False, True, 1, None, None, None)
+    assert not kernel.tower_backward(shape, 1, False, True, 1, None, None, None, None)
     with pytest.raises(MemoryError, match=re.escape("inputs of shape (64, 5): use a smaller batch")):
-        check_memory(False, th.zeros(64, 5))
+        _check_memory(False, th.zeros(64, 5))
     # The workspace is as it was
     tower, x = make_tower(), th.randn(64, 5)
     assert_close([on_kernel(tower)(x)], [deepcopy(tower).double()(x.double())])
@@ -542,7 +579,6 @@ def test_what_cannot_be_flat():
     for optimizer in (
         th.optim.SGD(parameters, lr=0.1),
         th.optim.Adam(parameters, amsgrad=True),
-        th.optim.Adam(parameters[1:]),
         th.optim.Adam([dict(params=parameters[:3]), dict(params=parameters[3:], lr=0.1)]),
     ):
         assert FlatParameters.make(tower, optimizer) is None

@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_deepcrl import GoalEvalCallback
 from sb3_deepcrl.analysis.episodes import make_envs
@@ -109,8 +110,13 @@ class Learners(BaseCallback):
             return DeepCRL("MultiInputPolicy", self.training_env, **kwargs)
 
     def _on_training_start(self) -> None:
-        for evaluations in self.evaluations.values():
-            evaluations.on_training_start(self.locals, self.globals)
+        collector = self.model
+        assert isinstance(collector, DeepCRL) and isinstance(collector.train_freq, TrainFreq)
+        rollout = collector.train_freq.frequency * self.training_env.num_envs
+        for depth, learner in self.learners.items():
+            # As `learn()` does, which they never see
+            learner._setup_acceleration(self.locals["total_timesteps"] * max(collector.gradient_steps, 1) // rollout)
+            self.evaluations[depth].on_training_start(self.locals, self.globals)
 
     def _on_rollout_start(self) -> None:
         self._catch_up()
@@ -132,6 +138,7 @@ class Learners(BaseCallback):
         self._catch_up()
 
     def _catch_up(self) -> None:
+        # Counters of Stable-Baselines3 that nothing public tells or sets
         for depth, learner in self.learners.items():
             learner._current_progress_remaining = self.model._current_progress_remaining
             with _own_random_numbers(self.model.seed or 0, depth, self.num_timesteps):

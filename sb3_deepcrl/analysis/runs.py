@@ -147,6 +147,24 @@ def mean_evaluations(folder: "RunFolder", steps: int) -> dict[str, np.ndarray]:
     return {name: values[:n].reshape(n, -1).astype(float).mean(axis=1) for name, values in arrays.items()} if n else {}
 
 
+def config_entry(algo: str, env_id: str) -> dict[str, Any]:
+    """
+    Read the defaults of a run.
+
+    :param algo: The algorithm
+    :param env_id: Id of the env
+    :return: Its entry in ``zoo_configs``, empty if there is none
+    """
+    import yaml
+
+    from sb3_deepcrl.zoo.config import find_config
+
+    if (path := find_config(None, algo, env_id)) is None:
+        return {}
+    entries = yaml.safe_load(Path(path).read_text())
+    return dict(entries.get(env_id, entries.get("default", {})))
+
+
 def check_origin(all_runs: Sequence[Run], runs: Path) -> None:
     """
     Check that what there is of runs was made with the code and the configs that are here.
@@ -166,21 +184,16 @@ def check_origin(all_runs: Sequence[Run], runs: Path) -> None:
 
 def _differences(run: Run, runs: Path) -> str:
     """What a run was made with in place of what there is now, in words; nothing if it has not begun."""
-    import yaml
-
-    from sb3_deepcrl.zoo.config import find_config
     from sb3_deepcrl.zoo.provenance import source_digest
 
     records = run.made_with(runs)
     sources = dict.fromkeys(record["source"] for record in records if record["source"] != source_digest())
     changes = [f"other code of sb3_deepcrl (source {', '.join(sources)}, now {source_digest()})"] if sources else []
-    env_id = run.env.rpartition(":")[2]
-    if records and (path := find_config(None, run.algo, env_id)) is not None:
-        entries, then = yaml.safe_load(Path(path).read_text()), run.read(runs).config()
-        entry = entries.get(env_id, entries.get("default"))
+    if records:
+        then = run.read(runs).config()
         changes += [
-            f"`{name}={then.get(name)!r}`, where {Path(path).name} has {value!r} now"
-            for name, value in entry.items()
+            f"`{name}={then.get(name)!r}`, where zoo_configs has {value!r} now"
+            for name, value in config_entry(run.algo, run.env.rpartition(":")[2]).items()
             if name not in run.hyperparams and name not in ("n_timesteps", "env_kwargs") and then.get(name) != value
         ]
     return "; ".join(changes)
@@ -204,7 +217,7 @@ def _locked(folder: Path, is_stopped: threading.Event) -> Iterator[tuple[int, ..
         yield (file.fileno(),)
 
 
-class LocalRuns:
+class _LocalRuns:
     """The runs in training that this process has started, so that they can be stopped."""
 
     def __init__(self) -> None:
@@ -212,14 +225,7 @@ class LocalRuns:
         self.processes: set[subprocess.Popen[bytes]] = set()
 
     def train(self, command: Sequence[str], folder: Path, n_threads: int) -> None:
-        """
-        Train one run, with all that it says in ``train.log``.
-
-        :param command: Its command
-        :param folder: Its folder
-        :param n_threads: Number of threads
-        :raises ChildProcessError: if it fails
-        """
+        """Train one run, with all that it says in ``train.log``."""
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
         with _locked(folder, self.is_stopped) as lock, (folder / "train.log").open("ab+") as log:
@@ -236,6 +242,9 @@ class LocalRuns:
                 process_group=0 if os.name == "posix" else None,
             )
             self.processes.add(process)
+            if self.is_stopped.is_set():
+                # A moment ago
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
             if code != 0 and not self.is_stopped.is_set():
@@ -258,7 +267,7 @@ class LocalRuns:
 
 
 # joblib's backends that send a run elsewhere find this one there
-_local_runs = LocalRuns()
+_local_runs = _LocalRuns()
 
 
 def _train(command: Sequence[str], folder: Path, n_threads: int) -> None:
@@ -274,12 +283,7 @@ def _describe_failure(code: int, said: str, folder: Path) -> str:
     return "\n".join([f"A run {how}. The end of {folder / 'train.log'}:", *lines[-20:]])
 
 
-def usable_cores() -> int:
-    """
-    Count the cores that this process may use.
-
-    :return: Their number
-    """
+def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -318,9 +322,9 @@ def train_all(
 
             register_ray()
         is_local = backend == "threading"
-        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or (usable_cores() if is_local else -1)))
+        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or (_usable_cores() if is_local else -1)))
         n_jobs = max(1, min(effective_n_jobs(), len(open_runs)))
-        n_threads = max(1, usable_cores() // n_jobs)
+        n_threads = max(1, _usable_cores() // n_jobs)
         stack.enter_context(_progress(all_runs, runs, len(open_runs), console or get_console()))
         _local_runs.is_stopped.clear()
         stack.callback(_local_runs.stop)

@@ -14,11 +14,13 @@ from torch import nn
 
 from sb3_deepcrl.analysis.episodes import make_env
 from sb3_deepcrl.analysis.report import Results, depth_colors, draw_estimates, new_figure
-from sb3_deepcrl.analysis.runs import Run
+from sb3_deepcrl.analysis.runs import Run, config_entry
 from sb3_deepcrl.analysis.statistics import Estimate, final_estimate
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
+from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
+from sb3_deepcrl.env_ids import find_spec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,10 +115,10 @@ class ScaleStudy(Study):
 
     depth: int = 4
     """Depth of the shallow network"""
-    width: int = 256
-    """Width of the shallow network and of the deeper ones"""
-    batch_size: int = 256
-    """Size of the minibatches"""
+    width: int | None = None
+    """Width of the shallow network and of the deeper ones, by default that of the env in zoo_configs"""
+    batch_size: int | None = None
+    """Size of the minibatches, by default that of the env in zoo_configs"""
     depths: tuple[int, ...] = (16,)
     """Depths of the deeper networks"""
     match: tuple[Literal["parameters", "operations", "batch"], ...] = ("parameters", "operations", "batch")
@@ -135,6 +137,15 @@ class ScaleStudy(Study):
             )
 
     @cached_property
+    def _defaults(self) -> dict[str, int]:
+        entry, parameters = config_entry("deepcrl", find_spec(self.env).id), inspect.signature(DeepCRL).parameters
+        return {name: entry.get(name, parameters[name].default) for name in ("width", "batch_size")}
+
+    def _run_of(self, size: Size) -> Run:
+        # The same as in other studies where it is the same
+        return self.make_run(**{name: n for name, n in asdict(size).items() if self._defaults.get(name) != n})
+
+    @cached_property
     def _spaces(self) -> tuple[Any, Any]:
         env = make_env(self.env, self.env_kwargs)
         env.close()
@@ -148,7 +159,7 @@ class ScaleStudy(Study):
         :param what: "parameters", or anything else for the operations of an update
         :return: Their number
         """
-        hyperparams = self.make_run(**asdict(size)).hyperparams
+        hyperparams = {**self._run_of(size).hyperparams, **asdict(size)}
         names = inspect.signature(DeepCRLPolicy).parameters
         policy_kwargs = {name: value for name, value in hyperparams.items() if name in names}
         policy = _make_policy(*self._spaces, {**policy_kwargs, **hyperparams.get("policy_kwargs", {})})
@@ -159,7 +170,7 @@ class ScaleStudy(Study):
     @property
     def shallow(self) -> Size:
         """The shallow network, with which all others are compared."""
-        return Size(self.depth, self.width, self.batch_size)
+        return Size(self.depth, self.width or self._defaults["width"], self.batch_size or self._defaults["batch_size"])
 
     @cached_property
     def matches(self) -> dict[tuple[int, str], Size]:
@@ -184,11 +195,11 @@ class ScaleStudy(Study):
                 sizes.setdefault(self.matches[depth, match], []).append(f"{names[match]} of depth {depth}")
         for depth in (self.depth, *self.depths):
             for batch_size in self.batch_sizes:
-                sizes.setdefault(Size(depth, self.width, batch_size), ["other batch"])
+                sizes.setdefault(Size(depth, self.shallow.width, batch_size), ["other batch"])
         return sizes
 
     def settings(self) -> dict[str, Run]:
-        return {str(size): self.make_run(**asdict(size)) for size in self.sizes}
+        return {str(size): self._run_of(size) for size in self.sizes}
 
     def columns(self) -> dict[str, dict[str, Any]]:
         return {
@@ -207,7 +218,7 @@ class ScaleStudy(Study):
             pairs.append((replace(self.shallow, depth=depth), size, f", which has as many {what}"))
         if len(self.batch_sizes) > 1:
             for depth in (self.depth, *self.depths):
-                least, most = (Size(depth, self.width, edge(self.batch_sizes)) for edge in (min, max))
+                least, most = (Size(depth, self.shallow.width, edge(self.batch_sizes)) for edge in (min, max))
                 pairs.append((most, least, ""))
         return [
             f"Time at goal of {size} against {other}{why}: {estimates[str(size)].compare(estimates[str(other)])}."
@@ -228,7 +239,7 @@ class ScaleStudy(Study):
             ax.set(xlabel={"parameters": "million parameters", "operations": "10^9 operations an update"}[what])
         ax = axes[0, 2]
         for depth, color in depth_colors([self.depth, *self.depths]).items():
-            line = [size for size in estimates if (size.depth, size.width) == (depth, self.width)]
+            line = [size for size in estimates if (size.depth, size.width) == (depth, self.shallow.width)]
             draw_estimates(ax, {size.batch_size: estimates[size] for size in line}, f"depth {depth}", color)
         ax.set(xlabel="batch size")
         for ax in axes[0]:

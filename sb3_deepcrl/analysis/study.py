@@ -56,7 +56,7 @@ class Study(ABC):
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of both envs, e.g. cell_size:4.0"""
     hyperparams: dict[str, Any] = field(default_factory=dict)
-    """Hyperparameters, where they are not to be those of the env in zoo_configs, e.g. width:32 n_envs:16 energy:dot"""
+    """Hyperparameters, where they are not to be those of the env in zoo_configs, e.g. width:32 n_envs:16 ent_coef:auto"""
     seeds: int = 3
     """Number of seeds"""
     steps: int = 1_000_000
@@ -203,7 +203,8 @@ class Study(ABC):
         all_runs = [run for seeds in runs_by_label.values() for run in seeds]
         if self.dry_run:
             open_runs = [run for run in all_runs if not run.is_complete(self.runs)]
-            print(*dict.fromkeys(shlex.join(run.command(self.runs)) for run in open_runs), sep="\n")
+            for command in dict.fromkeys(shlex.join(run.command(self.runs)) for run in open_runs):
+                print(command)
             return None
         if not self.reuse_other_code:
             check_origin(all_runs, self.runs)

@@ -221,7 +221,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
     :param module: The network
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # `module.parameters()` also makes names, for which the update of a deep and narrow network would wait
+    modules, found = [module], list[nn.Parameter | None]()
+    for part in modules:
+        modules += [child for child in part._modules.values() if child is not None]
+        found += part._parameters.values()
+    parameters = [parameter for parameter in found if parameter is not None and parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

@@ -1,8 +1,10 @@
-// What an update of DeepCRL does on a CPU, besides small change: residual towers forward and backward, InfoNCE and Adam.
+// What an update of DeepCRL does on a CPU, besides small change: residual towers forward and backward, InfoNCE, the sample of
+// a squashed Gaussian and Adam.
 //
-// A tower is a stem and residual blocks. The stem is one layer, [Dense, LayerNorm, Swish], a block four of them whose
-// outcome is added to the features: x + scale * F(x). All is float32, but for the factors of matrix products and what is
-// kept of them for the backward pass, which may be rounded to bfloat16.
+// A tower is a stem, residual blocks and heads. The stem is one layer, [Dense, LayerNorm, Swish], a block four of them whose
+// outcome is added to the features: x + scale * F(x). Heads are Dense layers that take the last features. All is float32, but
+// for the factors of the products in stem and blocks and what is kept of them for the backward pass, which may be rounded to
+// bfloat16.
 //
 // The rows of a minibatch are divided among the threads, and each thread takes its rows through one block after the other,
 // some at a time: block weights and those rows stay in its cache meanwhile. Threads meet once a block, in the backward pass
@@ -22,6 +24,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <thread>
 
@@ -456,11 +459,15 @@ struct Block {
   // Null if the block does not add its input, in gradients also if it is not learned
   Float* scale;
 };
+template <class Float>
+struct Head {
+  Float *weight, *bias;
+};
 // What the caller gives as an array of addresses
 template <class Float>
 struct Parameters {
   Layer<Float> stem;
-  // and the others
+  // and the others, then the heads
   Block<Float> blocks[1];
 };
 
@@ -640,8 +647,12 @@ inline void strips_of_rows(const float* words, int64_t n_words, float* strips, i
 
 // ---------------------------------------------------------------- tower
 
+// As the caller describes it
 struct Shape {
-  int64_t n_rows, n_inputs, width, n_blocks;
+  int64_t n_inputs, width, n_blocks, n_heads;
+  // Outputs of each head; without heads the features are the output
+  const int64_t* head_sizes;
+  const Parameters<const float>* parameters;
   float eps;
 };
 
@@ -650,41 +661,41 @@ constexpr int64_t MAX_CHUNK = 64;
 
 template <class Type>
 struct Tower {
-  const Shape shape;
+  const Shape& shape;
   const Parameters<const float>* parameters;
-  // Numbers of words and rows, rounded up to what the products take
-  const int64_t rows, input_words, words, width;
+  const int64_t n_rows, width;
+  // Numbers of words, rows and outputs, rounded up to what the products take
+  const int64_t rows, input_words, words, n_outputs;
   // Where the parts of what is kept for the backward pass begin
-  const int64_t weight_size, input_size, feature_size, z_size;
+  const int64_t weight_size, input_size, z_size;
   const bool keep_products;
 
-  Tower(const Shape& shape, const Parameters<const float>* parameters, bool keep_products)
+  Tower(const Shape& shape, int64_t n_rows, bool keep_products)
       : shape(shape),
-        parameters(parameters),
-        rows(round_up(shape.n_rows, Type::ROWS)),
-        input_words(round_up(shape.n_inputs, 32) / Type::TERMS),
-        words(shape.width / Type::TERMS),
+        parameters(shape.parameters),
+        n_rows(n_rows),
         width(shape.width),
-        weight_size(shape.width * words),
+        rows(round_up(n_rows, Type::ROWS)),
+        input_words(round_up(shape.n_inputs, 32) / Type::TERMS),
+        words(width / Type::TERMS),
+        n_outputs(round_up(std::accumulate(shape.head_sizes, shape.head_sizes + shape.n_heads, int64_t{0}), LANES)),
+        weight_size(width * words),
         input_size(rows * input_words),
-        feature_size(rows * words),
         z_size(rows * words),
         keep_products(keep_products) {}
 
   int64_t n_layers() const { return 1 + N_LAYERS * shape.n_blocks; }
-  // Inputs of the stem, inputs of all blocks, products (of the stem, then of all layers) and their statistics
+  // Inputs of the stem, of all blocks and of the heads, products (of the stem, then of all layers) and their statistics
   int64_t n_kept_layers() const { return keep_products ? n_layers() : 1; }
   int64_t kept_size() const {
-    return input_size + shape.n_blocks * feature_size + n_kept_layers() * (z_size + 2 * rows);
+    return input_size + shape.n_blocks * z_size + n_kept_layers() * (z_size + 2 * rows) + (n_outputs ? rows * width : 0);
   }
-  float* block_input(float* kept, int64_t b) const { return kept + input_size + b * feature_size; }
-  float* z_of(float* kept, int64_t layer) const {
-    return kept + input_size + shape.n_blocks * feature_size + layer * z_size;
-  }
-  float* statistics_of(float* kept, int64_t layer) const {
-    return kept + input_size + shape.n_blocks * feature_size + n_kept_layers() * z_size + layer * 2 * rows;
-  }
-  int64_t packed_size() const { return width * input_words + N_LAYERS * shape.n_blocks * weight_size; }
+  float* block_input(float* kept, int64_t b) const { return kept + input_size + b * z_size; }
+  float* z_of(float* kept, int64_t layer) const { return kept + input_size + (shape.n_blocks + layer) * z_size; }
+  float* statistics_of(float* kept, int64_t layer) const { return z_of(kept, n_kept_layers()) + layer * 2 * rows; }
+  float* head_input(float* kept) const { return statistics_of(kept, n_kept_layers()); }
+  // The heads come last
+  int64_t packed_size() const { return packed_offset(shape.n_blocks, 0) + n_outputs * width; }
   int64_t packed_offset(int64_t b, int64_t l) const {
     return round_up(shape.n_inputs, 32) * words + (b * N_LAYERS + l) * weight_size;
   }
@@ -696,12 +707,33 @@ struct Tower {
     return std::max<int64_t>(1, std::min({n_threads, rows / MAX_CHUNK, n_products / 20'000'000}));
   }
 
-  void pack_for_forward(float* packed, int64_t index, const Team& team) const {
+  // Calls function(head, size, column) with each head and where its outputs begin among those of all
+  template <class Float, class Function>
+  void for_heads(const Parameters<Float>* of, Function function) const {
+    const auto* heads = reinterpret_cast<const Head<Float>*>(of->blocks + shape.n_blocks);
+    for (int64_t i = 0, column = 0; i < shape.n_heads; column += shape.head_sizes[i++])
+      function(heads[i], shape.head_sizes[i], column);
+  }
+
+  // Weights and biases of all heads as one, with zeros up to whole vectors
+  void join_heads(float* weight, float* bias) const {
+    std::fill_n(weight, n_outputs * width, 0.0f);
+    std::fill_n(bias, n_outputs, 0.0f);
+    for_heads(parameters, [&](const Head<const float>& head, int64_t size, int64_t column) {
+      std::copy_n(head.weight, size * width, weight + column * width);
+      std::copy_n(head.bias, size, bias + column);
+    });
+  }
+
+  void pack_for_forward(const float* heads, float* packed, int64_t index, const Team& team) const {
     const int64_t n_strips = width / LANES;
-    const Share share(n_layers() * n_strips, index, team);
+    const Share share(n_layers() * n_strips + n_outputs / LANES, index, team);
     for (int64_t i = share.first; i < share.last; ++i) {
-      const int64_t layer = i / n_strips - 1, strip = i % n_strips;
-      if (layer < 0)
+      const int64_t layer = i / n_strips - 1, strip = i % n_strips, head_strip = i - n_layers() * n_strips;
+      if (head_strip >= 0)
+        pack_forward<Float32>(heads + head_strip * LANES * width, width, width,
+                              packed + packed_offset(shape.n_blocks, 0) + head_strip * LANES * width);
+      else if (layer < 0)
         pack_forward<Type>(parameters->stem.weight + strip * LANES * shape.n_inputs, shape.n_inputs, input_words,
                            packed + strip * LANES * input_words);
       else
@@ -710,11 +742,13 @@ struct Tower {
     }
   }
 
-  void pack_for_backward(float* packed, int64_t index, const Team& team) const {
-    const Share share(n_layers() * width / 2, index, team);
+  void pack_for_backward(const float* heads, float* packed, int64_t index, const Team& team) const {
+    const Share share((n_layers() * width + n_outputs) / 2, index, team);
     for (int64_t i = share.first; i < share.last; ++i) {
-      const int64_t layer = 2 * i / width - 1, row = 2 * i % width;
-      if (layer < 0)
+      const int64_t layer = 2 * i / width - 1, row = 2 * i % width, head_row = 2 * i - n_layers() * width;
+      if (head_row >= 0)
+        pack_backward<Float32>(heads, width, head_row, packed + packed_offset(shape.n_blocks, 0), n_outputs * LANES);
+      else if (layer < 0)
         pack_backward<Type>(parameters->stem.weight, shape.n_inputs, row, packed, words * LANES);
       else
         pack_backward<Type>(layer_of(layer).weight, width, row, packed + packed_offset(0, layer), words * LANES);
@@ -744,18 +778,20 @@ struct Tower {
     }
   }
 
-  void forward(const float* x, float* out, float* kept, int64_t n_threads) const {
+  void forward(const float* x, float* const* outs, float* kept, int64_t n_threads) const {
     n_threads = useful_threads(n_threads);
-    const int64_t chunk_scratch = MAX_CHUNK * (2 * width + words + input_words);
-    Workspace workspace(packed_size() + rows * width + n_threads * chunk_scratch + 8 * LANES);
-    float *packed = workspace.take(packed_size()), *features = workspace.take(rows * width);
-    float* scratches = workspace.take(n_threads * chunk_scratch);
+    const int64_t chunk_scratch = MAX_CHUNK * (std::max(2 * width, n_outputs) + words + input_words);
+    Workspace workspace(packed_size() + n_outputs * (width + 1) + rows * width + n_threads * chunk_scratch + 8 * LANES);
+    float *packed = workspace.take(packed_size()), *heads = workspace.take(n_outputs * width);
+    float *head_biases = workspace.take(n_outputs), *scratches = workspace.take(n_threads * chunk_scratch);
+    float* features = kept && n_outputs ? head_input(kept) : workspace.take(rows * width);
+    join_heads(heads, head_biases);
     Team::run(n_threads, [&](int64_t index, Team& team) {
-      pack_for_forward(packed, index, team);
+      pack_for_forward(heads, packed, index, team);
       team.barrier();
       const Share share(rows / Type::ROWS, index, team);
       const int64_t end = share.last * Type::ROWS;
-      float *scratch = scratches + index * chunk_scratch, *block_words = scratch + 2 * MAX_CHUNK * width;
+      float *scratch = scratches + index * chunk_scratch, *block_words = scratch + MAX_CHUNK * std::max(2 * width, n_outputs);
       float* stem_words = block_words + MAX_CHUNK * words;
       Tiles<Type> tiles;
       for (int64_t b = -1; b < shape.n_blocks; ++b)
@@ -793,9 +829,21 @@ struct Tower {
                    }
                  });
         }
-      const int64_t n = std::min(end, shape.n_rows);
-      for (int64_t first = share.first * Type::ROWS; first < n; ++first)
-        std::copy_n(features + first * width, width, out + first * width);
+      for (int64_t first = share.first * Type::ROWS; first < std::min(end, n_rows); first += MAX_CHUNK) {
+        const int64_t count = std::min(MAX_CHUNK, end - first), n = std::min(count, n_rows - first);
+        if (!n_outputs) {
+          std::copy_n(features + first * width, n * width, outs[0] + first * width);
+          continue;
+        }
+        Float32::product<false>(count, n_outputs, width, features + first * width, width,
+                                packed + packed_offset(shape.n_blocks, 0), width * LANES, head_biases, 0, scratch, n_outputs);
+        float* const* out = outs;
+        for_heads(parameters, [&](const Head<const float>&, int64_t size, int64_t column) {
+          for (int64_t m = 0; m < n; ++m)
+            std::copy_n(scratch + m * n_outputs + column, size, *out + (first + m) * size);
+          ++out;
+        });
+      }
     });
   }
 
@@ -804,7 +852,7 @@ struct Tower {
     alignas(64) float terms[32];
     for (int64_t m = 0; m < count; ++m)
       for (int64_t j = 0; j < input_words * Type::TERMS; j += 32) {
-        const int64_t n = first + m < shape.n_rows ? std::clamp<int64_t>(shape.n_inputs - j, 0, 32) : 0;
+        const int64_t n = first + m < n_rows ? std::clamp<int64_t>(shape.n_inputs - j, 0, 32) : 0;
         std::fill(std::copy_n(x + (first + m) * shape.n_inputs + j, n, terms), terms + 32, 0.0f);
         for (int64_t k = 0; k < 32; k += Type::TERMS * LANES) {
           Vec x[2];
@@ -816,39 +864,78 @@ struct Tower {
 
   // Without gradients of the parameters (`gradients` is null) threads never meet
   template <bool PARAMETERS>
-  void backward(const float* dout, float* kept, float* dx, const Parameters<float>* gradients, int64_t n_threads) const {
+  void backward(const float* const* douts, float* kept, float* dx, const Parameters<float>* gradients,
+                int64_t n_threads) const {
     n_threads = useful_threads(n_threads);
     const int64_t padded_inputs = input_words * Type::TERMS, row_words = rows / Type::TERMS;
     // From one strip to the next; not a multiple of the size of a page, on which caches put all strips in few places
-    const int64_t stride = row_words * LANES + LANES, operand = round_up(std::max(width, padded_inputs), LANES) / LANES * stride;
+    const int64_t stride = row_words * LANES + LANES, head_stride = rows * LANES + LANES;
+    const int64_t operand = round_up(std::max({width, padded_inputs, n_outputs}), LANES) / LANES * stride;
     const int64_t n_sums = round_up((N_LAYERS * 3 + 1) * width, 64);
     const int64_t recomputed = keep_products ? 0 : N_LAYERS * MAX_CHUNK * (words + 2);
-    const int64_t chunk_scratch = MAX_CHUNK * (3 * width + 2 * words + padded_inputs) + recomputed;
+    const int64_t chunk_scratch = MAX_CHUNK * (3 * width + 2 * words + std::max(padded_inputs, n_outputs)) + recomputed;
     const int64_t n_packed = (keep_products ? 1 : 2) * packed_size();
-    Workspace workspace(n_packed + rows * width + n_threads * chunk_scratch + 16 * LANES +
-                        (PARAMETERS ? 4 * N_LAYERS * operand + 2 * n_threads * n_sums + width * padded_inputs : 0));
+    Workspace workspace(n_packed + n_outputs * (width + 1) + rows * width + n_threads * chunk_scratch + 16 * LANES +
+                        (PARAMETERS ? 4 * N_LAYERS * operand + 2 * n_threads * n_sums + width * (padded_inputs + n_outputs) : 0));
     float *packed = workspace.take(packed_size()), *packed_forward = workspace.take(n_packed - packed_size());
+    float *heads = workspace.take(n_outputs * width), *dbiases = workspace.take(n_outputs);
     float *d = workspace.take(rows * width), *scratches = workspace.take(n_threads * chunk_scratch);
-    float *operands = nullptr, *all_sums = nullptr, *dstem = nullptr;
+    float *operands = nullptr, *all_sums = nullptr, *dstem = nullptr, *dheads = nullptr;
     if (PARAMETERS) {
       operands = workspace.take(4 * N_LAYERS * operand);
       all_sums = workspace.take(2 * n_threads * n_sums);
       dstem = workspace.take(width * padded_inputs);
+      dheads = workspace.take(width * n_outputs);
     }
+    join_heads(heads, dbiases);
     Team::run(n_threads, [&](int64_t index, Team& team) {
-      pack_for_backward(packed, index, team);
-      if (!keep_products) pack_for_forward(packed_forward, index, team);
+      pack_for_backward(heads, packed, index, team);
+      if (!keep_products) pack_for_forward(heads, packed_forward, index, team);
       const Share share(rows / Type::ROWS, index, team);
       const int64_t begin = share.first * Type::ROWS, end = share.last * Type::ROWS;
-      for (int64_t row = begin; row < end; ++row)
-        if (row < shape.n_rows)
-          std::copy_n(dout + row * width, width, d + row * width);
-        else
-          std::fill_n(d + row * width, width, 0.0f);
       team.barrier();
       float *dh = scratches + index * chunk_scratch, *dz = dh + MAX_CHUNK * width, *two_rows = dz + MAX_CHUNK * words;
       float* again = two_rows + 2 * MAX_CHUNK * width;
       float *z_again = again + MAX_CHUNK * (words + padded_inputs), *statistics_again = z_again + N_LAYERS * MAX_CHUNK * words;
+      // The heads, with operands of their own; those of the last block may be written while others still read them
+      float *dout_strips = operands + (shape.n_blocks & 1) * 2 * N_LAYERS * operand;
+      float *feature_strips = dout_strips + N_LAYERS * operand;
+      for (int64_t first = begin; first < end; first += MAX_CHUNK) {
+        const int64_t count = std::min(MAX_CHUNK, end - first), n = std::clamp<int64_t>(n_rows - first, 0, count);
+        float* dout = n_outputs ? again : d + first * width;
+        const int64_t n_columns = n_outputs ? n_outputs : width;
+        std::fill_n(dout, count * n_columns, 0.0f);
+        if (!n_outputs) {
+          std::copy_n(douts[0] + first * width, n * width, dout);
+          continue;
+        }
+        const float* const* of_head = douts;
+        for_heads(parameters, [&](const Head<const float>&, int64_t size, int64_t column) {
+          for (int64_t m = 0; m < n; ++m) std::copy_n(*of_head + (first + m) * size, size, dout + m * n_outputs + column);
+          ++of_head;
+        });
+        Float32::product<false>(count, width, n_outputs, dout, n_outputs, packed + packed_offset(shape.n_blocks, 0),
+                                n_outputs * LANES, nullptr, 0, d + first * width, width);
+        if (PARAMETERS)
+          for (int64_t m = 0; m < count; m += 2) {
+            strips_of_rows<Float32>(dout + m * n_outputs, n_outputs, dout_strips + (first + m) * LANES, head_stride);
+            strips_of_rows<Float32>(head_input(kept) + (first + m) * width, width, feature_strips + (first + m) * LANES,
+                                    head_stride);
+          }
+      }
+      if (PARAMETERS && n_outputs) {
+        team.barrier();
+        const Share columns((width + LANES) / (2 * LANES), index, team);
+        for (int64_t j = columns.first * 2 * LANES; j < std::min(columns.last * 2 * LANES, width); j += 2 * LANES)
+          Float32::product<true>(n_outputs, std::min(2 * LANES, width - j), rows, dout_strips, head_stride,
+                                 feature_strips + j / LANES * head_stride, head_stride, nullptr, 0, dheads + j, width);
+        if (index == 0)
+          for (int64_t j = 0; j < n_outputs; j += LANES) {
+            Vec total = all(0.0f);
+            for (int64_t m = 0; m < rows; ++m) total += load(dout_strips + j / LANES * head_stride + m * LANES);
+            store(dbiases + j, total);
+          }
+      }
       Tiles<Type> tiles;
       for (int64_t b = shape.n_blocks - 1; b >= -1; --b) {
         // Others may still read what belongs to the last block
@@ -902,7 +989,7 @@ struct Tower {
             else if (dx) {
               Type::template product<false>(count, padded_inputs, words, dz, words, packed, words * LANES, nullptr, 0, again,
                                             padded_inputs);
-              for (int64_t m = 0; m < std::min(count, shape.n_rows - first); ++m)
+              for (int64_t m = 0; m < std::min(count, n_rows - first); ++m)
                 std::copy_n(again + m * padded_inputs, shape.n_inputs, dx + (first + m) * shape.n_inputs);
             }
           }
@@ -938,6 +1025,11 @@ struct Tower {
         const Share share(width, index, team);
         for (int64_t n = share.first; n < share.last; ++n)
           std::copy_n(dstem + n * padded_inputs, shape.n_inputs, gradients->stem.weight + n * shape.n_inputs);
+        if (index == team.size() - 1)
+          for_heads(gradients, [&](const Head<float>& head, int64_t size, int64_t column) {
+            std::copy_n(dheads + column * width, size * width, head.weight);
+            std::copy_n(dbiases + column, size, head.bias);
+          });
       }
     });
   }
@@ -954,7 +1046,8 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
   constexpr int64_t CHUNK = 4 * TILE_ROWS;
   constexpr float FAR = 1e18f;
   enum { LOSS, CORRECT, POSITIVE, TOTAL, LOGSUMEXP, N_METRICS };
-  n_threads = std::max<int64_t>(1, std::min(n_threads, n * n * dim / 2'000'000));
+  // Waking another thread takes as long as so much of it, and longer where the cores are busy
+  n_threads = std::max<int64_t>(1, std::min(n_threads, n * n * dim / 8'000'000));
   const int64_t rows = round_up(n, CHUNK), width = round_up(dim, LANES);
   // From one row or strip to the next: not a multiple of the size of a page, for which caches have few places
   const int64_t pitch = rows + LANES, stride = pitch * LANES;
@@ -1085,6 +1178,39 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
   });
 }
 
+// ---------------------------------------------------------------- squashed Gaussian
+
+// log(1 + x) within 1e-7, for x between 0 and 1
+inline Vec log1p(Vec x) {
+  const Vec s = x / (all(2.0f) + x), square = s * s;
+  Vec series = all(1.0f / 13.0f);
+#pragma GCC unroll 6
+  for (int n = 11; n > 0; n -= 2) series = fmadd(series, square, all(1.0f / n));
+  return all(2.0f) * s * series;
+}
+
+// Actions are tanh(u) of u = mean + exp(log_std) * noise
+void squash(const float* mean, const float* log_std, const float* noise, int64_t n, int64_t dim, float* actions,
+            float* log_prob) {
+  const float* inputs[] = {mean, log_std, noise};
+  float buffer[3][LANES] = {};
+  std::fill_n(log_prob, n, -0.5f * std::log(2.0f * float(M_PI)) * dim);
+  for (int64_t i = 0; i < n * dim; i += LANES) {
+    const int64_t count = std::min(LANES, n * dim - i);
+    for (int k = 0; k < 3; ++k) std::copy_n(inputs[k] + i, count, buffer[k]);
+    const Vec log = load(buffer[1]), z = load(buffer[2]);
+    const Vec u = fmadd(exp2(log * all(LOG2_E)), z, load(buffer[0])), size = max(u, -u), e = exp2(size * all(-2.0f * LOG2_E));
+    const Vec action = (all(1.0f) - e) / (all(1.0f) + e);
+    // log(1 - tanh(u)^2), in the form that does not saturate
+    const Vec correction = all(2.0f) * (all(0.6931472f) - size - log1p(e));
+    // Zero and NaN are themselves
+    store(buffer[0], u > all(0.0f) ? action : u < all(0.0f) ? -action : u);
+    store(buffer[1], fnmadd(all(0.5f) * z, z, -log) - correction);
+    std::copy_n(buffer[0], count, actions + i);
+    for (int64_t k = 0; k < count; ++k) log_prob[(i + k) / dim] += buffer[1][k];
+  }
+}
+
 // ---------------------------------------------------------------- Adam
 
 void step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
@@ -1112,15 +1238,14 @@ const bool has_tiles = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 
 // Calls function(tower) with a tower whose factors are of that type
 template <class Function>
-auto with_tower(bool bfloat16, const Shape& shape, const void* parameters, bool keep_products, Function function) {
-  const auto* typed = static_cast<const Parameters<const float>*>(parameters);
+auto with_tower(const Shape& shape, int64_t n_rows, bool bfloat16, bool keep_products, Function function) {
 #ifdef __AMX_BF16__
-  if (bfloat16 && has_tiles) return function(Tower<TiledBFloat16>(shape, typed, keep_products));
+  if (bfloat16 && has_tiles) return function(Tower<TiledBFloat16>(shape, n_rows, keep_products));
 #endif
 #ifdef __AVX512BF16__
-  if (bfloat16) return function(Tower<BFloat16>(shape, typed, keep_products));
+  if (bfloat16) return function(Tower<BFloat16>(shape, n_rows, keep_products));
 #endif
-  return function(Tower<Float32>(shape, typed, keep_products));
+  return function(Tower<Float32>(shape, n_rows, keep_products));
 }
 
 }  // namespace
@@ -1134,34 +1259,29 @@ extern "C" int64_t width_multiple(bool bfloat16) {
 }
 
 // How many floats are kept for the backward pass. keep_products: whether products are kept, or computed again there.
-extern "C" int64_t tower_kept_size(int64_t n_rows, int64_t n_inputs, int64_t width, int64_t n_blocks, bool bfloat16,
-                                   bool keep_products) {
-  return with_tower(bfloat16, {n_rows, n_inputs, width, n_blocks, 0.0f}, nullptr, keep_products,
-                    [](const auto& tower) { return tower.kept_size(); });
+extern "C" int64_t tower_kept_size(const Shape* shape, int64_t n_rows, bool bfloat16, bool keep_products) {
+  return with_tower(*shape, n_rows, bfloat16, keep_products, [](const auto& tower) { return tower.kept_size(); });
 }
 
-// x: (n_rows, n_inputs), out: (n_rows, width). kept is what the backward pass needs, or null. Returns whether there was
-// enough memory, before which nothing is done.
-extern "C" bool tower_forward(const float* x, const void* parameters, float* out, float* kept, int64_t n_rows,
-                              int64_t n_inputs, int64_t width, int64_t n_blocks, float eps, bool bfloat16, bool keep_products,
-                              int64_t n_threads) {
+// x: (n_rows, n_inputs), outs: (n_rows, n_outputs) of each head, or of all features. kept is what the backward pass needs, or
+// null. Returns whether there was enough memory, before which nothing is done.
+extern "C" bool tower_forward(const Shape* shape, int64_t n_rows, bool bfloat16, bool keep_products, int64_t n_threads,
+                              const float* x, float* const* outs, float* kept) {
   return enough_memory([&] {
-    with_tower(bfloat16, {n_rows, n_inputs, width, n_blocks, eps}, parameters, keep_products,
-               [&](const auto& tower) { tower.forward(x, out, kept, n_threads); });
+    with_tower(*shape, n_rows, bfloat16, keep_products, [&](const auto& tower) { tower.forward(x, outs, kept, n_threads); });
   });
 }
 
-// Gradients of the output, the input (or null) and the parameters (or null), which are written and not added to
-extern "C" bool tower_backward(const float* dout, const void* parameters, float* kept, float* dx, const void* gradients,
-                               int64_t n_rows, int64_t n_inputs, int64_t width, int64_t n_blocks, float eps, bool bfloat16,
-                               bool keep_products, int64_t n_threads) {
+// Gradients of the outputs, the input (or null) and the parameters (or null), which are written and not added to
+extern "C" bool tower_backward(const Shape* shape, int64_t n_rows, bool bfloat16, bool keep_products, int64_t n_threads,
+                               const float* const* douts, float* kept, float* dx, const void* gradients) {
   return enough_memory([&] {
-    with_tower(bfloat16, {n_rows, n_inputs, width, n_blocks, eps}, parameters, keep_products, [&](const auto& tower) {
+    with_tower(*shape, n_rows, bfloat16, keep_products, [&](const auto& tower) {
       const auto* typed = static_cast<const Parameters<float>*>(gradients);
       if (typed)
-        tower.template backward<true>(dout, kept, dx, typed, n_threads);
+        tower.template backward<true>(douts, kept, dx, typed, n_threads);
       else
-        tower.template backward<false>(dout, kept, dx, nullptr, n_threads);
+        tower.template backward<false>(douts, kept, dx, nullptr, n_threads);
     });
   });
 }
@@ -1171,6 +1291,12 @@ extern "C" bool tower_backward(const float* dout, const void* parameters, float*
 extern "C" bool info_nce(const float* x, const float* y, int64_t n, int64_t dim, float coef, float* dx, float* dy,
                          float* metrics, int64_t n_threads) {
   return enough_memory([&] { contrast(x, y, n, dim, coef, dx, dy, metrics, n_threads); });
+}
+
+// A sample of a Gaussian squashed by tanh: all of them (n, dim), but log_prob (n,)
+extern "C" void squashed_gaussian(const float* mean, const float* log_std, const float* noise, int64_t n, int64_t dim,
+                                  float* actions, float* log_prob) {
+  squash(mean, log_std, noise, n, dim, actions, log_prob);
 }
 
 // A step of Adam (https://arxiv.org/abs/1412.6980, algorithm 1) for n numbers, a multiple of the lanes of a vector: step_size

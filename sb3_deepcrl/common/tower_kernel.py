@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import is_
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -28,10 +28,27 @@ _LINE = 16
 _n_threads: int | None = None
 
 
+class _Shape(ctypes.Structure):
+    """A tower as the kernel wants it described, and what it points to."""
+
+    arrays: tuple[ctypes.Array[Any], ...]
+    _fields_ = (
+        ("n_inputs", _INTEGER),
+        ("width", _INTEGER),
+        ("n_blocks", _INTEGER),
+        ("n_heads", _INTEGER),
+        ("head_sizes", _ADDRESS),
+        ("parameters", _ADDRESS),
+        ("eps", ctypes.c_float),
+    )
+
+
 def describe_error(error: Exception) -> str:
     """
-    :param error: What ``torch.compile`` or a compiler raised
-    :return: One line: the type, and the first error that the compiler found, or else the beginning of the message
+    Say in one line what ``torch.compile`` or a compiler raised.
+
+    :param error: The error
+    :return: Its type, and the first error that the compiler found, or else the beginning of the message
     """
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: " + next((line.strip() for line in lines if "error: " in line), lines[0])
@@ -64,32 +81,26 @@ def load_kernel() -> ctypes.CDLL | None:
 
 def _declare(library: ctypes.CDLL) -> None:
     """Set the types of the functions of the kernel."""
-    sizes: list[Any] = [_INTEGER] * 4
+    how: list[Any] = [ctypes.POINTER(_Shape), _INTEGER, _BOOL, _BOOL]
     library.width_multiple.argtypes = [_BOOL]
-    library.tower_kept_size.argtypes = [*sizes, _BOOL, _BOOL]
+    library.tower_kept_size.argtypes = how
     library.width_multiple.restype = library.tower_kept_size.restype = _INTEGER
-    settings: list[Any] = [ctypes.c_float, _BOOL, _BOOL, _INTEGER]
-    library.tower_forward.argtypes = [*[_ADDRESS] * 4, *sizes, *settings]
-    library.tower_backward.argtypes = [*[_ADDRESS] * 5, *sizes, *settings]
+    library.tower_forward.argtypes = [*how, _INTEGER, *[_ADDRESS] * 3]
+    library.tower_backward.argtypes = [*how, _INTEGER, *[_ADDRESS] * 4]
     library.info_nce.argtypes = [_ADDRESS, _ADDRESS, _INTEGER, _INTEGER, ctypes.c_float, *[_ADDRESS] * 3, _INTEGER]
     library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_float] * 7, _INTEGER]
-    library.adam.restype = None
+    library.squashed_gaussian.argtypes = [*[_ADDRESS] * 3, _INTEGER, _INTEGER, _ADDRESS, _ADDRESS]
+    library.adam.restype = library.squashed_gaussian.restype = None
     library.tower_forward.restype = library.tower_backward.restype = library.info_nce.restype = _BOOL
 
 
-def n_threads() -> int:
-    """
-    :return: Number of threads that the kernel may use
-    """
+def _count_threads() -> int:
+    """Number of threads that the kernel may use."""
     return th.get_num_threads() if _n_threads is None else _n_threads
 
 
-def check_memory(enough_memory: bool, x: th.Tensor) -> None:
-    """
-    :param enough_memory: What the kernel returned
-    :param x: Its input
-    :raises MemoryError: if there was not enough
-    """
+def _check_memory(enough_memory: bool, x: th.Tensor) -> None:
+    """Raise the error that cannot leave C++, which returns whether there was enough memory."""
     if not enough_memory:
         raise MemoryError(f"Not enough memory for inputs of shape {tuple(x.shape)}: use a smaller batch")
 
@@ -98,16 +109,19 @@ def _addresses(tensors: list[th.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]
     return (_ADDRESS * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-class Layout:
-    """
-    Where the parameters of a residual tower are, in the order of the kernel, as long as nobody changes the tower.
+def _is_plain(tensor: th.Tensor) -> bool:
+    return type(tensor) in PLAIN_TENSORS and tensor.dtype is th.float32 and tensor.is_cpu and tensor.is_contiguous()
 
-    :param tower: The residual tower
-    :raises ValueError: if there is anything in it that the kernel does not know
+
+class _Layout:
+    """
+    Where the parameters of a residual tower are, in the order of the kernel, as long as nobody changes the tower. A ValueError
+    says what there is in it that the kernel does not know.
     """
 
-    def __init__(self, tower: ResidualTower):
+    def __init__(self, tower: ResidualTower, heads: tuple[nn.Module, ...]):
         self.n_handles = RemovableHandle.next_id
+        self.heads = heads
         blocks = [block for block in tower.blocks if type(block) is ResidualBlock]
         if type(tower) is not ResidualTower or len(blocks) < len(tower.blocks):
             raise ValueError("others than residual blocks, or subclasses, which may do something else")
@@ -115,52 +129,56 @@ class Layout:
         layers = [list(layers) for layers in (tower.stem, *branches)]
         if [[*map(type, modules)] for modules in layers] != [_LAYER, *[_LAYER * LAYERS_PER_BLOCK] * len(blocks)]:
             raise ValueError("other layers than Dense, LayerNorm and Swish")
+        dense_heads = [head for head in heads if type(head) is nn.Linear and head.out_features > 0]
+        if len(dense_heads) < len(heads):
+            raise ValueError("other heads than Dense")
         # What may be exchanged: modules in modules, parameters in modules
         containers: tuple[nn.Module, ...] = (tower, tower.stem, tower.blocks, *blocks, *branches)
-        if is_watched(*containers, *(module for modules in layers for module in modules)):
+        if is_watched(*containers, tower.head, *heads, *(module for modules in layers for module in modules)):
             raise ValueError("somebody wants to be called when one of its layers runs")
         self.modules = [(module._modules, tuple(module._modules.values())) for module in containers]
+        dense = tower.stem[0]
+        assert isinstance(dense, nn.Linear)
+        n_inputs, width = dense.in_features, dense.out_features
+        norms = [norm for modules in layers for norm in modules[1::3]]
+        if any(norm.eps != norms[0].eps for norm in norms):
+            raise ValueError("several epsilons")
+
+        # Dictionary and name of each parameter, and its shape; None for the scale of a block that adds nothing
         self.slots: list[tuple[dict[str, Any], str] | None] = []
+        shapes: list[tuple[int, ...] | None] = []
         for index, modules in enumerate(layers):
             for dense, norm in zip(modules[::3], modules[1::3], strict=True):
                 self.slots += [(module._parameters, name) for module in (dense, norm) for name in ("weight", "bias")]
+                shapes += [(width, width if index else n_inputs), *[(width,)] * 3]
             if index > 0:
                 block = blocks[index - 1]
                 where = block._parameters if "scale" in block._parameters else block._buffers
                 self.slots.append((where, "scale") if block.residual else None)
+                shapes.append(() if block.residual else None)
+        for head in dense_heads:
+            self.slots += [(head._parameters, name) for name in ("weight", "bias")]
+            shapes += [(head.out_features, width), (head.out_features,)]
         # None where it is computed from others, as by a parametrization
         tensors = [None if slot is None else slot[0].get(slot[1]) for slot in self.slots]
-        dense = tower.stem[0]
-        assert isinstance(dense, nn.Linear)
-        self.n_inputs, self.width, self.n_blocks = dense.in_features, dense.out_features, len(blocks)
-        norms = [norm for modules in layers for norm in modules[1::3]]
-        self.eps = norms[0].eps
-        shapes: list[tuple[int, ...] | None] = [(self.width, self.n_inputs), *[(self.width,)] * 3]
-        for block in blocks:
-            shapes += [(self.width, self.width), *[(self.width,)] * 3] * LAYERS_PER_BLOCK
-            shapes.append(() if block.residual else None)
         if [None if tensor is None else tuple(tensor.shape) for tensor in tensors] != shapes:
             raise ValueError("parameters of other shapes")
-        if any(norm.eps != self.eps for norm in norms):
-            raise ValueError("several epsilons")
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if type(tensor) not in PLAIN_TENSORS or tensor.dtype is not th.float32 or not tensor.is_cpu:
-                raise ValueError("parameters that are not float32 on the CPU")
-            if not tensor.is_contiguous():
-                raise ValueError("parameters that are not contiguous")
+        if not all([tensor is None or _is_plain(tensor) for tensor in tensors]):
+            raise ValueError("parameters that are not float32 on the CPU, one after the other")
         self.tensors = tensors
         self.parameters: list[nn.Parameter] = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         if len({*map(id, self.parameters)}) < len(self.parameters):
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self.addresses = _addresses(tensors)
+        self.n_outputs = [head.out_features for head in dense_heads] or [width]
+        sizes, pointers = (_INTEGER * len(heads))(*self.n_outputs[: len(heads)]), _addresses(tensors)
+        arrays = ctypes.addressof(sizes), ctypes.addressof(pointers)
+        self.shape = _Shape(n_inputs, width, len(blocks), len(heads), *arrays, norms[0].eps)
+        # They live as long as it points to them
+        self.shape.arrays = (sizes, pointers)
 
     def holds(self) -> bool:
-        """
-        :return: Whether all is as it was
-        """
+        """Whether all is as it was."""
         try:
             tensors = [None if slot is None else slot[0][slot[1]] for slot in self.slots]
         except KeyError:
@@ -174,21 +192,8 @@ class Layout:
         )
 
 
-class Gradients(NamedTuple):
-    """Where the gradients of the parameters of a tower are written, in place of giving them to autograd."""
-
-    layout: Layout
-    views: list[th.Tensor]
-    addresses: ctypes.Array[ctypes.c_void_p]
-
-
 class _Memory:
-    """
-    What one forward pass keeps for its backward pass. Its memory serves again: new one would have to be mapped page by page.
-
-    :param size: Number of floats
-    :param spare: Where what was used before waits
-    """
+    """What a forward pass keeps for its backward pass, in memory that serves again: new one is mapped page by page."""
 
     def __init__(self, size: int, spare: list[th.Tensor]):
         self.spare = spare
@@ -200,45 +205,6 @@ class _Memory:
         self.spare.append(self.values)
 
 
-class _Call(NamedTuple):
-    """How a tower runs."""
-
-    kernel: "TowerKernel"
-    layout: Layout
-    bfloat16: bool
-    keep_products: bool
-    gradients: Gradients | None
-
-    def sizes(self, x: th.Tensor) -> tuple[int, int, int, int]:
-        """
-        :param x: Inputs of the tower
-        :return: Sizes in the order of the kernel
-        """
-        return len(x), self.layout.n_inputs, self.layout.width, self.layout.n_blocks
-
-    def forward(self, x: th.Tensor, kept: th.Tensor | None) -> th.Tensor:
-        """
-        :param x: Inputs of shape ``(n_rows, n_inputs)``
-        :param kept: Where to keep what the backward pass needs
-        :return: Features of shape ``(n_rows, width)``
-        """
-        layout = self.layout
-        features = x.new_empty(len(x), layout.width)
-        enough_memory = self.kernel.library.tower_forward(
-            x.data_ptr(),
-            layout.addresses,
-            features.data_ptr(),
-            None if kept is None else kept.data_ptr(),
-            *self.sizes(x),
-            layout.eps,
-            self.bfloat16,
-            self.keep_products,
-            n_threads(),
-        )
-        check_memory(enough_memory, x)
-        return features
-
-
 class _Tower(th.autograd.Function):
     """
     The kernel as a function that can be differentiated. Derivatives of the derivative are PyTorch's.
@@ -248,72 +214,71 @@ class _Tower(th.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: th.Tensor, *parameters: th.Tensor) -> Any:
-        kernel = call.kernel
-        ctx.memory = _Memory(kernel.library.tower_kept_size(*call.sizes(x), call.bfloat16, call.keep_products), kernel.spare)
-        ctx.call = call
-        ctx.save_for_backward(x, *(parameters if call.gradients is None else ()))
-        return call.forward(x, ctx.memory.values)
+    def forward(
+        ctx: Any,
+        kernel: "TowerKernel",
+        layout: _Layout,
+        bfloat16: bool,
+        gradients: ctypes.Array[ctypes.c_void_p] | None,
+        x: th.Tensor,
+        *parameters: th.Tensor,
+    ) -> Any:
+        ctx.kernel, ctx.layout, ctx.gradients = kernel, layout, gradients
+        ctx.how = (layout.shape, len(x), bfloat16, not kernel.tower.checkpoint_activations)
+        ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare)
+        ctx.save_for_backward(x, *(parameters if gradients is None else ()))
+        return kernel._forward(layout, ctx.how, x, ctx.memory.values.data_ptr())
 
     @staticmethod
-    def backward(ctx: Any, gradient: th.Tensor) -> Any:
-        call: _Call = ctx.call
-        kernel, layout = call.kernel, call.layout
+    def backward(ctx: Any, *of_outputs: th.Tensor) -> Any:
+        layout: _Layout = ctx.layout
         x, *parameters = ctx.saved_tensors
         # With create_graph=True there are gradients to be had of what is computed here
-        if th.is_grad_enabled() or is_traced(gradient):
-            return _Tower._plain_backward(ctx, gradient, x, parameters)
-        gradient = gradient.contiguous()
-        dx = th.empty_like(x) if ctx.needs_input_grad[1] else None
+        if th.is_grad_enabled() or is_traced(*of_outputs):
+            return _Tower._plain_backward(ctx, of_outputs, x, parameters)
+        of_outputs = tuple([gradient.contiguous() for gradient in of_outputs])
+        dx = th.empty_like(x) if ctx.needs_input_grad[4] else None
         gradients: list[th.Tensor] = []
-        addresses = None
-        if any(ctx.needs_input_grad[2:]):
-            if call.gradients is not None:
-                addresses = call.gradients.addresses
-            else:
-                gradients = [th.empty_like(parameter) for parameter in parameters]
-                of = iter(gradients)
-                addresses = _addresses([next(of) if isinstance(t, nn.Parameter) else None for t in layout.tensors])
-        enough_memory = kernel.library.tower_backward(
-            gradient.data_ptr(),
-            layout.addresses,
+        addresses = ctx.gradients
+        if addresses is None and any(ctx.needs_input_grad[5:]):
+            gradients = [th.empty_like(parameter) for parameter in parameters]
+            of = iter(gradients)
+            addresses = _addresses([next(of) if isinstance(t, nn.Parameter) else None for t in layout.tensors])
+        enough_memory = ctx.kernel.library.tower_backward(
+            *ctx.how,
+            _count_threads(),
+            _addresses(list(of_outputs)),
             ctx.memory.values.data_ptr(),
             None if dx is None else dx.data_ptr(),
             addresses,
-            *call.sizes(x),
-            layout.eps,
-            call.bfloat16,
-            call.keep_products,
-            n_threads(),
         )
-        check_memory(enough_memory, x)
-        return None, dx, *(gradients or (None,) * (len(ctx.needs_input_grad) - 2))
+        _check_memory(enough_memory, x)
+        return *[None] * 4, dx, *(gradients or (None,) * (len(ctx.needs_input_grad) - 5))
 
     @staticmethod
-    def _plain_backward(
-        ctx: Any, gradient: th.Tensor, x: th.Tensor, parameters: list[th.Tensor]
-    ) -> tuple[th.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
+    def _plain_backward(ctx: Any, of_outputs: tuple[th.Tensor, ...], x: th.Tensor, parameters: list[th.Tensor]) -> Any:
+        needed = ctx.needs_input_grad[4:]
         with th.enable_grad():
             # An alias, since it may be a parameter too: each input has a gradient of its own
             inputs = [x.view_as(x), *parameters]
-            output = ctx.call.kernel.tower.features(inputs[0])
+            features = ctx.kernel.tower.features(inputs[0])
+            outputs = [head(features) for head in ctx.layout.heads] or [features]
         gradients = iter(
             th.autograd.grad(
-                output,
+                outputs,
                 [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed],
-                gradient,
+                of_outputs,
                 create_graph=th.is_grad_enabled(),
             )
         )
-        return None, *(next(gradients) if is_needed else None for is_needed in needed)
+        return *[None] * 4, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
 class TowerKernel:
     """
-    What a residual tower does when it is called: stem and blocks run as the kernel wherever that does the same, i.e. for
-    layers of Dense, LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them. What it does not
-    know, and what traces or transforms, gets the plain modules. This is decided here, once for each change of the tower.
+    What a residual tower does when it is called: stem, blocks and heads run as the kernel wherever that does the same, i.e.
+    for layers of Dense, LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them. What it does
+    not know, and what traces or transforms, gets the plain modules. This is decided here, once for each change of the tower.
 
     :param library: See :func:`load_kernel`
     :param tower: The residual tower
@@ -323,19 +288,27 @@ class TowerKernel:
         self.library = library
         self.tower = tower
         self.multiples = {bfloat16: library.width_multiple(bfloat16) for bfloat16 in (False, True)}
-        self._layout: Layout | None = None
-        self.gradients: Gradients | None = None
+        self._layout: _Layout | None = None
+        #: Who wants the gradients of the parameters written in place, while that lasts
+        self.flat: FlatParameters | None = None
         self.token = th.zeros((), requires_grad=True)
         self.spare: list[th.Tensor] = []
 
-    def layout(self, bfloat16: bool = False) -> Layout | None:
+    def layout(self, heads: tuple[nn.Module, ...] = (), bfloat16: bool = False) -> _Layout | None:
         """
+        Look at the tower, unless it is as it was.
+
+        :param heads: Dense layers that take its output, if it has no head
         :param bfloat16: Whether products are in bfloat16
-        :return: The layout of the tower, None if the kernel does not know it
+        :return: Where its parameters are, None if the kernel does not know it
         """
-        if self._layout is None or not self._layout.holds():
+        if type(self.tower.head) is not nn.Identity:
+            if heads:
+                return None
+            heads = (self.tower.head,)
+        if self._layout is None or self._layout.heads != heads or not self._layout.holds():
             try:
-                layout = Layout(self.tower)
+                layout = _Layout(self.tower, heads)
             except ValueError:
                 self._layout = None
                 return None
@@ -344,43 +317,69 @@ class TowerKernel:
             else:  # somebody registered a hook somewhere
                 vars(self._layout).update(vars(layout))
         multiple = self.multiples[bfloat16]
-        return None if self._layout is None or not multiple or self._layout.width % multiple else self._layout
+        return self._layout if multiple and self._layout.shape.width % multiple == 0 else None
 
-    def __call__(self, x: th.Tensor) -> th.Tensor:
+    def _forward(self, layout: _Layout, how: tuple[Any, ...], x: th.Tensor, kept: int | None) -> tuple[th.Tensor, ...]:
+        """Output of each head, or the features; ``how`` are the first arguments of all functions of the kernel."""
+        outputs = tuple([x.new_empty(len(x), n_outputs) for n_outputs in layout.n_outputs])
+        enough_memory = self.library.tower_forward(*how, _count_threads(), x.data_ptr(), _addresses(list(outputs)), kept)
+        _check_memory(enough_memory, x)
+        return outputs
+
+    def __call__(self, x: th.Tensor, *heads: nn.Module) -> Any:
         tower = self.tower
         autocast = tower.autocast_dtype or (th.get_autocast_dtype("cpu") if th.is_autocast_enabled("cpu") else None)
+        bfloat16 = autocast is th.bfloat16
         layout = None
-        if x.is_cpu and x.dtype is th.float32 and x.ndim == 2 and len(x) > 0 and autocast in (None, th.bfloat16):
-            layout = None if is_traced(x) else self.layout(autocast is th.bfloat16)
-        gradients = self.gradients
-        if gradients is not None and gradients.layout is not layout:
-            # Autograd adds to them
-            th._foreach_zero_(gradients.views)
-            gradients = None
-        if layout is None or x.shape[1] != layout.n_inputs:
-            return tower._call_impl(x)
-        call = _Call(self, layout, autocast is th.bfloat16, not tower.checkpoint_activations, gradients)
+        if x.is_cpu and x.dtype is th.float32 and x.ndim == 2 and len(x) > 0 and (autocast is None or bfloat16):
+            layout = None if is_traced(x) else self.layout(heads, bfloat16)
+        if layout is None or x.shape[1] != layout.shape.n_inputs:
+            output = tower._call_impl(x)
+            return tuple([head(output) for head in heads]) if heads else output
         x = x.contiguous()
-        if th.is_grad_enabled():
-            trained = any([parameter.requires_grad for parameter in layout.parameters])
-            if trained or x.requires_grad:
-                parameters = layout.parameters if gradients is None else [self.token] if trained else []
-                return tower.head(_Tower.apply(call, x, *parameters))
-        return tower.head(call.forward(x, None))
+        trained = th.is_grad_enabled() and any([parameter.requires_grad for parameter in layout.parameters])
+        if trained or (th.is_grad_enabled() and x.requires_grad):
+            gradients = self.flat._write_gradients(layout) if self.flat is not None and trained else None
+            parameters: list[Any] = layout.parameters if self.flat is None or trained else []
+            if gradients is not None:
+                parameters = [self.token]
+            outputs = _Tower.apply(self, layout, bfloat16, gradients, x, *parameters)
+        else:
+            outputs = self._forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
+        return outputs if heads else outputs[0]
+
+
+def apply_heads(tower: ResidualTower, x: th.Tensor, *heads: nn.Module) -> tuple[th.Tensor, ...]:
+    """
+    Let several heads take the features of a tower without one, in one call where it runs as the kernel.
+
+    :param tower: The residual tower
+    :param x: Its inputs
+    :param heads: Dense layers
+    :return: The output of each head
+    """
+    if isinstance(tower._compiled_call_impl, TowerKernel):
+        return tower._compiled_call_impl(x, *heads)
+    features = tower(x)
+    return tuple([head(features) for head in heads])
 
 
 def has_kernel(*towers: ResidualTower) -> bool:
     """
+    Tell whether one of these towers runs as the kernel.
+
     :param towers: Residual towers
-    :return: Whether one of them runs as the kernel
+    :return: Whether it does
     """
     return any([isinstance(tower._compiled_call_impl, TowerKernel) for tower in towers])
 
 
 def tower_kernels(module: nn.Module) -> list[TowerKernel]:
     """
+    Find the kernels of the towers in a network.
+
     :param module: Any network
-    :return: The kernels of its towers
+    :return: The kernels
     """
     kernels = [tower._compiled_call_impl for tower in module.modules() if isinstance(tower, ResidualTower)]
     return [kernel for kernel in kernels if isinstance(kernel, TowerKernel)]
@@ -388,121 +387,118 @@ def tower_kernels(module: nn.Module) -> list[TowerKernel]:
 
 class FlatParameters:
     """
-    Parameters of a network, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
+    Parameters of an optimizer, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
     call. Parameters and the state of the optimizer stay what they were to all others, as views of these tensors.
 
     :param library: See :func:`load_kernel`
-    :param module: The network
-    :param optimizer: Its optimizer
+    :param optimizer: The optimizer
+    :param kernels: Kernels of the towers that it trains
     """
 
-    def __init__(self, library: ctypes.CDLL, module: nn.Module, optimizer: th.optim.Optimizer):
+    def __init__(self, library: ctypes.CDLL, optimizer: th.optim.Optimizer, kernels: list[TowerKernel]):
         self.library = library
         self.optimizer = optimizer
-        self.parameters = list(module.parameters())
+        self.kernels = kernels
+        self.parameters: list[th.Tensor] = optimizer.param_groups[0]["params"]
         # Each begins at a line of the cache. The numbers between stay zero.
         sizes = [-(-parameter.numel() // _LINE) * _LINE for parameter in self.parameters]
-        self.values, self.gradients, self.exp_avg, self.exp_avg_sq = (th.zeros(sum(sizes)) for _ in range(4))
-        self.steps = th.zeros(len(sizes))
-        offsets = th.tensor([0, *sizes]).cumsum(0).tolist()
-        self.views = [
+        self.values, self.gradients, self.exp_avg, self.exp_avg_sq = self.flat = [th.zeros(sum(sizes)) for _ in range(4)]
+        values, self.gradient_views, *moments = (
             [
-                flat[offset : offset + parameter.numel()].view_as(parameter)
-                for offset, parameter in zip(offsets, self.parameters, strict=False)
+                part[: parameter.numel()].view_as(parameter)
+                for part, parameter in zip(flat.split(sizes), self.parameters, strict=True)
             ]
-            for flat in (self.values, self.gradients, self.exp_avg, self.exp_avg_sq)
-        ]
+            for flat in self.flat
+        )
         with th.no_grad():
-            for parameter, value in zip(self.parameters, self.views[0], strict=True):
+            for parameter, value in zip(self.parameters, values, strict=True):
                 value.copy_(parameter)
                 parameter.data = value
         self.pointers = [parameter.data_ptr() for parameter in self.parameters]
+        # The state of the optimizer is a view too
+        self.steps = th.zeros(len(sizes))
+        for parameter, *state in zip(self.parameters, self.steps, *moments, strict=True):
+            ours = dict(zip(("step", "exp_avg", "exp_avg_sq"), state, strict=True))
+            for name, value in ours.items():
+                if name in optimizer.state[parameter]:
+                    value.copy_(th.as_tensor(optimizer.state[parameter][name]))
+            optimizer.state[parameter].update(ours)
+        self.last_state: dict[str, th.Tensor] = optimizer.state[self.parameters[-1]]
+        self.last_average = self.last_state["exp_avg"]
         #: Whether the gradients are written in place now
         self.is_active = False
-        self._adopt_state()
-        of = {id(parameter): gradient for parameter, gradient in zip(self.parameters, self.views[1], strict=True)}
-        self.kernels: list[tuple[TowerKernel, Gradients]] = []
-        for kernel in tower_kernels(module):
-            layout = kernel.layout()
-            if layout is not None:
-                views = [of[id(parameter)] for parameter in layout.parameters]
-                addresses = _addresses([of.get(id(tensor)) for tensor in layout.tensors])
-                self.kernels.append((kernel, Gradients(layout, views, addresses)))
-        # Those to which autograd adds
-        written = {id(view) for _, gradients in self.kernels for view in gradients.views}
-        self.added = [gradient for gradient in self.views[1] if id(gradient) not in written]
+        # Where towers write their gradients, and which of them will
+        self.addresses: dict[_Layout, ctypes.Array[ctypes.c_void_p]] = {}
+        self.written: list[_Layout] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         # Copies of the parameters have memory of their own, and are laid out anew
         return None
 
     @classmethod
-    def make(cls, module: nn.Module, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
+    def make(cls, module: nn.Module | None, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
         """
-        :param module: The network
-        :param optimizer: Its optimizer
-        :return: Its parameters as flat tensors, None if another optimizer than Adam or only a part of them is trained, or if
-            towers share them
+        Lay out the parameters of an optimizer, if it is Adam and does nothing unusual, and if no towers share them.
+
+        :param module: The network that it trains, if there are towers in it
+        :param optimizer: The optimizer
+        :return: Its parameters as flat tensors, or None
         """
-        parameters = list(module.parameters())
-        kernels = tower_kernels(module)
-        layouts = [layout for layout in [kernel.layout() for kernel in kernels] if layout is not None]
-        in_kernels = [id(parameter) for layout in layouts for parameter in layout.parameters]
+        library = load_kernel()
         groups = optimizer.param_groups
+        parameters = groups[0]["params"]
+        kernels = [] if module is None else tower_kernels(module)
+        layouts = [layout for kernel in kernels if (layout := kernel.layout()) is not None]
+        in_towers = [id(parameter) for layout in layouts for parameter in layout.parameters]
         if (
-            not kernels
+            library is None
             or type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
-            or [[*map(id, group["params"])] for group in groups] != [[*map(id, parameters)]]
+            or len(groups) > 1
             or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable", "capturable"))
             or optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
             or not all(p.requires_grad and p.is_cpu and p.dtype is th.float32 and p.is_contiguous() for p in parameters)
-            or len(in_kernels) != len(set(in_kernels))
+            or len(in_towers) > len(set(in_towers))
             or len({float(optimizer.state.get(p, {}).get("step", 0.0)) for p in parameters}) > 1
         ):
             return None
-        return cls(kernels[0].library, module, optimizer)
-
-    def _adopt_state(self) -> None:
-        """Let the state of the optimizer be views too."""
-        for index, parameter in enumerate(self.parameters):
-            state = self.optimizer.state[parameter]
-            ours = {"step": self.steps[index], "exp_avg": self.views[2][index], "exp_avg_sq": self.views[3][index]}
-            for name, value in ours.items():
-                value.copy_(th.as_tensor(state[name])) if name in state else value.zero_()
-            state.update(ours)
-        last = self.optimizer.state[self.parameters[-1]]
-        self.state = (last, last["exp_avg"])
+        return cls(library, optimizer, kernels)
 
     def holds(self) -> bool:
-        """
-        :return: Whether parameters and optimizer are still those
-        """
+        """Whether parameters and optimizer are still those."""
         optimizer = self.optimizer
-        last = optimizer.state.get(self.parameters[-1], {})
         return (
             [parameter.data_ptr() for parameter in self.parameters] == self.pointers
             and all([parameter.requires_grad for parameter in self.parameters])
-            and not self.optimizer._optimizer_step_pre_hooks
-            and not self.optimizer._optimizer_step_post_hooks
-            and last is self.state[0]
-            and last.get("exp_avg") is self.state[1]
+            and not optimizer._optimizer_step_pre_hooks
+            and not optimizer._optimizer_step_post_hooks
+            and optimizer.state.get(self.parameters[-1]) is self.last_state
+            and self.last_state.get("exp_avg") is self.last_average
         )
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """
-        :return: Context in which the towers write the gradients of their parameters and add nothing
-        """
-        for kernel, gradients in self.kernels:
-            kernel.gradients = gradients
+        """Context in which the towers write the gradients of their parameters and add nothing."""
+        for kernel in self.kernels:
+            kernel.flat = self
         self.is_active = True
         try:
             yield
         finally:
             self.is_active = False
-            for kernel, _ in self.kernels:
-                kernel.gradients = None
+            self.written.clear()
+            for kernel in self.kernels:
+                kernel.flat = None
+
+    def _write_gradients(self, layout: _Layout) -> ctypes.Array[ctypes.c_void_p] | None:
+        """Where a tower writes its gradients in the next :meth:`step`, None if it has others than these parameters."""
+        if layout not in self.addresses:
+            of = {id(parameter): gradient for parameter, gradient in zip(self.parameters, self.gradient_views, strict=True)}
+            if any(id(parameter) not in of for parameter in layout.parameters):
+                return None
+            self.addresses[layout] = _addresses([of.get(id(tensor)) for tensor in layout.tensors])
+        self.written.append(layout)
+        return self.addresses[layout]
 
     def step(self, loss: th.Tensor) -> None:
         """
@@ -510,11 +506,15 @@ class FlatParameters:
 
         :param loss: The loss, a scalar
         """
-        for parameter, gradient in zip(self.parameters, self.views[1], strict=True):
+        for parameter, gradient in zip(self.parameters, self.gradient_views, strict=True):
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        th._foreach_zero_(self.added)
+        written = {id(parameter) for layout in self.written for parameter in layout.parameters}
+        added = [gradient for p, gradient in zip(self.parameters, self.gradient_views, strict=True) if id(p) not in written]
+        if added:
+            th._foreach_zero_(added)
         loss.backward()
+        self.written.clear()
         group = self.optimizer.param_groups[0]
         self.steps += 1
         n_steps = self.steps[0].item()
@@ -522,10 +522,7 @@ class FlatParameters:
         decoupled = group.get("decoupled_weight_decay", False)
         beta1, beta2 = map(float, group["betas"])
         self.library.adam(
-            self.values.data_ptr(),
-            self.gradients.data_ptr(),
-            self.exp_avg.data_ptr(),
-            self.exp_avg_sq.data_ptr(),
+            *[flat.data_ptr() for flat in self.flat],
             len(self.values),
             learning_rate / (1.0 - beta1**n_steps),
             beta1,
@@ -534,7 +531,7 @@ class FlatParameters:
             group["eps"],
             0.0 if decoupled else decay,
             learning_rate * decay if decoupled else 0.0,
-            n_threads(),
+            _count_threads(),
         )
 
 
@@ -553,27 +550,40 @@ def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bo
     x, y = x.contiguous(), y.contiguous()
     outcome = x.new_empty(5)
     gradients = (th.empty_like(x), th.empty_like(y)) if needed else ()
+    addresses = tuple([gradient.data_ptr() for gradient in gradients]) or (None, None)
     enough_memory = library.info_nce(
-        x.data_ptr(),
-        y.data_ptr(),
-        *x.shape,
-        logsumexp_coef,
-        *([gradient.data_ptr() for gradient in gradients] or (None, None)),
-        outcome.data_ptr(),
-        n_threads(),
+        x.data_ptr(), y.data_ptr(), *x.shape, logsumexp_coef, *addresses, outcome.data_ptr(), _count_threads()
     )
-    check_memory(enough_memory, x)
+    _check_memory(enough_memory, x)
     return outcome, *gradients
+
+
+def fused_squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
+    """
+    A sample of a Gaussian squashed by tanh, as one function.
+
+    :param mean: Mean, float32 of shape ``(batch_size, action_dim)``
+    :param log_std: Log of the standard deviation, same shape
+    :param noise: Standard normal noise, same shape
+    :return: Actions, and their log-probability of shape ``(batch_size,)``
+    """
+    library = load_kernel()
+    assert library is not None
+    inputs = [value.contiguous() for value in (mean, log_std, noise)]
+    outputs = th.empty_like(inputs[0]), mean.new_empty(len(mean))
+    addresses = [value.data_ptr() for value in (*inputs, *outputs)]
+    library.squashed_gaussian(*addresses[:3], *mean.shape, *addresses[3:])
+    return outputs
 
 
 @contextmanager
 def threads_of_kernel() -> Iterator[None]:
     """
-    :return: Context in which the kernel has all threads and PyTorch one. OpenMP's threads, which PyTorch uses, look for work
-        for milliseconds after each operation, in the way of the kernel's, and on busy cores in the way of each other.
+    Context in which the kernel has all threads and PyTorch one. OpenMP's threads, which PyTorch uses, look for work for
+    milliseconds after each operation, in the way of the kernel's, and on busy cores in the way of each other.
     """
     global _n_threads
-    before, _n_threads = _n_threads, n_threads()
+    before, _n_threads = _n_threads, _count_threads()
     th.set_num_threads(1)
     try:
         yield

@@ -2,7 +2,7 @@
 How the updates of actor and critic run, whatever they compute.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,11 +24,18 @@ class UpdateRunner:
     :param update: Function of the observations and actions of a minibatch that returns a tensor, and steps its optimizers by
         :meth:`step`. Nothing in it waits for the device or depends on a value.
     :param policy: Policy with ``actor`` and ``critic``, each with its ``optimizer``, and ``graph_actor``
+    :param optimizers: Function that returns all optimizers of an update
     """
 
-    def __init__(self, update: Callable[[dict[str, th.Tensor], th.Tensor], th.Tensor], policy: Any):
+    def __init__(
+        self,
+        update: Callable[[dict[str, th.Tensor], th.Tensor], th.Tensor],
+        policy: Any,
+        optimizers: Callable[[], list[th.optim.Optimizer]],
+    ):
         self.update = update
         self.policy = policy
+        self.optimizers = optimizers
         self.towers = residual_towers(policy)
         self.graph: GraphedFunction | None = None
         # Whether the residual blocks are compiled, None if nobody has tried
@@ -37,18 +44,11 @@ class UpdateRunner:
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
 
     def set_up(
-        self,
-        optimizers: Iterable[th.optim.Optimizer],
-        compile: bool | str,
-        cuda_graph: bool | str,
-        precision: str,
-        checkpoint_activations: bool,
-        n_updates: int,
+        self, compile: bool | str, cuda_graph: bool | str, precision: str, checkpoint_activations: bool, n_updates: int
     ) -> None:
         """
         Choose how networks and updates run, see :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL`.
 
-        :param optimizers: All that step in an update
         :param compile: Whether to compile the networks
         :param cuda_graph: Whether to run updates and actor as CUDA graphs
         :param precision: Precision of the matrix products
@@ -76,20 +76,17 @@ class UpdateRunner:
                 f'`cuda_graph=True` needs a GPU, but the device is {device}: leave it at "auto", which is off there'
             )
         backend = CudaGraphBackend(device) if device.type == "cuda" and cuda_graph is not False else None
-        optimizers = list(optimizers)
         self.graph = None
-        if backend is not None and can_capture(optimizers, required):
+        if backend is not None and can_capture(self.optimizers(), required):
             self.graph = GraphedFunction(self.update_minibatch, backend, required=required)
         self.policy.graph_actor(backend, required)
-        self.prepare(optimizers)
+        self.prepare_optimizers()
 
-    def prepare(self, optimizers: Iterable[th.optim.Optimizer]) -> None:
+    def prepare_optimizers(self) -> None:
         """
-        Let optimizers step in the graph, or without it: what is loaded into them may come from another device.
-
-        :param optimizers: All that step in an update
+        Let the optimizers step in the graph, or without it: what was loaded into them may come from another device.
         """
-        for optimizer in optimizers:
+        for optimizer in self.optimizers():
             prepare_optimizer(optimizer, capturable=self.graph is not None)
 
     def update_minibatch(self, minibatch: dict[str, th.Tensor]) -> th.Tensor:
@@ -97,7 +94,7 @@ class UpdateRunner:
         observations = dict(minibatch)
         return self.update(observations, observations.pop(ACTION_KEY))
 
-    def __call__(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
+    def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
         """
         Do an update.
 
@@ -112,12 +109,13 @@ class UpdateRunner:
             return self.update(observations, actions)
         with ExitStack() as stack:
             stack.enter_context(threads_of_kernel())
-            for network in (self.policy.actor, self.policy.critic):
-                flat = self._flat.pop(network.optimizer, None)
+            networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}
+            for optimizer in self.optimizers():
+                flat = self._flat.pop(optimizer, None)
                 if flat is None or not flat.holds():
-                    flat = FlatParameters.make(network, network.optimizer)
+                    flat = FlatParameters.make(networks.get(optimizer), optimizer)
                 if flat is not None:
-                    self._flat[network.optimizer] = flat
+                    self._flat[optimizer] = flat
                     stack.enter_context(flat.in_place())
             return self.update(observations, actions)
 

@@ -40,7 +40,6 @@ from sb3_deepcrl.common.utils import (
     check_dict,
     check_number,
     check_positive_int,
-    is_integer,
     update_schedule,
 )
 from sb3_deepcrl.deepcrl.policies import (
@@ -69,7 +68,6 @@ class DeepCRL(OffPolicyAlgorithm):
     Deep contrastive reinforcement learning: goal-conditioned, self-supervised (the reward is not used), with residual
     networks of any depth.
     Paper: https://arxiv.org/abs/2503.14858 (1000 Layer Networks for Self-Supervised RL)
-
     The critic learns by InfoNCE (equation 2) to tell the goals that a state and action lead to from those of other
     transitions; the actor is a maximum entropy policy that maximizes the critic (equation 3). The observation of the env is
     a Dict with the keys ``achieved_goal`` and ``desired_goal``, and usually ``observation``; it needs no ``compute_reward``.
@@ -79,30 +77,28 @@ class DeepCRL(OffPolicyAlgorithm):
 
     :param policy: The policy model to use (``MultiInputPolicy``)
     :param env: The environment to learn from (can be an id, also of gymnasium-robotics or ``"panda_gym:PandaReach-v3"``)
-    :param learning_rate: learning rate of all optimizers, it can be a function of the current progress remaining
-        (from 1 to 0)
+    :param learning_rate: learning rate of all optimizers, it can be a function of the progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, over all envs
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update, at least 2: the other rows are the negatives of the loss
     :param tau: not used, accepted for compatibility with SAC (there is no target network)
-    :param gamma: the discount factor: the goal of a transition is the state ``k`` steps later with probability
-        proportional to ``gamma^k``
+    :param gamma: the discount factor: goals are the state ``k`` steps later with probability proportional to ``gamma^k``
     :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
         like ``(5, "step")`` or ``(2, "episode")``. 1 if only ``gradient_steps`` is given.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``). Set to ``-1`` means to do as
         many gradient steps as steps done in the environment during the rollout. 1 if only ``train_freq`` is given.
     :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
         Cf common.noise for the different action noise type.
-    :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it.
-        ``HerReplayBuffer`` is accepted for compatibility and replaced by it with a warning.
+    :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it
+        (``HerReplayBuffer`` is replaced by it with a warning)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: must be False, the replay buffer always stores observations once
     :param n_steps: must be 1, there are no n-step returns in contrastive RL
     :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
         (and 'auto_0.1' for using 0.1 as initial value)
     :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
-    :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the
-        actions, as in the paper's code (SAC: minus the dimension).
+    :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the actions
+        (SAC: minus the dimension)
     :param transitions_per_update: Do one gradient step for so many transitions, whatever the number of envs, unless
         ``train_freq`` or ``gradient_steps`` is given
     :param depth: Number of Dense layers inside the residual blocks of the actor and of each encoder of the critic, a
@@ -115,14 +111,13 @@ class DeepCRL(OffPolicyAlgorithm):
         one that its own episode reached later (the paper's code: 0). The latter are mostly near: it has to practice far ones.
     :param critic_learning_rate: learning rate of the critic, ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the entropy coefficient, ``learning_rate`` by default
-    :param compile: Whether to compile the networks, see :func:`~sb3_deepcrl.common.compilation.compile_blocks`: the start-up
-        does not depend on the depth. ``"auto"`` does it on GPUs, and on CPUs with AVX2 or AVX-512 if ``learn()`` is long
-        enough to earn it. Saved models do not depend on it.
+    :param compile: Whether to compile the networks, see :func:`~sb3_deepcrl.common.compilation.compile_blocks`. ``"auto"``
+        does it on GPUs, and on CPUs with AVX2 or AVX-512 if ``learn()`` is long enough to earn it.
     :param cuda_graph: Whether to run the updates, and the policy in ``predict``, as CUDA graphs. ``"auto"`` does it on GPUs.
     :param precision: ``"float32"`` or ``"bfloat16"`` for the matrix products of the networks; parameters, optimizers, residual
         sums and losses are float32 in any case. ``"auto"`` is bfloat16 where the hardware has it.
-    :param checkpoint_activations: Whether to compute the inside of each residual block again in the backward pass, in place
-        of keeping it: less memory, about one third more work
+    :param checkpoint_activations: Whether to compute the inside of residual blocks again in the backward pass instead of
+        keeping it: less memory, about one third more work
     :param use_sde: must be False, generalized State Dependent Exploration (gSDE) is not supported
     :param sde_sample_freq: not used, accepted for compatibility with SAC
     :param use_sde_at_warmup: not used, accepted for compatibility with SAC
@@ -134,8 +129,7 @@ class DeepCRL(OffPolicyAlgorithm):
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
         debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run, the GPU if possible by default
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -276,15 +270,11 @@ class DeepCRL(OffPolicyAlgorithm):
         if self.target_entropy == "auto":
             self.target_entropy = -0.5 * float(np.prod(self.action_space.shape))  # type: ignore[arg-type]
         else:
-            # Force conversion
-            # this will also throw an error for unexpected string
+            # Force conversion, this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
 
         # The entropy coefficient or entropy can be learned automatically
-        # see Automating Entropy Adjustment for Maximum Entropy RL section
-        # of https://arxiv.org/abs/1812.05905
         if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
-            # Default initial value of ent_coef when learned
             init_value = 1.0
             if "_" in self.ent_coef:
                 init_value = float(self.ent_coef.split("_")[1])
@@ -292,19 +282,13 @@ class DeepCRL(OffPolicyAlgorithm):
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
         else:
-            # Force conversion to float
-            # this will throw an error if a malformed string (different from 'auto')
-            # is passed
+            # Force conversion, this will also throw an error for unexpected string
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
-        self._run_update = UpdateRunner(self._update, self.policy)
+        self._runner = UpdateRunner(self._update, self.policy, self._optimizers)
         self._setup_acceleration()
 
     def _check_arguments(self) -> None:
-        """
-        Check what neither Stable-Baselines3 nor the policy nor the replay buffer checks.
-
-        :raises ValueError: if a value is out of its range
-        """
+        """Check what neither Stable-Baselines3 nor the policy nor the replay buffer checks."""
         hint = 'leave it at "MultiInputPolicy", and load a model with the algorithm that saved it'
         check_class(self.policy_class, DeepCRLPolicy, "policy", hint)
         check_observation_space(getattr(self, "observation_space", None))
@@ -319,10 +303,8 @@ class DeepCRL(OffPolicyAlgorithm):
             learning_rate = getattr(self, name)
             if learning_rate is not None and not callable(learning_rate):
                 check_number(learning_rate, name)
-        if self.gradient_steps is not None and (not is_integer(self.gradient_steps) or self.gradient_steps < -1):
-            raise ValueError(
-                f"`gradient_steps` must be an integer, got {self.gradient_steps!r}: -1 is as many as there were steps, 0 none"
-            )
+        if self.gradient_steps not in (None, -1, 0):
+            check_positive_int(self.gradient_steps, "gradient_steps")
         if self.n_steps != 1:
             raise ValueError(f"`n_steps` must be 1, got {self.n_steps}: contrastive RL bootstraps from no return")
         if self.use_sde:
@@ -330,9 +312,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
     def _setup_acceleration(self, n_updates: int = 0) -> None:
         """Let networks and updates run as the arguments say, for so many updates."""
-        self._run_update.set_up(
-            self._optimizers(), self.compile, self.cuda_graph, self.precision, self.checkpoint_activations, n_updates
-        )
+        self._runner.set_up(self.compile, self.cuda_graph, self.precision, self.checkpoint_activations, n_updates)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         optimizers = [self.actor.optimizer, self.critic.optimizer]
@@ -375,17 +355,18 @@ class DeepCRL(OffPolicyAlgorithm):
         self, env: VecEnv, callback: BaseCallback, train_freq: TrainFreq, *args: Any, **kwargs: Any
     ) -> RolloutReturn:
         """
-        Collect experiences and store them into the replay buffer. The last rollout of ``learn()`` ends with it. What it is
+        Collect experiences and store them into a ``ReplayBuffer``. The last rollout of ``learn()`` ends with it. What it is
         shorter than ``train_freq``, the first one of the next ``learn()`` is longer, so that the ratio of updates to steps
         does not depend on how a training is divided.
         """
-        # Another number of envs, or the user, may have made rollouts shorter since
-        missing_steps, self._missing_steps = min(self._missing_steps, train_freq.frequency - 1), 0
+        frequency, n_short = train_freq.frequency, 0
         n_left = math.ceil((self._total_timesteps - self.num_timesteps) / env.num_envs)
-        n_short = 0
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
-            n_short = max(train_freq.frequency + missing_steps - n_left, 0)
-            train_freq = TrainFreq(train_freq.frequency + missing_steps - n_short, train_freq.unit)
+            # Another number of envs, or the user, may have made rollouts shorter since
+            n_wanted = frequency + min(self._missing_steps, frequency - 1)
+            n_short = max(n_wanted - n_left, 0)
+            train_freq = TrainFreq(n_wanted - n_short, train_freq.unit)
+        self._missing_steps = 0
         continue_training = False
         try:
             rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
@@ -396,11 +377,9 @@ class DeepCRL(OffPolicyAlgorithm):
                 self._last_obs = None
         has_updates = self.gradient_steps >= 0 and self.num_timesteps > self.learning_starts
         if n_short > 0 and continue_training and has_updates:
-            self._missing_steps = n_short
-            if train_freq.frequency <= missing_steps:
-                # Their updates were done at the end of the last learn()
-                self._missing_steps = missing_steps - train_freq.frequency
-                return rollout._replace(continue_training=False)
+            self._missing_steps = n_short % frequency
+            # If all of its steps were missing in the last learn(), their updates were done there
+            return rollout._replace(continue_training=n_short < frequency)
         return rollout
 
     def dump_logs(self) -> None:
@@ -414,8 +393,7 @@ class DeepCRL(OffPolicyAlgorithm):
         Sample the replay buffer once and do the updates, each on a minibatch of its own.
 
         :param gradient_steps: Number of updates
-        :param batch_size: Number of transitions in a minibatch
-        :raises ValueError: if the batch is too small for the contrastive loss
+        :param batch_size: Number of transitions in a minibatch, at least 2
         """
         if batch_size < 2:
             raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
@@ -434,7 +412,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self._warn_of_few_transitions(batch_size)
         self.replay_buffer.gamma = self.gamma
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
-        key = None if self._run_update.graph is None else self._graph_key()
+        key = None if self._runner.graph is None else self._graph_key()
         metrics: list[th.Tensor] = []
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
@@ -443,7 +421,7 @@ class DeepCRL(OffPolicyAlgorithm):
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {name: values[rows] for name, values in observations.items()}
-                metrics.append(self._run_update(minibatch, actions[rows], key))
+                metrics.append(self._runner.run(minibatch, actions[rows], key))
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -460,8 +438,8 @@ class DeepCRL(OffPolicyAlgorithm):
             self._warned_of_few_transitions = True
             warnings.warn(
                 f"`batch_size={batch_size}` is more than the {n_slots * self.n_envs} transitions in the replay buffer: "
-                "negatives of the contrastive loss are copies of its positives. Use a larger "
-                f"`{'buffer_size' if self.replay_buffer.full else 'learning_starts'}`, or a smaller `batch_size`"
+                "negatives of the contrastive loss are copies of its positives. Use a larger `learning_starts` or "
+                "`buffer_size`, or a smaller `batch_size`"
             )
 
     def _warn_of_clipped_goals(self, goals: th.Tensor) -> None:
@@ -495,7 +473,7 @@ class DeepCRL(OffPolicyAlgorithm):
         # pay, as the latter need the gradients of the parameters too.
         with frozen(self.critic.sa_encoder):
             actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
-            self._run_update.step(self.actor.optimizer, actor_loss)
+            self._runner.step(self.actor.optimizer, actor_loss)
         # What its graph held serves the next one
         actor_loss = actor_loss.detach()
 
@@ -506,11 +484,11 @@ class DeepCRL(OffPolicyAlgorithm):
             assert isinstance(self.target_entropy, float)
             entropy_gap = (log_prob + self.target_entropy).mean()
             ent_coef_loss = -(self.log_ent_coef.exp() * entropy_gap).sum()
-            self._run_update.step(self.ent_coef_optimizer, ent_coef_loss)
+            self._runner.step(self.ent_coef_optimizer, ent_coef_loss)
             ent_coef_losses.append(ent_coef_loss.detach())
 
         critic_loss, contrastive_metrics = self._critic_loss(state_features, actions, goal_repr)
-        self._run_update.step(self.critic.optimizer, critic_loss)
+        self._runner.step(self.critic.optimizer, critic_loss)
 
         losses = [actor_loss, critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
         return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])
@@ -518,26 +496,15 @@ class DeepCRL(OffPolicyAlgorithm):
     def _critic_loss(
         self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor
     ) -> tuple[th.Tensor, ContrastiveMetrics]:
-        """
-        Compute the loss of the critic (equation 2 of the paper with the penalty of its table 7) and what is logged of it.
-        """
+        """Compute the loss of the critic (equation 2 of the paper with the penalty of its table 7) and its metrics."""
         state_action_repr = self.critic.encode_state_action(state_features, actions)
-        return info_nce(
-            state_action_repr,
-            goal_repr,
-            self.critic.energy,
-            self.contrastive_loss,
-            self.logsumexp_coef,
-            fused=has_kernel(self.critic.g_encoder),
-        )
+        settings = (self.critic.energy, self.contrastive_loss, self.logsumexp_coef)
+        return info_nce(state_action_repr, goal_repr, *settings, fused=has_kernel(self.critic.g_encoder))
 
     def _actor_loss(
         self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """
-        Compute the loss of the actor (equation 3 of the paper), the log-probability of its actions of shape
-        ``(batch_size,)`` and the entropy coefficient; no gradient flows through the latter two.
-        """
+        """Compute the loss of the actor (equation 3) and, detached, log-probability of its actions and ``ent_coef``."""
         batch_size = len(goal_repr)
         n_random = int(self.random_goals * batch_size)
         if n_random > 0:
@@ -575,7 +542,7 @@ class DeepCRL(OffPolicyAlgorithm):
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
         # They may come from another device, where their steps were captured
-        self._run_update.prepare(self._optimizers())
+        self._runner.prepare_optimizers()
 
     @classmethod
     def load(
@@ -619,11 +586,7 @@ class DeepCRL(OffPolicyAlgorithm):
             super().save_replay_buffer(file)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load a replay buffer from a pickle file. No env is needed.
-
-        :raises ValueError: if it is another kind of buffer or one of other envs; the buffer in use is kept then
-        """
+        # No env is needed. If it is no buffer for this model, the one in use is kept.
         loaded = load_from_pkl(path, self.verbose)
         if not isinstance(loaded, ContrastiveReplayBuffer):
             raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
@@ -641,7 +604,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["actor", "critic", "_run_update"]
+        excluded = ["actor", "critic", "_runner"]
         if self.transitions_per_update is not None:
             # Chosen for the number of envs, which may be another one when the model is loaded
             excluded += ["train_freq", "gradient_steps"]

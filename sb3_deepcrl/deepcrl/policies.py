@@ -15,6 +15,7 @@ from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
+from sb3_deepcrl.common.tower_kernel import apply_heads, has_kernel
 from sb3_deepcrl.common.utils import check_bool, check_choice, check_depth, check_policy_kwargs, check_positive_int
 
 # Range of the log standard deviation before squashing
@@ -24,20 +25,12 @@ LOG_STD_MIN = -5
 GOAL_KEY = "desired_goal"
 
 # What SAC's policies take and DeepCRL's have no use for
-SAC_POLICY_KWARGS = (
-    "net_arch",
-    "n_critics",
-    "share_features_extractor",
-    "use_sde",
-    "log_std_init",
-    "use_expln",
-    "clip_mean",
-)
+SAC_POLICY_KWARGS = {"net_arch", "n_critics", "share_features_extractor", "use_sde", "log_std_init", "use_expln", "clip_mean"}
 
 
-def check_observation_space(observation_space: spaces.Space) -> None:
+def check_observation_space(observation_space: spaces.Space | None) -> None:
     """
-    Check that an env is goal-conditioned, with goals that can be relabelled.
+    Check that an env is goal-conditioned, with goals that can be relabeled.
 
     :param observation_space: Observation space of the env
     :raises ValueError: if a key is missing or the two goals are not of the same form; bounds and types do not matter
@@ -53,7 +46,7 @@ def check_observation_space(observation_space: spaces.Space) -> None:
     achieved, desired = found["achieved_goal"], found["desired_goal"]
     if achieved.shape != desired.shape or get_flattened_obs_dim(achieved) != get_flattened_obs_dim(desired):
         raise ValueError(
-            "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabelled with what was "
+            "`achieved_goal` and `desired_goal` must be of the same space, because goals are relabeled with what was "
             f"achieved, got {achieved} and {desired}. Let the env give both in the same form"
         )
 
@@ -62,11 +55,9 @@ def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict
     """
     Split a goal-conditioned observation space into state and goal.
 
-    The state is all but the desired goal. The achieved goal belongs to it: some envs give it nowhere else
-    (the position of the robot in AntMaze).
-
     :param observation_space: Observation space with the key ``desired_goal``
-    :return: Space of the state and space of the goal
+    :return: Space of the state and space of the goal. The achieved goal belongs to the state: some envs give the position of
+        the robot nowhere else (AntMaze).
     """
     state = {key: space for key, space in observation_space.spaces.items() if key != GOAL_KEY}
     return spaces.Dict(state), spaces.Dict({GOAL_KEY: observation_space.spaces[GOAL_KEY]})
@@ -74,7 +65,7 @@ def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict
 
 class Actor(CheckedPolicy):
     """
-    Actor of DeepCRL: a residual tower from state and goal to a squashed diagonal Gaussian.
+    Actor network (policy) for DeepCRL: a residual tower from state and goal to a squashed diagonal Gaussian.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -112,31 +103,21 @@ class Actor(CheckedPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        data.update(
-            dict(
-                features_extractor=self.features_extractor,
-                features_dim=self.features_dim,
-                tower_kwargs=self.tower_kwargs,
-            )
-        )
-        return data
+        names = ("features_extractor", "features_dim", "tower_kwargs")
+        return {**data, **{name: getattr(self, name) for name in names}}
 
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
+        Get the parameters of the action distribution.
+
         :param obs: Observations
-        :return: Mean and log standard deviation before squashing, each of shape ``(batch_size, action_dim)``;
-            the latter is between -5 and 2
+        :return: Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``
         """
-        latent_pi = self.tower(self.extract_features(obs, self.features_extractor))
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(self.log_std(latent_pi)) + 1.0)
-        return self.mu(latent_pi), log_std
+        features = self.extract_features(obs, self.features_extractor)
+        mean, log_std = apply_heads(self.tower, features, self.mu, self.log_std)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(log_std) + 1.0)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """
-        :param obs: Observations
-        :param deterministic: Whether to return the squashed mean instead of a sample
-        :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``
-        """
         mean, log_std = self.get_action_dist_params(obs)
         if deterministic:
             return th.tanh(mean)
@@ -144,12 +125,13 @@ class Actor(CheckedPolicy):
 
     def action_log_prob(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
+        Sample actions.
+
         :param obs: Observations
-        :return: Sampled actions in [-1, 1], shape ``(batch_size, action_dim)``,
-            and their log-probability, shape ``(batch_size,)``
+        :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``, and their log-probability, shape ``(batch_size,)``
         """
         mean, log_std = self.get_action_dist_params(obs)
-        return squashed_gaussian(mean, log_std, th.randn_like(mean))
+        return squashed_gaussian(mean, log_std, th.randn_like(mean), fused=has_kernel(self.tower))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
@@ -200,26 +182,22 @@ class ContrastiveCritic(BaseModel):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        data.update(
-            dict(
-                features_extractor=self.features_extractor,
-                goal_features_extractor=self.goal_features_extractor,
-                repr_dim=self.repr_dim,
-                energy=self.energy,
-                tower_kwargs=self.tower_kwargs,
-            )
-        )
-        return data
+        names = ("features_extractor", "goal_features_extractor", "repr_dim", "energy", "tower_kwargs")
+        return {**data, **{name: getattr(self, name) for name in names}}
 
     def extract_state_features(self, obs: dict[str, th.Tensor]) -> th.Tensor:
         """
+        Get the features of the state, in which the desired goal has no part.
+
         :param obs: Observations
-        :return: Features of the state, in which the desired goal has no part
+        :return: Features of shape ``(batch_size, features_dim)``
         """
         return self.extract_features({key: obs[key] for key in obs if key != GOAL_KEY}, self.features_extractor)
 
     def encode_state_action(self, state_features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
+        Encode states and actions.
+
         :param state_features: Outcome of :meth:`extract_state_features`
         :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
         :return: Representations of shape ``(batch_size, repr_dim)``
@@ -228,6 +206,8 @@ class ContrastiveCritic(BaseModel):
 
     def encode_goal(self, obs: dict[str, th.Tensor]) -> th.Tensor:
         """
+        Encode goals.
+
         :param obs: Observations, of which only ``desired_goal`` is read
         :return: Representations of shape ``(batch_size, repr_dim)``
         """
@@ -259,9 +239,10 @@ class DeepCRLPolicy(CheckedPolicy):
     :param critic_depth: Depth of the encoders of the critic, ``depth`` by default
     :param width: Number of units of every hidden layer
     :param repr_dim: Dimension of the representations
-    :param energy: Similarity of two representations: ``"norm"``, ``"squared"``, ``"dot"`` or ``"cosine"``
+    :param energy: Similarity of two representations: ``"norm"`` (negative Euclidean distance, the paper's), ``"squared"``,
+        ``"dot"`` or ``"cosine"``
     :param activation_fn: Activation function
-    :param norm: Normalisation after each hidden Dense layer, ``"layer"`` or ``"none"``
+    :param norm: Normalization after each hidden Dense layer, ``"layer"`` or ``"none"``
     :param residual: Whether the blocks add the identity (False for the ablation)
     :param residual_scale: Factor of the residual branches: a number (1 in the paper), ``"1/N"`` for one over the number
         of blocks or ``"learnable"`` for one parameter a block that starts there,
@@ -272,8 +253,7 @@ class DeepCRLPolicy(CheckedPolicy):
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
-    :param sac_kwargs: What only SAC's policies use (``net_arch``, ``n_critics``, ``share_features_extractor``,
-        ``use_sde``, ``log_std_init``, ``use_expln``, ``clip_mean``): accepted with a warning, so that existing scripts run
+    :param sac_kwargs: What only SAC's policies use (``net_arch``, ``n_critics``, ...): accepted with a warning
     :raises ValueError: if an argument is out of its range
     :raises TypeError: if there is no such argument
     """
@@ -328,16 +308,14 @@ class DeepCRLPolicy(CheckedPolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        check_depth(depth)
-        if actor_depth is not None:
-            check_depth(actor_depth, "actor_depth")
-        if critic_depth is not None:
-            check_depth(critic_depth, "critic_depth")
+        for name, value in dict(depth=depth, actor_depth=actor_depth, critic_depth=critic_depth).items():
+            if value is not None:
+                check_depth(value, name)
         check_positive_int(repr_dim, "repr_dim")
         check_choice(energy, ENERGIES, "energy")
-        unknown = [name for name in sac_kwargs if name not in SAC_POLICY_KWARGS]
+        unknown = sac_kwargs.keys() - SAC_POLICY_KWARGS
         if unknown:
-            raise TypeError(f"`policy_kwargs` has {unknown}, which neither DeepCRL nor SAC knows: check the spelling")
+            raise TypeError(f"`policy_kwargs` has {sorted(unknown)}, which neither DeepCRL nor SAC knows: check the spelling")
         if sac_kwargs:
             warnings.warn(
                 f"`policy_kwargs` has {', '.join(f'`{name}={value}`' for name, value in sac_kwargs.items())}, which DeepCRL "
@@ -350,11 +328,7 @@ class DeepCRLPolicy(CheckedPolicy):
         self.repr_dim = repr_dim
         self.energy = energy
         self.tower_kwargs = dict(
-            width=width,
-            activation_fn=activation_fn,
-            norm=norm,
-            residual=residual,
-            residual_scale=residual_scale,
+            width=width, activation_fn=activation_fn, norm=norm, residual=residual, residual_scale=residual_scale
         )
         self._graphed_actors: tuple[GraphedFunction, ...] | None = None
         self._build(lr_schedule)
@@ -364,43 +338,25 @@ class DeepCRLPolicy(CheckedPolicy):
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in optimizer_kwargs:
             # One kernel for all parameters
             optimizer_kwargs.setdefault("fused", True)
-        self.actor = self.make_actor()
-        self.actor.optimizer = self.optimizer_class(
-            self.actor.parameters(),
-            lr=lr_schedule(1),  # type: ignore[call-arg]
-            **optimizer_kwargs,
-        )
-        self.critic = self.make_critic()
-        self.critic.optimizer = self.optimizer_class(
-            self.critic.parameters(),
-            lr=lr_schedule(1),  # type: ignore[call-arg]
-            **optimizer_kwargs,
-        )
+        self.actor, self.critic = self.make_actor(), self.make_critic()
+        for network in (self.actor, self.critic):
+            network.optimizer = self.optimizer_class(network.parameters(), lr=lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
+        data |= {name: getattr(self, name) for name in ("depth", "actor_depth", "critic_depth", "repr_dim", "energy")}
         data.update(
-            dict(
-                depth=self.depth,
-                actor_depth=self.actor_depth,
-                critic_depth=self.critic_depth,
-                repr_dim=self.repr_dim,
-                energy=self.energy,
-                **self.tower_kwargs,
-                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
-                optimizer_class=self.optimizer_class,
-                optimizer_kwargs=self.optimizer_kwargs,
-                features_extractor_class=self.features_extractor_class,
-                features_extractor_kwargs=self.features_extractor_kwargs,
-            )
+            **self.tower_kwargs,
+            lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
         )
         return data
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
-        """
-        :param features_extractor: Features extractor of the actor, a new one by default
-        :return: A new actor
-        """
+        """Make an actor."""
         actor_kwargs = dict(
             observation_space=self.observation_space,
             action_space=self.action_space,
@@ -410,9 +366,7 @@ class DeepCRLPolicy(CheckedPolicy):
         return Actor(**self._update_features_extractor(actor_kwargs, features_extractor)).to(self.device)
 
     def make_critic(self) -> ContrastiveCritic:
-        """
-        :return: A new critic, with features extractors of its own
-        """
+        """Make a critic, with features extractors of its own for state and goal."""
         state_space, goal_space = split_observation_space(self.observation_space)
         return ContrastiveCritic(
             self.observation_space,
@@ -426,11 +380,6 @@ class DeepCRLPolicy(CheckedPolicy):
         ).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """
-        :param obs: Observations
-        :param deterministic: Whether to return the squashed mean instead of a sample
-        :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``
-        """
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -449,14 +398,10 @@ class DeepCRLPolicy(CheckedPolicy):
         :param backend: Who captures, None to run it as it is
         :param required: Whether an actor that cannot be captured is an error
         """
-        if backend is None:
-            self._graphed_actors = None
-        else:
-            deterministic = partial(self.actor, deterministic=True)
-            self._graphed_actors = (
-                GraphedFunction(self.actor, backend, required=required),
-                GraphedFunction(deterministic, backend, required=required),
-            )
+        actors = (self.actor, partial(self.actor, deterministic=True))
+        self._graphed_actors = (
+            None if backend is None else tuple(GraphedFunction(actor, backend, required=required) for actor in actors)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can neither be copied nor pickled
@@ -466,7 +411,7 @@ class DeepCRLPolicy(CheckedPolicy):
         """
         Put the policy in either training or evaluation mode.
 
-        This affects certain modules, such as batch normalisation and dropout.
+        This affects certain modules, such as batch normalization and dropout.
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
