@@ -6,7 +6,7 @@ import torch as th
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.analysis import CollectorStudy
-from sb3_deepcrl.analysis.collector import Learners, _conclusions, _learner_folder
+from sb3_deepcrl.analysis.collector import Learners, _learner_folder
 from sb3_deepcrl.analysis.episodes import make_envs
 from sb3_deepcrl.analysis.statistics import Estimate
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on(tmp_path, n_collected):
     assert {path.name for path in _learner_folder(tmp_path, 8).glob("*.zip")} == {"120.zip", "160.zip"}
 
 
-def test_report_of_known_scores():
+def test_report_of_known_scores(monkeypatch):
     study = CollectorStudy(env="PointUMaze-v0", **{**TOY, "seeds": 3})
     scores = {
         "collector depth 32, itself": [91.0, 92.0, 93.0],
@@ -97,10 +97,13 @@ def test_report_of_known_scores():
         "collector depth 4, learner depth 32": [13.0, 14.0, 15.0],
         "collector depth 4, learner depth 4": [11.0, 12.0, 13.0],
     }
-    report = study._report(results_of_scores(scores))
-    means = {(row["collector"], row["learner"]): row["time at goal"].mean for row in report.table}
-    assert means["depth 32", "depth 32"] == 102 and means["depth 32", "collector itself"] == 92
-    assert means["depth 4", "depth 32"] == 14
+    results = results_of_scores(scores)
+    # Those of the learners are in folders of their own
+    collectors = {label.removesuffix(", itself"): seeds for label, seeds in results.items() if "itself" in label}
+    learners = [seed for label, seeds in results.items() if "learner" in label for seed in seeds]
+    monkeypatch.setattr("sb3_deepcrl.analysis.collector.mean_evaluations", lambda folder, steps: learners.pop(0))
+    report = study.report(collectors)
+    assert {row[""]: row["time at goal"].mean for row in report.table} == {label: seeds[1] for label, seeds in scores.items()}
     assert [note.rsplit(", ", 1)[1] for note in report.notes[1:]] == ["higher.", "intervals overlap.", "higher.", "higher."]
     assert [ax.get_title() for ax in report.figure.axes] == ["Deep collector (depth 32)", "Shallow collector (depth 4)"]
     deep, shallow, _ = report.figure.axes[0].lines
@@ -111,14 +114,19 @@ def test_report_of_known_scores():
 def test_conclusions():
     low, high, wide = Estimate(1, 0, 2), Estimate(5, 4, 6), Estimate(3, 1, 5)
     scores = {(8, 8): high, (8, 4): low, (4, 8): wide, (4, 4): high}
-    verdicts = [sentence.rsplit(", ", 1)[1] for sentence in _conclusions(scores, 8, 4)]
+    study = CollectorStudy(deep=8, shallow=4)
+
+    def conclusions(scores):
+        return study.compare({f"collector depth {pair[0]}, learner depth {pair[1]}": score for pair, score in scores.items()})
+
+    verdicts = [sentence.rsplit(", ", 1)[1] for sentence in conclusions(scores)]
     assert verdicts == ["higher.", "intervals overlap.", "intervals overlap.", "lower."]
-    assert _conclusions(scores, 8, 4)[0] == (
+    assert conclusions(scores)[0] == (
         "From the data of collector 8, learner 8 against 4: 5.00 (4.00 to 6.00) against 1.00 (0.00 to 2.00), higher."
     )
     # One seed has no interval
     unknown = Estimate(9, np.nan, np.nan)
-    assert _conclusions({**scores, (8, 8): unknown}, 8, 4)[0].endswith("one seed tells nothing.")
+    assert conclusions({**scores, (8, 8): unknown})[0].endswith("one seed tells nothing.")
 
 
 @pytest.mark.parametrize(

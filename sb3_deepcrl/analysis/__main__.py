@@ -49,13 +49,7 @@ def _pairs(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
 
 
 def key_value(text: str) -> tuple[str, Any]:
-    """
-    Read an entry of a dict.
-
-    :param text: ``key:value``, where the value is a Python literal or else text
-    :return: Key and value
-    :raises ValueError: if it is something else
-    """
+    """Read ``key:value``, where the value is a Python literal or else text."""
     key, colon, value = text.partition(":")
     if not colon or not key:
         raise ValueError(f"expected key:value, got {text!r}")
@@ -66,11 +60,7 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """
-    Run a study.
-
-    :param argv: Arguments, by default those of the command line
-    """
+    """Run a study."""
     end_start()
     prog = "python -m sb3_deepcrl.analysis"
     numbers: list[int] = []

@@ -6,8 +6,9 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -17,12 +18,15 @@ from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_deepcrl import GoalEvalCallback
 from sb3_deepcrl.analysis.episodes import make_envs
-from sb3_deepcrl.analysis.report import Report, Results, depth_colors, draw_curve, evaluation_rows, new_figure
+from sb3_deepcrl.analysis.report import Report, Results, depth_colors, draw_curve, new_figure
 from sb3_deepcrl.analysis.runs import FOLDER, Run, mean_evaluations
-from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, curves_of, final_estimate, final_scores
+from sb3_deepcrl.analysis.statistics import Estimate, curves_of
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextlib.contextmanager
@@ -43,14 +47,8 @@ class Learners(BaseCallback):
     """
     Models of other depths that learn from the replay buffer of the model in training, the collector: as many updates, each
     right after those of the collector, on minibatches of their own. They don't act, and the collector learns what it learns
-    without them. Each has a folder of its own for its evaluations, and for what a run that is stopped goes on with.
-
-    :param depths: Depths of the models
-    :param folder: Where their folders are
-    :param eval_env: Id of the env that they are evaluated on
-    :param eval_freq: Env steps between two evaluations, after each of which they are saved
-    :param n_eval_episodes: Number of episodes of an evaluation
-    :param env_kwargs: Arguments of that env
+    without them. Each has a folder of its own in ``folder`` for its evaluations, and for what a run that is stopped goes on
+    with: it is saved after each of them, which are every ``eval_freq`` env steps.
     """
 
     def __init__(
@@ -151,20 +149,6 @@ def _learner_folder(folder: Path, depth: int) -> Path:
     return folder / f"learner-depth-{depth}"
 
 
-def _conclusions(scores: Mapping[tuple[int, int], Estimate], deep: int, shallow: int) -> list[str]:
-    """What explains the gain of depth: the data of a deep collector, or what a deep learner makes of data."""
-    sentences = []
-    for title, better, worse in [
-        (f"From the data of collector {deep}, learner {deep} against {shallow}", (deep, deep), (deep, shallow)),
-        (f"From the data of collector {shallow}, learner {deep} against {shallow}", (shallow, deep), (shallow, shallow)),
-        (f"Learner {deep}, from the data of collector {deep} against {shallow}", (deep, deep), (shallow, deep)),
-        (f"Learner {shallow}, from the data of collector {deep} against {shallow}", (deep, shallow), (shallow, shallow)),
-    ]:
-        first, second = scores[better], scores[worse]
-        sentences.append(f"{title}: {first} against {second}, {first.compare(second)}.")
-    return sentences
-
-
 @dataclass(kw_only=True)
 class CollectorStudy(Study):
     """
@@ -206,7 +190,6 @@ class CollectorStudy(Study):
     def report(self, results: Results) -> Report:
         from sb3_deepcrl.zoo.runs import RunFolder
 
-        # Those of the learners are in folders of their own
         everyone: Results = {}
         for label, run in self.settings().items():
             everyone[f"{label}, itself"] = results[label]
@@ -215,56 +198,54 @@ class CollectorStudy(Study):
                     mean_evaluations(RunFolder(_learner_folder(seed.folder(self.runs), depth)), self.steps)
                     for seed in self.seeds_of(run)
                 ]
-        return self._report(everyone)
+        return super().report(everyone)
 
-    def _report(self, results: Results) -> Report:
-        table = []
-        for label, seeds in results.items():
-            collector, learner = label.removeprefix("collector ").split(", ")
-            table.append(
-                {
-                    "collector": collector,
-                    "learner": learner.removeprefix("learner ").replace("itself", "collector itself"),
-                    "time at goal": final_estimate(seeds),
-                    "each seed": ", ".join(f"{score:.0f}" for score in final_scores(seeds, "time_at_goal")),
-                    "success": final_estimate(seeds, "success_any"),
-                    "updates": f"{seeds[0]['n_updates'][-1]:.0f}",
-                }
-            )
-        scores = {
-            (collector, learner): final_estimate(results[f"collector depth {collector}, learner depth {learner}"])
-            for collector in self._depths
-            for learner in self._depths
-        }
-        notes = [
-            f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Only the "
-            "collector acts in training; the learners train from its replay buffer, each on minibatches of its own. "
-            f"{self.averaging()}, of the mean over the last {min(N_LAST, self.n_evaluations)} evaluations. "
-            "A difference is clear where the intervals of time at goal do not meet.",
-            *_conclusions(scores, self.deep, self.shallow),
-        ]
-        return Report(
-            f"Collector and learner on {self.env}", evaluation_rows(results, {}), table, notes, self._figure(results)
+    def protocol(self) -> str:
+        return (
+            "Only the collector acts in training; the learners train from its replay buffer, each on minibatches of its own. "
+            f"{super().protocol()} They are those of the collector and both learners together."
         )
 
-    def _figure(self, results: Results) -> Any:
+    def compare(self, estimates: dict[str, Estimate]) -> list[str]:
+        def sentence(title: str, first: Estimate, second: Estimate) -> str:
+            return f"{title}: {first} against {second}, {first.compare(second)}."
+
+        deep, shallow = self._depths
+        scores = {
+            pair: estimates["collector depth {}, learner depth {}".format(*pair)] for pair in product(self._depths, repeat=2)
+        }
+        return [
+            sentence(
+                f"From the data of collector {depth}, learner {deep} against {shallow}",
+                scores[depth, deep],
+                scores[depth, shallow],
+            )
+            for depth in self._depths
+        ] + [
+            sentence(
+                f"Learner {depth}, from the data of collector {deep} against {shallow}",
+                scores[deep, depth],
+                scores[shallow, depth],
+            )
+            for depth in self._depths
+        ]
+
+    def draw(self, results: Results) -> "Figure":
         figure, axes = new_figure(1, 2)
         colors = depth_colors(self._depths)
-        for ax, collector in zip(axes[0], self._depths, strict=True):
-            label = f"collector depth {collector}"
+        for ax, collector, kind in zip(axes[0], self._depths, ("Deep", "Shallow"), strict=True):
             for name, who, color, style in [
-                *((f"learner, depth {d}", f"{label}, learner depth {d}", colors[d], "-") for d in self._depths),
-                ("the collector itself", f"{label}, itself", "0.5", ":"),
+                *((f"learner, depth {depth}", f"learner depth {depth}", colors[depth], "-") for depth in self._depths),
+                ("the collector itself", "itself", "0.5", ":"),
             ]:
-                steps = curves_of(results[who], "timesteps").mean(axis=0) / 1000
-                draw_curve(ax, steps, curves_of(results[who], "time_at_goal"), name, color, style)
-            kind = "Deep" if collector == self.deep else "Shallow"
+                seeds = results[f"collector depth {collector}, {who}"]
+                steps = curves_of(seeds, "timesteps").mean(axis=0) / 1000
+                draw_curve(ax, steps, curves_of(seeds, "time_at_goal"), name, color, style)
             ax.set(
                 title=f"{kind} collector (depth {collector})", xlabel="env steps (thousands)", ylabel="time at goal (steps)"
             )
-        top = max(ax.get_ylim()[1] for ax in axes[0])
-        for ax in axes[0]:
-            ax.set_ylim(0, top)
+        axes[0, 1].sharey(axes[0, 0])
+        axes[0, 0].autoscale(axis="y")
+        axes[0, 0].set_ylim(bottom=0)
         axes[0, 0].legend()
-        figure.suptitle(self.caption())
         return figure

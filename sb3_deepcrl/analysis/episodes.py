@@ -21,16 +21,7 @@ EVAL_SEED = 10_000
 
 
 def make_envs(env_id: str, n_envs: int, env_kwargs: Mapping[str, Any] | None = None, seed: int = EVAL_SEED) -> VecEnv:
-    """
-    Make parallel envs, natively stepped if they are of this package.
-
-    :param env_id: Id of the env
-    :param n_envs: Number of envs
-    :param env_kwargs: Arguments of the env
-    :param seed: Seed of the first one
-    :return: The envs, which report ``is_success``
-    :raises ValueError: if the env does not know an argument
-    """
+    """Make parallel envs that report ``is_success``, natively stepped if they are of this package."""
     kwargs = dict(env_kwargs or {})
     spec = find_spec(env_id)
     with checked_env_kwargs(spec, kwargs):
@@ -42,27 +33,14 @@ def make_envs(env_id: str, n_envs: int, env_kwargs: Mapping[str, Any] | None = N
 
 
 def make_env(env_id: str, env_kwargs: Mapping[str, Any] | None = None) -> gym.Env:
-    """
-    Make a single env.
-
-    :param env_id: Id of the env
-    :param env_kwargs: Arguments of the env
-    :return: The env
-    :raises ValueError: if it does not know an argument
-    """
+    """Make a single env."""
     spec = find_spec(env_id)
     with checked_env_kwargs(spec, env_kwargs or {}):
         return gym.make(spec.id, **(env_kwargs or {}))
 
 
 class Episode(NamedTuple):
-    """
-    What happened in an episode.
-
-    :param observations: Observations at the start and after each step, shape ``(n_steps + 1, ...)`` each
-    :param actions: Actions, shape ``(n_steps, action_dim)``
-    :param infos: Info dict of each step
-    """
+    """What happened in an episode: observations ``(n_steps + 1, ...)``, actions and infos of each step."""
 
     observations: dict[str, np.ndarray]
     actions: np.ndarray
@@ -84,24 +62,13 @@ class Episode(NamedTuple):
         return np.array([info["is_success"] for info in self.infos], dtype=bool)
 
     def head(self, n_steps: int) -> "Episode":
-        """
-        Cut the episode off.
-
-        :param n_steps: Number of steps to keep
-        :return: Its start
-        """
+        """The first steps of the episode."""
         observations = {key: values[: n_steps + 1] for key, values in self.observations.items()}
         return Episode(observations, self.actions[:n_steps], self.infos[:n_steps])
 
 
 def record_episodes(model: PolicyPredictor, env: VecEnv) -> list[Episode]:
-    """
-    Let a model play, with deterministic actions.
-
-    :param model: Anything that has ``predict``
-    :param env: Goal-conditioned envs
-    :return: The first episode of each env
-    """
+    """Play the first episode of each env, with deterministic actions."""
     episodes: dict[int, Episode] = {}
     frames: list[dict[str, np.ndarray]] = []
     actions: list[np.ndarray] = []

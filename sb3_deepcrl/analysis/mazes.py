@@ -29,6 +29,7 @@ class MazeMap:
     :param origin: x and y of the center of the cell in row 0 and column 0, in meters
     :param column_step: x and y from a cell to the one in the next column, in meters
     :param row_step: x and y from a cell to the one in the next row, in meters
+    :param goals: x and y of all goals that the env may set, but for noise, in meters, shape ``(n, 2)``
     """
 
     walls: np.ndarray
@@ -36,35 +37,27 @@ class MazeMap:
     origin: np.ndarray
     column_step: np.ndarray
     row_step: np.ndarray
+    goals: np.ndarray
 
     @classmethod
     def find(cls, env: gym.Env) -> "MazeMap | None":
-        """
-        Read the maze of an env.
-
-        :param env: An env of this package or of gymnasium-robotics, wrapped or not
-        :return: The map of its maze, None if it has none
-        """
+        """Read the maze of an env of this package or of gymnasium-robotics, wrapped or not; None if it has none."""
         scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
         if isinstance(scene, Maze):
             row_step, column_step = scene.cell_size * np.eye(2)
-            return cls(scene.layout.walls, scene.cell_size, np.zeros(2), column_step, row_step)
+            goals = np.unique(scene.pairs[:, 1], axis=0) * scene.cell_size
+            return cls(scene.layout.walls, scene.cell_size, np.zeros(2), column_step, row_step, goals)
         maze = getattr(env.unwrapped, "maze", None)
         if maze is None:
             return None
         origin, next_column, next_row = (np.asarray(maze.cell_rowcol_to_xy(cell)) for cell in ((0, 0), (0, 1), (1, 0)))
         walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])
-        return cls(walls, float(maze.maze_size_scaling), origin, next_column - origin, next_row - origin)
+        goals = np.unique(maze.unique_goal_locations, axis=0)
+        return cls(walls, float(maze.maze_size_scaling), origin, next_column - origin, next_row - origin, goals)
 
     @classmethod
     def from_env(cls, env: gym.Env) -> "MazeMap":
-        """
-        Read the maze of an env that must have one.
-
-        :param env: A maze of this package or of gymnasium-robotics, wrapped or not
-        :return: Its map
-        :raises ValueError: if the env has no maze
-        """
+        """Read the maze of an env that must have one."""
         if not isinstance(env, gym.Env):
             raise ValueError(f"A value map needs a single env, not a {type(env).__name__}: make one with `gym.make()`")
         if (maze := cls.find(env)) is None:
@@ -72,71 +65,41 @@ class MazeMap:
         return maze
 
     def positions(self, cells: np.ndarray) -> np.ndarray:
-        """
-        Find places by rows and columns.
-
-        :param cells: Rows and columns, may be fractions, shape ``(..., 2)``
-        :return: x and y in meters, same shape
-        """
+        """x and y in meters of rows and columns, which may be fractions, shape ``(..., 2)``."""
         return self.origin + cells @ np.stack([self.row_step, self.column_step])
 
     def cells(self, xy: np.ndarray) -> np.ndarray:
-        """
-        Find rows and columns of places.
-
-        :param xy: Positions in meters, shape ``(..., 2)``
-        :return: Row and column of each as fractions, same shape
-        """
+        """Rows and columns as fractions of x and y in meters, shape ``(..., 2)``."""
         return (np.asarray(xy) - self.origin) @ np.linalg.inv(np.stack([self.row_step, self.column_step]))
 
     def places(self, points_per_cell: int = 1) -> np.ndarray:
-        """
-        Spread points evenly over all free cells.
-
-        :param points_per_cell: Number of points along the side of a cell
-        :return: x and y of the points in meters, shape ``(n, 2)``
-        """
+        """x and y of points in meters that are spread evenly over all free cells, shape ``(n, 2)``."""
         shifts = (np.arange(points_per_cell) + 0.5) / points_per_cell - 0.5
         grid = np.stack(np.meshgrid(shifts, shifts, indexing="ij"), axis=-1).reshape(-1, 2)
         return self.positions(np.argwhere(~self.walls)[:, None] + grid).reshape(-1, 2)
 
     def is_wall(self, xy: np.ndarray) -> np.ndarray:
-        """
-        Find out which places are not free.
-
-        :param xy: Positions in meters, shape ``(..., 2)``
-        :return: Whether each lies in a wall or outside of the maze, shape ``(...)``
-        """
+        """Whether each x and y, ``(..., 2)``, lies in a wall or outside of the maze."""
         cells = np.rint(self.cells(xy)).astype(int)
         inside = ((cells >= 0) & (cells < self.walls.shape)).all(axis=-1)
         rows, columns = np.moveaxis(np.clip(cells, 0, np.array(self.walls.shape) - 1), -1, 0)
         return ~inside | self.walls[rows, columns]
 
     def limits(self) -> tuple[float, float, float, float]:
-        """
-        Measure the maze.
-
-        :return: Smallest and largest x, smallest and largest y, in meters
-        """
+        """Smallest and largest x, smallest and largest y, in meters."""
         corners = self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
         (x_min, y_min), (x_max, y_max) = corners.min(axis=0), corners.max(axis=0)
         return x_min, x_max, y_min, y_max
 
     def to_picture(self, xy: np.ndarray) -> np.ndarray:
         """
-        Turn places so that a picture reads as the maze's text does.
-
-        :param xy: Positions or directions in meters, shape ``(..., 2)``
-        :return: The same with the coordinate first that runs along the rows of the maze, from left to right in a picture
+        Places or directions ``(..., 2)`` so that a picture reads as the maze's text does: first what runs along its
+        rows.
         """
         return np.asarray(xy)[..., ::-1] if self.column_step[0] == 0 else np.asarray(xy)
 
     def draw(self, ax: "Axes") -> None:
-        """
-        Draw the walls, so that the picture reads as the maze's text does: rows from top to bottom.
-
-        :param ax: Where
-        """
+        """Draw the walls, so that the picture reads as the maze's text does: rows from top to bottom."""
         corners = self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
         (left, top), (right, bottom) = self.to_picture(corners)
         across, up = self.to_picture(np.array(["x", "y"]))
@@ -144,12 +107,8 @@ class MazeMap:
 
     def distances(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """
-        Length of the shortest way of a point through the maze. It is exact: such a way is straight but where it turns at
-        a corner of a wall, so it leads along lines of sight between its ends and corners.
-
-        :param sources: Positions in meters, shape ``(n_sources, 2)``
-        :param targets: Positions in meters, shape ``(n_targets, 2)``
-        :return: Lengths in meters, shape ``(n_sources, n_targets)``; infinite where no way leads
+        Lengths of the shortest ways of a point in meters, ``(n_sources, n_targets)``, infinite where no way leads. They are
+        exact: such a way is straight but where it turns at a corner of a wall, so it leads along lines of sight.
         """
         from scipy.sparse.csgraph import floyd_warshall
 
@@ -193,16 +152,3 @@ class MazeMap:
             leaves = np.maximum(meets_low, meets_high).min(axis=-1)
             lengths[np.maximum(enters, 0) < np.minimum(leaves, 1)] = np.inf
         return lengths
-
-
-def goals_of(env: gym.Env) -> np.ndarray:
-    """
-    Find the goals of a maze.
-
-    :param env: A maze of this package or of gymnasium-robotics, wrapped or not
-    :return: x and y of all goals that it may set, but for noise, in meters, shape ``(n, 2)``
-    """
-    scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
-    if isinstance(scene, Maze):
-        return np.unique(scene.pairs[:, 1], axis=0) * scene.cell_size
-    return np.unique(env.unwrapped.maze.unique_goal_locations, axis=0)  # type: ignore[attr-defined]

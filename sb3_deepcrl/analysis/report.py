@@ -17,6 +17,7 @@ from sb3_deepcrl.analysis.statistics import (
     final_estimate,
     final_scores,
     interquartile_mean,
+    interquartile_means,
     steps_to_success,
 )
 from sb3_deepcrl.common.utils import atomic_path
@@ -32,14 +33,8 @@ Results = dict[str, list[dict[str, np.ndarray]]]
 @dataclass
 class Report:
     """
-    What a study found.
-
-    :param title: First line
-    :param rows: Rows of the CSV file, all with the same columns
-    :param table: Rows of the table, all with the same columns
-    :param notes: Sentences below it
-    :param figure: The picture
-    :param path: The Markdown file, once it is written
+    What a study found: ``rows`` of the CSV file, a ``table`` and ``notes`` below it, a ``figure``, and the ``path`` of the
+    Markdown file once it is written.
     """
 
     title: str
@@ -50,12 +45,7 @@ class Report:
     path: Path | None = None
 
     def write(self, path: Path, command: str) -> None:
-        """
-        Write the three files, each as a whole or not at all.
-
-        :param path: The Markdown file; the others lie beside it
-        :param command: The command that makes this report
-        """
+        """Write the three files, each as a whole or not at all; ``path`` is that of the Markdown file."""
         self.path = path
         with atomic_path(path.with_suffix(".csv"), ".csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
@@ -75,13 +65,7 @@ class Report:
 
 
 def evaluation_rows(results: Results, columns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """
-    Make a row of each evaluation.
-
-    :param results: Evaluations of each seed by setting
-    :param columns: More columns of each setting
-    :return: The rows
-    """
+    """Make a row of each evaluation, with more columns by setting."""
     return [
         {
             **{"setting": label, **columns.get(label, {}), "seed": number},
@@ -94,18 +78,13 @@ def evaluation_rows(results: Results, columns: Mapping[str, Mapping[str, Any]]) 
 
 
 def summarize(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """
-    Say in a row of a table how a setting did.
-
-    :param seeds: Evaluations of each seed
-    :return: Columns of the row
-    """
+    """Say in a row of a table how a setting did."""
     steps = np.median([steps_to_success(seed) for seed in seeds])
     return {
         "time at goal": final_estimate(seeds),
         "each seed": ", ".join(f"{score:.0f}" for score in final_scores(seeds, "time_at_goal")),
         "success": final_estimate(seeds, "success_any"),
-        "best success": interquartile_mean(curves_of(seeds, "success_any").max(axis=1)[:, None])[0],
+        "best success": interquartile_mean(curves_of(seeds, "success_any").max(axis=1)),
         "steps to 90 %": f"{steps:,.0f}" if np.isfinite(steps) else "-",
         "updates": f"{seeds[0]['n_updates'][-1]:.0f}",
         "seconds": f"{np.median([seed['seconds'][-1] for seed in seeds]):.0f}",
@@ -113,13 +92,7 @@ def summarize(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
 
 
 def scores_by_depth(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int, np.ndarray]:
-    """
-    Average a column over the rows of each depth and seed.
-
-    :param rows: Rows with the columns ``depth`` and ``seed``
-    :param column: The column
-    :return: The means, shape ``(n_seeds,)``, by depth
-    """
+    """Average a column over the rows of each ``depth`` and ``seed``: shape ``(n_seeds,)`` by depth."""
     values: dict[int, dict[int, list[float]]] = {}
     for row in rows:
         values.setdefault(row["depth"], {}).setdefault(row["seed"], []).append(float(row[column]))
@@ -127,12 +100,7 @@ def scores_by_depth(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int,
 
 
 def describe_origin(records_by_run: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
-    """
-    Say with which code, machine and arguments runs were made.
-
-    :param records_by_run: For each run its algorithm and what stands in its ``made_with.json``
-    :return: Sentences
-    """
+    """Say with which code, machine and arguments runs were made, each given as its algorithm and ``made_with.json``."""
     counts = Counter("; then ".join(dict.fromkeys(map(_describe, records))) for _, records in records_by_run)
     sentences = [" ".join(f"{count} of {len(records_by_run)} runs made with {what}." for what, count in counts.items())]
     # By algorithm or env, and by argument, the values that there are
@@ -162,15 +130,7 @@ def _describe(record: Mapping[str, Any]) -> str:
 
 
 def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: float = 3.4) -> tuple["Figure", Any]:
-    """
-    Make a figure that no window shows.
-
-    :param n_rows: Number of rows of axes
-    :param n_columns: Number of columns of axes
-    :param width: Width of each in inches
-    :param height: Height of each in inches
-    :return: The figure and its axes, shape ``(n_rows, n_columns)``
-    """
+    """Make a figure that no window shows, and its axes, ``(n_rows, n_columns)``, each of a size in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(n_columns * width, n_rows * height), layout="constrained")
@@ -178,30 +138,14 @@ def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: 
 
 
 def draw_curve(ax: "Axes", x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: str = "-") -> None:
-    """
-    Draw the interquartile mean over the seeds as a line and its interval as a band.
-
-    :param ax: Where
-    :param x: Horizontal positions, shape ``(n_points,)``
-    :param curves: Scores of shape ``(n_seeds, n_points)``
-    :param label: Name of the line
-    :param color: Its color
-    :param linestyle: Its style
-    """
-    means, lows, highs = np.array(interquartile_mean(curves)).T
+    """Draw the interquartile mean of ``curves``, ``(n_seeds, n_points)``, as a line and its interval as a band."""
+    means, lows, highs = np.array(interquartile_means(curves)).T
     (line,) = ax.plot(x, means, label=label, color=color, linestyle=linestyle)
     ax.fill_between(x, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def draw_estimates(ax: "Axes", points: Mapping[float, Estimate], label: str, color: Any = None) -> None:
-    """
-    Draw estimates as points with their intervals, and lines between them.
-
-    :param ax: Where
-    :param points: The estimates by their horizontal positions
-    :param label: Name of the line
-    :param color: Its color
-    """
+    """Draw estimates by their horizontal positions as points with their intervals, and lines between them."""
     means, lows, highs = np.array([points[x] for x in sorted(points)]).T
     # Of a skewed bootstrap distribution the mean may lie outside of the interval
     errors = np.maximum([means - lows, highs - means], 0)
@@ -209,13 +153,7 @@ def draw_estimates(ax: "Axes", points: Mapping[float, Estimate], label: str, col
 
 
 def draw_learning_curves(results: Results, is_ordered: bool = False) -> "Figure":
-    """
-    Draw time at goal and success over env steps and over seconds.
-
-    :param results: Evaluations of each seed by setting
-    :param is_ordered: Whether the settings have an order, such as that of depths, which their colors show
-    :return: The figure
-    """
+    """Draw time at goal and success over env steps and over seconds, in shades if the settings have an order."""
     shades = depth_colors(range(len(results)))
     figure, axes = new_figure(2, 2)
     for number, (label, seeds) in enumerate(results.items()):
@@ -236,12 +174,7 @@ def draw_learning_curves(results: Results, is_ordered: bool = False) -> "Figure"
 
 
 def depth_colors(depths: Sequence[int]) -> dict[int, Any]:
-    """
-    Choose colors, the darker the deeper.
-
-    :param depths: Depths
-    :return: A color for each
-    """
+    """Choose colors, the darker the deeper."""
     from matplotlib import colormaps
 
     return {depth: colormaps["viridis_r"](0.15 + 0.8 * i / max(len(depths) - 1, 1)) for i, depth in enumerate(sorted(depths))}

@@ -170,7 +170,7 @@ class RepresentationStudy(ComparisonOfDepths):
         table = [
             {
                 "depth": depth,
-                **{name.replace("_", " "): interquartile_mean(of[depth][:, None])[0] for name, of in scores.items()},
+                **{name.replace("_", " "): interquartile_mean(of[depth]) for name, of in scores.items()},
             }
             for depth in self.depths
         ]

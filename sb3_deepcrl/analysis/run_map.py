@@ -19,14 +19,7 @@ from sb3_deepcrl.zoo.runs import RunFolder
 
 
 def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path | None = None) -> Path:
-    """
-    Draw the learned value of a run.
-
-    :param run: The run
-    :param goal: Goal in meters, by default in the first free cell
-    :param output: Picture, by default ``value.png`` in the folder of the run
-    :return: The picture
-    """
+    """Draw the learned value of a run for a goal in meters, by default in the first free cell."""
     from matplotlib.figure import Figure
 
     vec_env = run.make_env()
@@ -52,11 +45,7 @@ def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path |
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """
-    Run the command.
-
-    :param argv: Arguments of the command line, ``sys.argv`` by default
-    """
+    """Run the command."""
     end_start()
     parser = argparse.ArgumentParser(prog="sb3-deepcrl value_map", description="Draw the learned value of a run.")
     parser.add_argument("--env", help="Environment ID", default=DEFAULT_ENV)

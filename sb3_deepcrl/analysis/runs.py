@@ -39,17 +39,8 @@ class Expression(str):
 @dataclass(frozen=True)
 class Run:
     """
-    A training run with evaluations. Runs that differ in ``seed`` only are seeds of one setting.
-
-    :param env: Id of the env that is trained on
-    :param eval_env: Id of the env that is evaluated on
-    :param steps: Number of env steps
-    :param eval_freq: Env steps between two evaluations
-    :param n_eval_episodes: Number of episodes of an evaluation
-    :param algo: Algorithm, by the name that it has in RL Zoo
-    :param hyperparams: Hyperparameters, where they differ from those of the env in ``zoo_configs``
-    :param env_kwargs: Arguments of both envs
-    :param seed: Seed of envs and model
+    A training run with evaluations after every ``eval_freq`` env steps, with ``hyperparams`` in place of those of the env in
+    ``zoo_configs``. Runs that differ in ``seed`` only are seeds of one setting.
     """
 
     env: str
@@ -64,22 +55,15 @@ class Run:
 
     def folder(self, runs: Path) -> Path:
         """
-        Folder that the runner is given. The number of steps has no influence: a longer run goes on where a shorter one ended.
-
-        :param runs: Folder of all runs
-        :return: The folder
+        Folder that the runner is given. The number of steps has no influence: a longer run goes on where a shorter one
+        ended.
         """
         setting = {name: value for name, value in asdict(self).items() if name not in ("steps", "seed")}
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True, default=repr).encode()).hexdigest()[:10]
         return runs / f"{self.env.rpartition(':')[2]}-{self.algo}-{digest}" / f"seed-{self.seed}"
 
     def command(self, runs: Path) -> list[str]:
-        """
-        Command that trains it, or goes on where it was stopped.
-
-        :param runs: Folder of all runs
-        :return: Its words
-        """
+        """Words of the command that trains it, or goes on where it was stopped."""
         folder = self.folder(runs)
         words = [
             *("python", "-m", "sb3_deepcrl.zoo", "train", "--algo", self.algo, "--env", self.env, "-f", str(folder)),
@@ -94,52 +78,26 @@ class Run:
         return words
 
     def read(self, runs: Path) -> "RunFolder":
-        """
-        Read what there is of it.
-
-        :param runs: Folder of all runs
-        :return: The folder that the runner makes in :meth:`folder`, which may not be there yet
-        """
+        """Folder that the runner makes in :meth:`folder`, which may not be there yet."""
         from sb3_deepcrl.zoo.runs import RunFolder
 
         return RunFolder(next((self.folder(runs) / self.algo).glob("*_1"), self.folder(runs) / self.algo))
 
     def is_complete(self, runs: Path) -> bool:
-        """
-        Find out whether there is nothing left to train.
-
-        :param runs: Folder of all runs
-        :return: Whether all its steps have been made
-        """
+        """Whether all its steps have been made."""
         return self.read(runs).num_timesteps >= self.steps
 
     def evaluations(self, runs: Path) -> dict[str, np.ndarray]:
-        """
-        Read its evaluations up to its number of steps: it may have been continued by a longer run.
-
-        :param runs: Folder of all runs
-        :return: Means over the episodes, shape ``(n_evaluations,)`` each; empty before the first evaluation
-        """
+        """Its evaluations up to its number of steps, as it may have been continued by a longer run."""
         return mean_evaluations(self.read(runs), self.steps)
 
     def made_with(self, runs: Path) -> list[dict[str, Any]]:
-        """
-        Read what its steps were made with.
-
-        :param runs: Folder of all runs
-        :return: A record for each start before the last step
-        """
+        """A record for each start before its last step."""
         return [record for record in self.read(runs).made_with() if record["num_timesteps"] < self.steps]
 
 
 def mean_evaluations(folder: "RunFolder", steps: int) -> dict[str, np.ndarray]:
-    """
-    Read evaluations.
-
-    :param folder: Folder of a run
-    :param steps: Env steps up to which they count
-    :return: Means over the episodes, shape ``(n_evaluations,)`` each; empty before the first evaluation
-    """
+    """Means over the episodes, shape ``(n_evaluations,)`` each, up to a step; empty before the first evaluation."""
     arrays = folder.evaluations()
     if not arrays:
         return {}
@@ -148,13 +106,7 @@ def mean_evaluations(folder: "RunFolder", steps: int) -> dict[str, np.ndarray]:
 
 
 def config_entry(algo: str, env_id: str) -> dict[str, Any]:
-    """
-    Read the defaults of a run.
-
-    :param algo: The algorithm
-    :param env_id: Id of the env
-    :return: Its entry in ``zoo_configs``, empty if there is none
-    """
+    """The entry of an env in ``zoo_configs``, empty if there is none."""
     import yaml
 
     from sb3_deepcrl.zoo.config import find_config
@@ -166,13 +118,7 @@ def config_entry(algo: str, env_id: str) -> dict[str, Any]:
 
 
 def check_origin(all_runs: Sequence[Run], runs: Path) -> None:
-    """
-    Check that what there is of runs was made with the code and the configs that are here.
-
-    :param all_runs: Some runs, which need not have begun
-    :param runs: Folder of all runs
-    :raises ValueError: if one was not
-    """
+    """Refuse runs that were made with other code or configs than those that are here."""
     found = {run.folder(runs): what for run in all_runs if (what := _differences(run, runs))}
     for folder, what in found.items():
         more = f"; and {len(found) - 1} more of these runs" if len(found) > 1 else ""
@@ -217,61 +163,51 @@ def _locked(folder: Path, is_stopped: threading.Event) -> Iterator[tuple[int, ..
         yield (file.fileno(),)
 
 
-class _LocalRuns:
-    """The runs in training that this process has started, so that they can be stopped."""
-
-    def __init__(self) -> None:
-        self.is_stopped = threading.Event()
-        self.processes: set[subprocess.Popen[bytes]] = set()
-
-    def train(self, command: Sequence[str], folder: Path, n_threads: int) -> None:
-        """Train one run, with all that it says in ``train.log``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
-        with _locked(folder, self.is_stopped) as lock, (folder / "train.log").open("ab+") as log:
-            if self.is_stopped.is_set():
-                return
-            start = log.seek(0, os.SEEK_END)
-            # With the lock, which it keeps should this process be killed. In a group of its own: Ctrl-C stops it from here
-            process = subprocess.Popen(
-                [sys.executable, *command[1:]],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=lock,
-                process_group=0 if os.name == "posix" else None,
-            )
-            self.processes.add(process)
-            if self.is_stopped.is_set():
-                # A moment ago
-                process.terminate()
-            code = process.wait()
-            self.processes.discard(process)
-            if code != 0 and not self.is_stopped.is_set():
-                log.seek(start)
-                raise ChildProcessError(_describe_failure(code, log.read().decode(errors="replace"), folder))
-
-    def stop(self) -> None:
-        """Stop all of them, with time to save what they have."""
-        self.is_stopped.set()
-        processes = list(self.processes)
-        for process in processes:
-            process.terminate()
-        end = time.monotonic() + SECONDS_TO_SAVE
-        try:
-            for process in processes:
-                process.wait(max(end - time.monotonic(), 0.1))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            for process in processes:
-                process.kill()
-
-
-# joblib's backends that send a run elsewhere find this one there
-_local_runs = _LocalRuns()
+# The runs in training that this process has started, so that they can be stopped
+_is_stopped = threading.Event()
+_processes: set[subprocess.Popen[bytes]] = set()
 
 
 def _train(command: Sequence[str], folder: Path, n_threads: int) -> None:
-    _local_runs.train(command, folder, n_threads)
+    """Train one run, with all that it says in ``train.log``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, _is_stopped) as lock, (folder / "train.log").open("ab+") as log:
+        if _is_stopped.is_set():
+            return
+        start = log.seek(0, os.SEEK_END)
+        # With the lock, which it keeps should this process be killed. In a group of its own: Ctrl-C stops it from here
+        process = subprocess.Popen(
+            [sys.executable, *command[1:]],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(n_threads)},
+            pass_fds=lock,
+            process_group=0 if os.name == "posix" else None,
+        )
+        _processes.add(process)
+        if _is_stopped.is_set():
+            # A moment ago
+            process.terminate()
+        code = process.wait()
+        _processes.discard(process)
+        if code != 0 and not _is_stopped.is_set():
+            log.seek(start)
+            raise ChildProcessError(_describe_failure(code, log.read().decode(errors="replace"), folder))
+
+
+def _stop() -> None:
+    """Stop all of them, with time to save what they have."""
+    _is_stopped.set()
+    processes = list(_processes)
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + SECONDS_TO_SAVE
+    try:
+        for process in processes:
+            process.wait(max(end - time.monotonic(), 0.1))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in processes:
+            process.kill()
 
 
 def _describe_failure(code: int, said: str, folder: Path) -> str:
@@ -297,15 +233,8 @@ def train_all(
 ) -> None:
     """
     Train all runs that are not complete, several side by side, each with an equal part of the cores. If one fails, or this
-    process is interrupted, all that it started are stopped.
-
-    :param runs_by_label: The seeds of each setting
-    :param runs: Folder of all runs
-    :param jobs: How many at a time, by default as many as there are cores, or as the backend has workers
-    :param backend: joblib's backend. ``"threading"`` starts all of them on this machine.
-    :param scheduler: Address of the scheduler of the backend dask
-    :param console: Where to show the progress, the terminal by default
-    :raises ChildProcessError: if a run fails
+    process is interrupted, all that it started are stopped. ``backend`` is joblib's: ``"threading"`` starts all of them
+    here, by default as many at a time as there are cores.
     """
     from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 
@@ -326,8 +255,8 @@ def train_all(
         n_jobs = max(1, min(effective_n_jobs(), len(open_runs)))
         n_threads = max(1, _usable_cores() // n_jobs)
         stack.enter_context(_progress(all_runs, runs, len(open_runs), console or get_console()))
-        _local_runs.is_stopped.clear()
-        stack.callback(_local_runs.stop)
+        _is_stopped.clear()
+        stack.callback(_stop)
         where = runs.absolute()
         try:
             Parallel(n_jobs=n_jobs, batch_size=1)(

@@ -3,6 +3,7 @@ Depth against width and batch size.
 """
 
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -52,10 +53,6 @@ def count_operations(policy: DeepCRLPolicy, batch_size: int) -> int:
     Then there are the products of all representations with each other.
 
     What is computed a second time to save memory is not counted, nor are layers of features extractors.
-
-    :param policy: A policy
-    :param batch_size: Size of the minibatches
-    :return: Number of operations
     """
     actor, critic = policy.actor, policy.critic
     passes: list[tuple[nn.Module, int]] = [
@@ -77,22 +74,13 @@ def _nearest(count: Callable[[int], int], target: int) -> int:
     high = 1
     while count(high) < target:
         high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
-    return low if low and target - count(low) <= count(high) - target else high
+    high = bisect_left(range(high), target, lo=high // 2 + 1, key=count)
+    return high - 1 if high > 1 and target - count(high - 1) <= count(high) - target else high
 
 
 @dataclass(frozen=True)
 class Size:
-    """
-    How large the networks and the minibatches are.
-
-    :param depth: Depth
-    :param width: Width
-    :param batch_size: Size of the minibatches
-    """
+    """How large the networks and the minibatches are."""
 
     depth: int
     width: int
@@ -152,13 +140,7 @@ class ScaleStudy(Study):
         return env.observation_space, env.action_space
 
     def count(self, size: Size, what: str) -> int:
-        """
-        Count what a network has.
-
-        :param size: Size of networks and minibatches
-        :param what: "parameters", or anything else for the operations of an update
-        :return: Their number
-        """
+        """Count what a network has: "parameters", or anything else for the operations of an update."""
         hyperparams = {**self._run_of(size).hyperparams, **asdict(size)}
         names = inspect.signature(DeepCRLPolicy).parameters
         policy_kwargs = {name: value for name, value in hyperparams.items() if name in names}
@@ -172,17 +154,17 @@ class ScaleStudy(Study):
         """The shallow network, with which all others are compared."""
         return Size(self.depth, self.width or self._defaults["width"], self.batch_size or self._defaults["batch_size"])
 
-    @cached_property
-    def matches(self) -> dict[tuple[int, str], Size]:
-        """The shallow network that is the match of a deeper one, by the depth of that and what there is as much of."""
-        return {(depth, match): self._match_of(depth, match) for depth in self.depths for match in self.match}
-
     def _match_of(self, depth: int, match: str) -> Size:
         def shallow(value: int) -> Size:
             return replace(self.shallow, **{"batch_size" if match == "batch" else "width": value})
 
         target = self.count(replace(self.shallow, depth=depth), match)
         return shallow(_nearest(lambda value: self.count(shallow(value), match), target))
+
+    @cached_property
+    def matches(self) -> dict[tuple[int, str], Size]:
+        """The shallow network that is the match of a deeper one, by the depth of that and what there is as much of."""
+        return {(depth, match): self._match_of(depth, match) for depth in self.depths for match in self.match}
 
     @cached_property
     def sizes(self) -> dict[Size, list[str]]:

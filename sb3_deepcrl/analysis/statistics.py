@@ -13,9 +13,7 @@ N_LAST = 5
 
 
 class Estimate(NamedTuple):
-    """
-    A mean over seeds and its interval. With one seed there is none: ``low`` and ``high`` are not a number.
-    """
+    """A mean over seeds and its interval. With one seed there is none: ``low`` and ``high`` are not a number."""
 
     mean: float
     low: float
@@ -28,37 +26,25 @@ class Estimate(NamedTuple):
         return f"{self.mean:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
     def is_above(self, other: "Estimate") -> bool:
-        """
-        Whether the whole interval lies above that of another estimate.
-
-        :param other: The other estimate
-        :return: Whether it does
-        """
+        """Whether the whole interval lies above that of another estimate."""
         return self.low > other.high
 
     def compare(self, other: "Estimate") -> str:
-        """
-        Say in words whether the interval lies above or below that of another estimate.
-
-        :param other: The other estimate
-        :return: The words
-        """
+        """Say in words whether the interval lies above or below that of another estimate."""
         if np.isnan([self.low, other.low]).any():
             return "one seed tells nothing"
         return "higher" if self.is_above(other) else "lower" if other.is_above(self) else "intervals overlap"
 
 
-def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> list[Estimate]:
-    """
-    Interquartile mean over the seeds at each point, with percentile bootstrap intervals over the seeds.
-    With less than four seeds the interquartile mean is the mean.
+def interquartile_mean(scores: np.ndarray) -> Estimate:
+    """The interquartile mean of a score of each seed, shape ``(n_seeds,)``, see :func:`interquartile_means`."""
+    return interquartile_means(np.asarray(scores)[:, None])[0]
 
-    :param curves: Scores of shape ``(n_seeds, n_points)``
-    :param confidence: Probability of the intervals
-    :param n_resamples: Number of bootstrap samples
-    :param seed: Seed of the bootstrap
-    :return: One estimate a point
-    :raises ValueError: if there are no scores
+
+def interquartile_means(curves: np.ndarray) -> list[Estimate]:
+    """
+    Interquartile mean over the seeds at each point of curves of shape ``(n_seeds, n_points)``, with percentile bootstrap
+    intervals of 95 % over the seeds. With less than four seeds the interquartile mean is the mean.
     """
     from rliable.library import get_interval_estimates
 
@@ -77,69 +63,39 @@ def interquartile_mean(curves: np.ndarray, confidence: float = 0.95, n_resamples
         return [Estimate(float(value), np.nan, np.nan) for value in aggregate(scores[""])]
     # rliable draws from NumPy's global generator, whatever its `random_state`
     state = np.random.get_state()
-    np.random.seed(seed)
+    np.random.seed(0)
     try:
-        means, intervals = get_interval_estimates(scores, aggregate, reps=n_resamples, confidence_interval_size=confidence)
+        means, intervals = get_interval_estimates(scores, aggregate, reps=2000)
     finally:
         np.random.set_state(state)
     return [Estimate(*map(float, values)) for values in zip(means[""], *intervals[""], strict=True)]
 
 
 def curves_of(seeds: Sequence[Mapping[str, np.ndarray]], measure: str) -> np.ndarray:
-    """
-    Put the evaluations of all seeds into one array.
-
-    :param seeds: Evaluations of each seed
-    :param measure: What is measured
-    :return: Its values, shape ``(n_seeds, n_evaluations)``; seeds with more evaluations than others are cut
-    """
+    """A measure of all seeds, ``(n_seeds, n_evaluations)``; seeds with more evaluations than others are cut."""
     n = min(len(seed[measure]) for seed in seeds)
     return np.stack([seed[measure][:n] for seed in seeds])
 
 
 def final_scores(seeds: Sequence[Mapping[str, np.ndarray]], measure: str) -> np.ndarray:
-    """
-    Average the last five evaluations of each seed.
-
-    :param seeds: Evaluations of each seed
-    :param measure: What is measured
-    :return: The means, shape ``(n_seeds,)``
-    """
+    """Mean of a measure over the last five evaluations of each seed."""
     return np.array([seed[measure][-N_LAST:].mean() for seed in seeds])
 
 
 def final_estimate(seeds: Sequence[Mapping[str, np.ndarray]], measure: str = "time_at_goal") -> Estimate:
-    """
-    Estimate the mean over the last five evaluations.
-
-    :param seeds: Evaluations of each seed
-    :param measure: What is measured
-    :return: Its interquartile mean over the seeds
-    """
-    return interquartile_mean(final_scores(seeds, measure)[:, None])[0]
+    """Interquartile mean over the seeds of their last five evaluations."""
+    return interquartile_mean(final_scores(seeds, measure))
 
 
 def steps_to_success(seed: Mapping[str, np.ndarray], success: float = 0.9) -> float:
-    """
-    Find out when a run is successful.
-
-    :param seed: Its evaluations
-    :param success: How often episodes must reach their goal
-    :return: Env steps at the first of two evaluations in a row that are so good, infinity if there are none
-    """
+    """Env steps at the first of two evaluations in a row that are so good, infinity if there are none."""
     good = seed["success_any"] >= success
     both = np.flatnonzero(good[:-1] & good[1:])
     return float(seed["timesteps"][both[0]]) if len(both) else np.inf
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """
-    Spearman's rank correlation.
-
-    :param first: Numbers
-    :param second: Numbers, same shape
-    :return: Their correlation, not a number if one of them is the same everywhere
-    """
+    """Spearman's rank correlation, not a number if one side is the same everywhere."""
     from scipy.stats import spearmanr
 
     with warnings.catch_warnings():
@@ -149,14 +105,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def critical_depth(scores: Mapping[int, Estimate]) -> int | None:
-    """
-    Where performance jumps (section 4.3 of the paper).
-
-    :param scores: Score by depth
-    :return: The smallest depth whose interval lies above those of all smaller depths, None if there is none
-    """
+    """The smallest depth whose interval lies above those of all smaller ones (section 4.3 of the paper), if there is one."""
     depths = sorted(scores)
-    for index, depth in enumerate(depths):
-        if index and all(scores[depth].is_above(scores[smaller]) for smaller in depths[:index]):
-            return depth
-    return None
+    jumps = (n for n in range(1, len(depths)) if all(scores[depths[n]].is_above(scores[less]) for less in depths[:n]))
+    return next((depths[n] for n in jumps), None)

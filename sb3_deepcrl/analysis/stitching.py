@@ -42,15 +42,8 @@ def evaluate_distance(
     seed: int = EVAL_SEED,
 ) -> dict[str, float]:
     """
-    Evaluate on ways of one length, from the start to the cells at that distance, each equally often.
-
-    :param model: Anything that has ``predict``
-    :param env_id: Id of a maze of this package
-    :param distance: Distance from the start in cells
-    :param n_eval_episodes: Number of episodes
-    :param env_kwargs: Arguments of the env
-    :param seed: Seed of the first env
-    :return: Mean of each measure of :class:`~sb3_deepcrl.common.evaluation.GoalEpisode` over the episodes, by name
+    Evaluate on ways of one length in cells, from the start to the cells at that distance, each equally often: mean of each
+    measure of :class:`~sb3_deepcrl.common.evaluation.GoalEpisode` by name.
     """
     # One episode for each env, as start and goal are set for one episode
     env = make_envs(env_id, n_eval_episodes, env_kwargs, seed)
@@ -120,7 +113,7 @@ class StitchingStudy(ComparisonOfDepths):
                 "distance (cells)": distance,
                 "trained": "yes" if distance <= self._trained else "no",
                 **{
-                    title.removesuffix(" (steps)"): interquartile_mean(curves[name][depth][:, [i]])[0]
+                    title.removesuffix(" (steps)"): interquartile_mean(curves[name][depth][:, i])
                     for name, title in CURVES.items()
                 },
                 "success of each seed": ", ".join(f"{score:.2f}" for score in curves["success_any"][depth][:, i]),

@@ -171,23 +171,15 @@ class Study(ABC):
 
     def make_run_of_depths(self, actor: int, critic: int) -> Run:
         """
-        Make a setting where actor and critic may have different depths.
-
-        :param actor: Depth of the actor
-        :param critic: Depth of both encoders of the critic
-        :return: A run of it, the same as that of ``depth`` alone if both are equal
+        Make a setting where actor and critic may have different depths, the same as that of ``depth`` alone if they have
+        not.
         """
         depth = min(actor, critic)
         deeper = {name: value for name, value in (("actor_depth", actor), ("critic_depth", critic)) if value > depth}
         return self.make_run(depth=depth, **({"policy_kwargs": deeper} if deeper else {}))
 
     def seeds_of(self, run: Run) -> list[Run]:
-        """
-        Repeat a setting.
-
-        :param run: A run of it
-        :return: The same with each seed
-        """
+        """Repeat a setting with each seed."""
         return [Run(**{**vars(run), "seed": seed}) for seed in range(self.seeds)]
 
     def run(self, console: Console | None = None) -> Report | None:
@@ -215,12 +207,7 @@ class Study(ABC):
         return report
 
     def report_path(self) -> Path:
-        """
-        Find a place for the report before hours of training.
-
-        :return: The Markdown file; by default there is a number in its name if another one has other options
-        :raises ValueError: if there is no such place
-        """
+        """Find a place for the report before hours of training, with a number in its name if another one has other options."""
         path = self.output
         if path is None:
             name, number = f"{self.name}-{find_spec(self.env).id}", 1
@@ -240,11 +227,7 @@ class Study(ABC):
         return path
 
     def command(self) -> str:
-        """
-        Write down the study.
-
-        :return: The command line that makes its report
-        """
+        """The command line that makes the report."""
         words = ["python", "-m", "sb3_deepcrl.analysis", self.name, "--env", self.env]
         for item in fields(self):
             value = getattr(self, item.name)
@@ -259,11 +242,7 @@ class Study(ABC):
         return shlex.join(words)
 
     def protocol(self) -> str:
-        """
-        Say what was measured.
-
-        :return: Sentences
-        """
+        """Say what was measured."""
         return (
             f"Trained on {self.env} and evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each time. Time at goal "
             "is the number of steps of an episode at the goal, success reaching it at any step. "
@@ -273,11 +252,7 @@ class Study(ABC):
         )
 
     def averaging(self) -> str:
-        """
-        Say how the seeds are summarized.
-
-        :return: Part of a sentence
-        """
+        """Say how the seeds are summarized."""
         if self.seeds == 1:
             return "One seed"
         if self.seeds < 4:
@@ -286,11 +261,7 @@ class Study(ABC):
         return f"Interquartile means over {self.seeds} seeds with 95 % bootstrap intervals"
 
     def caption(self) -> str:
-        """
-        Say what a picture shows.
-
-        :return: Title of the picture
-        """
+        """Title of the picture."""
         changes = "".join(f", {name} {value}" for name, value in self.hyperparams.items())
         return f"{self.eval_env.removesuffix('-v0')}{changes}, {self.seeds} seed{'s' if self.seeds > 1 else ''}"
 
@@ -313,25 +284,14 @@ class ComparisonOfDepths(Study):
         return {f"depth {depth}": self.make_run(depth=depth) for depth in self.depths}
 
     def models(self) -> Iterator[tuple[int, int, DeepCRL]]:
-        """
-        Load what was trained.
-
-        :return: Depth, seed and model of each run, one after the other
-        """
+        """Load depth, seed and model of each run, one after the other."""
         for depth in self.depths:
             for run in self.seeds_of(self.make_run(depth=depth)):
                 yield depth, run.seed, load_model(run, self.runs)
 
 
 def load_model(run: Run, runs: Path) -> DeepCRL:
-    """
-    Load the model of a run that is complete.
-
-    :param run: The run
-    :param runs: Folder of all runs
-    :return: Its model, without an env
-    :raises ValueError: if it has been trained for more steps than those of the run
-    """
+    """Load the model of a run that is complete, without an env."""
     folder = run.read(runs)
     if folder.num_timesteps >= run.steps + run.eval_freq:
         raise ValueError(
@@ -347,12 +307,7 @@ def load_model(run: Run, runs: Path) -> DeepCRL:
 
 
 def find_eval_env(env_id: str) -> str:
-    """
-    Find the env with the evaluation goals of a task.
-
-    :param env_id: Id of the env that is trained on
-    :return: Id of that env, the same where there is none
-    """
+    """Id of the env with the evaluation goals of a task, the same where there is none."""
     name, _, version = env_id.rpartition("-")
     twin = f"{name}Eval-{version}"
     return twin if twin.rpartition(":")[2] in ENV_TABLE else env_id

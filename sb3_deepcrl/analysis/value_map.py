@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
-from sb3_deepcrl.analysis.mazes import MazeMap, goals_of
+from sb3_deepcrl.analysis.mazes import MazeMap
 from sb3_deepcrl.analysis.report import Report, Results, new_figure, scores_by_depth
 from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
@@ -41,13 +41,7 @@ def _observations_at(observation: dict[str, np.ndarray], xy: np.ndarray, goal: n
 
 
 def network_inputs(model: DeepCRL, observations: dict[str, np.ndarray]) -> dict[str, th.Tensor]:
-    """
-    Prepare observations for the networks of a model.
-
-    :param model: The model, which is put into evaluation mode
-    :param observations: Observations as the env gives them, each of shape ``(n, ...)``
-    :return: What its networks see of them, normalized if the model was trained so
-    """
+    """What the networks of a model, put into evaluation mode, see of observations: normalized if it was trained so."""
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None:
         observations = vec_normalize.normalize_obs(observations)  # type: ignore[assignment]
@@ -221,12 +215,12 @@ def _check_goals(maze: MazeMap, goals: np.ndarray | Sequence[Any]) -> np.ndarray
 
 def _far_goals(env: gym.Env, seed: int | None = None) -> np.ndarray:
     """Goals to which the way from the start is at least half as long as the longest one, the farthest first, ``(n, 2)``."""
-    goals = goals_of(env)
+    maze = MazeMap.from_env(env)
     observation, _ = env.reset(seed=seed)
-    ways = MazeMap.from_env(env).distances(observation["achieved_goal"][None, :2], goals)[0]
+    ways = maze.distances(observation["achieved_goal"][None, :2], maze.goals)[0]
     ways[~np.isfinite(ways)] = -1
     order = np.argsort(-ways, kind="stable")
-    return goals[order[ways[order] >= ways.max() / 2]]
+    return maze.goals[order[ways[order] >= ways.max() / 2]]
 
 
 @dataclass(kw_only=True)
@@ -272,8 +266,7 @@ class ValueMapStudy(ComparisonOfDepths):
             for column, name in DISTANCES.items()
         }
         table = [
-            {"depth": depth, **{name: interquartile_mean(of[depth][:, None])[0] for name, of in scores.items()}}
-            for depth in self.depths
+            {"depth": depth, **{name: interquartile_mean(of[depth]) for name, of in scores.items()}} for depth in self.depths
         ]
         self._draw_correlations(axes[0, -1], scores)
         figure.suptitle(f"{self.eval_env.removesuffix('-v0')}: value for the goal at the star, start at the circle")
@@ -304,7 +297,7 @@ class ValueMapStudy(ComparisonOfDepths):
 
     def _draw_correlations(self, ax: "Axes", scores: dict[str, dict[int, np.ndarray]]) -> None:
         for (name, by_depth), color, style in zip(scores.items(), ("C0", "C1") * 2, ("-", "-", "--", "--"), strict=True):
-            means = [interquartile_mean(by_depth[depth][:, None])[0].mean for depth in self.depths]
+            means = [interquartile_mean(by_depth[depth]).mean for depth in self.depths]
             ax.plot(range(len(means)), means, style, marker="o", color=color, label=name)
             for position, depth in enumerate(self.depths):
                 ax.plot([position] * len(by_depth[depth]), by_depth[depth], ".", color=color, alpha=0.6)

@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import PolicyPredictor
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, Episode, make_env, make_envs, record_episodes
 from sb3_deepcrl.analysis.mazes import MazeMap
 from sb3_deepcrl.analysis.report import Report, Results, depth_colors, new_figure
-from sb3_deepcrl.analysis.statistics import interquartile_mean
+from sb3_deepcrl.analysis.statistics import interquartile_means
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.envs.registration import ENV_TABLE
 
@@ -72,12 +72,8 @@ def _classify(
 
 def measure_walk(episode: Episode, dt: float, maze: MazeMap | None = None) -> dict[str, Any]:
     """
-    Describe how a humanoid moved in an episode, up to its fall if there was one.
-
-    :param episode: What was recorded
-    :param dt: Seconds of a step
-    :param maze: The maze, if there is one
-    :return: ``kind``, one of ``CLASSES``, ``fall_step`` from 1 on, None without a fall, and other measures, lengths in meters
+    Describe how a humanoid moved in an episode of steps of ``dt`` seconds, up to its fall if there was one: ``kind``, one of
+    ``CLASSES``, ``fall_step`` from 1 on, None without a fall, and other measures, lengths in meters.
     """
     healthy = np.array([info["is_healthy"] for info in episode.infos])
     fall_step = None if healthy.all() else int(np.argmin(healthy)) + 1
@@ -192,7 +188,7 @@ class WalkStudy(ComparisonOfDepths):
             for name in ("mean_height", "min_height", "distance_travelled", "closest_distance", "final_distance")
         }
         return {
-            **dict(zip(CLASSES, interquartile_mean(np.array([_shares(seed) for seed in seeds])), strict=True)),
+            **dict(zip(CLASSES, interquartile_means(np.array([_shares(seed) for seed in seeds])), strict=True)),
             "reached the goal": f"{np.mean([episode['reached'] for episode in episodes]):.2f}",
             "fall after (s)": f"{np.median(falls):.1f}" if falls else "-",
             **medians,
