@@ -46,14 +46,9 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_deepcrl.analysis.provenance import processor
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
-<<<<<<< HEAD
-=======
-from sb3_deepcrl.analysis.runs import write_rows
->>>>>>> common
 from sb3_deepcrl.common import compilation
 
 # Observation, goal and action of the humanoid tasks
