@@ -11,9 +11,7 @@ def success_rate(model: DeepCRL) -> float:
 
 def test_learns_to_reach_goals():
     env = make_vec_env(GoalReachEnv, 4, seed=0)
-    model = DeepCRL(
-        "MultiInputPolicy", env, batch_size=128, transitions_per_update=8, depth=8, width=64, seed=0, device="cpu"
-    )
+    model = DeepCRL("MultiInputPolicy", env, batch_size=128, transitions_per_update=8, depth=8, width=64, seed=0, device="cpu")
     assert success_rate(model) < 0.4
     model.learn(4000)
     assert success_rate(model) > 0.9
