@@ -17,12 +17,13 @@ simulations are counted. None is expected::
 """
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,64 +47,43 @@ PACKAGES = ("mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "n
 SNAPSHOT_EVERY, N_SNAPSHOTS = 5, 8
 
 
-def rate(step: Callable[[], None], n_envs: int, seconds: float) -> float:
-    """
-    :param step: One step of all environments
-    :param n_envs: Number of environments
-    :param seconds: Time to spend
-    :return: Env steps per second
-    """
-    steps = 0
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        step()
-        steps += n_envs
-    return steps / (time.perf_counter() - start)
-
-
-def vec_env_stepper(vec_env: VecEnv) -> Callable[[], None]:
-    """
-    :param vec_env: Any vectorized environment
-    :return: A function that takes one random step
-    """
+def random_steps(vec_env: VecEnv) -> Iterator[int]:
+    """Step with random actions for ever, and give the number of env steps of each."""
     shape = (64, vec_env.num_envs, *(vec_env.action_space.shape or ()))
     actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     vec_env.seed(0)
     vec_env.reset()
-    count = 0
+    for batch in itertools.cycle(actions):
+        vec_env.step(batch)
+        yield vec_env.num_envs
 
-    def step() -> None:
-        nonlocal count
-        vec_env.step(actions[count % len(actions)])
-        count += 1
 
-    return step
+def rate(vec_env: VecEnv, seconds: float) -> float:
+    """Env steps per second of an environment."""
+    stepped = random_steps(vec_env)
+    # Made and reset before the clock starts
+    next(stepped)
+    steps, start = 0, time.perf_counter()
+    for n_envs in stepped:
+        steps += n_envs
+        if (spent := time.perf_counter() - start) >= seconds:
+            break
+    return steps / spent
 
 
 def ceiling_rate(vec_env: BatchVecEnv, n_threads: int, seconds: float) -> float:
-    """
-    :param vec_env: Environment whose model and running episodes are used
-    :param n_threads: Number of native threads
-    :param seconds: Time to spend
-    :return: Env steps per second of the bare engine
-    """
+    """Env steps per second of the bare engine, on the states of the environment's episodes."""
     task, rng = vec_env.task, np.random.default_rng(0)
-    advance = vec_env_stepper(vec_env)
-    snapshots = []
-    for _ in range(N_SNAPSHOTS):
-        for _ in range(SNAPSHOT_EVERY):
-            advance()
-        snapshots.append(vec_env.simulation.batch.state.copy())
+    stepped = itertools.islice(random_steps(vec_env), SNAPSHOT_EVERY - 1, SNAPSHOT_EVERY * N_SNAPSHOTS, SNAPSHOT_EVERY)
+    snapshots = [vec_env.simulation.batch.state.copy() for _ in stepped]
     batch = Batch(task.model, vec_env.num_envs, n_threads)
     ctrl = batch.bind("ctrl")
-    controls = [
-        task.robot.control(rng.uniform(-1, 1, (vec_env.num_envs, task.robot.action_dim))) for _ in range(SNAPSHOT_EVERY)
-    ]
+    actions = rng.uniform(-1, 1, (SNAPSHOT_EVERY, vec_env.num_envs, task.robot.action_dim))
     steps, spent = 0, 0.0
     while spent < seconds:
         for snapshot in snapshots:
             batch.state[:] = snapshot
-            for control in controls:
+            for control in map(task.robot.control, actions):
                 ctrl[:] = control
                 start = time.perf_counter()
                 batch.step(nstep=task.frame_skip)
@@ -112,37 +92,21 @@ def ceiling_rate(vec_env: BatchVecEnv, n_threads: int, seconds: float) -> float:
     return steps / spent
 
 
-def measure(env_id: str, n_envs: int, n_threads: int, baseline_envs: int, seconds: float) -> dict[str, float]:
-    """
-    :param env_id: Id of the environment
-    :param n_envs: Number of environments of the batch
-    :param n_threads: Number of native threads
-    :param baseline_envs: Number of environments of the baselines, 0 leaves them out
-    :param seconds: Time to spend on each measurement
-    :return: Env steps per second by what was measured
-    """
-    batch = BatchVecEnv(env_id, n_envs, n_threads)
-    rates = {"batch": rate(vec_env_stepper(batch), n_envs, seconds), "ceiling": ceiling_rate(batch, n_threads, seconds)}
-    if baseline_envs:
-        for name, cls, other_id in (
-            ("dummy", DummyVecEnv, env_id),
-            ("subproc", SubprocVecEnv, env_id),
-            ("reference", DummyVecEnv, REFERENCE),
-        ):
-            vec_env = make_vec_env(other_id, n_envs=baseline_envs, seed=0, vec_env_cls=cls)
-            rates[name] = rate(vec_env_stepper(vec_env), baseline_envs, seconds)
-            vec_env.close()
+def measure(env_id: str, n_envs: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Env steps per second by what was measured. Baselines are measured beside one number of envs only."""
+    batch = BatchVecEnv(env_id, n_envs, arguments.n_threads)
+    ceiling = ceiling_rate(batch, arguments.n_threads, arguments.seconds)
+    rates = {"batch": rate(batch, arguments.seconds), "ceiling": ceiling}
+    baselines = {"dummy": (DummyVecEnv, env_id), "subproc": (SubprocVecEnv, env_id), "reference": (DummyVecEnv, REFERENCE)}
+    for name, (vec_env_cls, other_id) in baselines.items() if n_envs == arguments.compare_envs else ():
+        vec_env = make_vec_env(other_id, n_envs=arguments.baseline_envs, seed=0, vec_env_cls=vec_env_cls)
+        rates[name] = rate(vec_env, arguments.seconds)
+        vec_env.close()
     return rates
 
 
 def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[int, int, int, int]:
-    """
-    :param env_id: Id of the environment
-    :param n_envs: Number of environments that run at a time
-    :param n_threads: Number of native threads
-    :param episodes: Number of episodes to start; each of them is run to its end
-    :return: Number of episodes, env steps, warnings of MuJoCo and diverged simulations
-    """
+    """Number of episodes, env steps, warnings of MuJoCo and diverged simulations; each episode is run to its end."""
     spec = gym.spec(env_id)
     simulation = Simulation(GoalTask(**spec.kwargs), n_envs, n_threads)
     for i in range(n_envs):
@@ -170,9 +134,7 @@ def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[
 
 
 def machine() -> str:
-    """
-    :return: Processor, number of CPUs and versions
-    """
+    """Processor, number of CPUs and versions."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -182,11 +144,7 @@ def machine() -> str:
 
 
 def report(results: dict[tuple[str, int], dict[str, float]], arguments: argparse.Namespace) -> str:
-    """
-    :param results: Env steps per second by id, number of environments and what was measured
-    :param arguments: Command line
-    :return: Tables in Markdown
-    """
+    """Tables in Markdown of the env steps per second by id, number of environments and what was measured."""
     lines = [
         "# Env steps per second",
         "",
@@ -222,14 +180,10 @@ def main() -> None:
     parser.add_argument("--n-envs", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--n-threads", type=int, default=os.cpu_count())
     parser.add_argument("--baseline-envs", type=int, default=16, help="number of envs of the baselines")
-    parser.add_argument(
-        "--compare-envs", type=int, default=64, help="number of envs of the batch that baselines are compared to"
-    )
+    parser.add_argument("--compare-envs", type=int, default=64, help="number of envs of the batch beside them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="time of one measurement")
-    parser.add_argument(
-        "--stability", nargs="?", type=int, const=1000, metavar="EPISODES", help="count warnings in so many episodes instead"
-    )
+    parser.add_argument("--stability", nargs="?", type=int, const=1000, metavar="EPISODES", help="count warnings instead")
     parser.add_argument("--output", type=Path, help="file for the tables (they are always printed)")
     arguments = parser.parse_args()
     if arguments.stability is not None:
@@ -242,12 +196,8 @@ def main() -> None:
         parser.error(f"--compare-envs {arguments.compare_envs} must be one of --n-envs {arguments.n_envs}")
 
     rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for _ in range(arguments.rounds):
-        for env_id in arguments.env_ids:
-            for n_envs in arguments.n_envs:
-                baseline_envs = arguments.baseline_envs if n_envs == arguments.compare_envs else 0
-                rates = measure(env_id, n_envs, arguments.n_threads, baseline_envs, arguments.seconds)
-                rounds.setdefault((env_id, n_envs), []).append(rates)
+    for _, env_id, n_envs in itertools.product(range(arguments.rounds), arguments.env_ids, arguments.n_envs):
+        rounds.setdefault((env_id, n_envs), []).append(measure(env_id, n_envs, arguments))
     results = {key: {name: statistics.median(r[name] for r in runs) for name in runs[0]} for key, runs in rounds.items()}
     text = report(results, arguments)
     print(text)

@@ -5,8 +5,10 @@ Time to sample a transition and bytes to store one, beside SB3's HerReplayBuffer
 """
 
 import argparse
+import itertools
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -21,18 +23,13 @@ from sb3_deepcrl import ContrastiveReplayBuffer
 
 
 class AntMazeSizes(gym.Env):
-    """
-    Observations and actions of the sizes of AntMaze_UMaze-v5, and its reward, without the physics.
+    """Observations and actions of the sizes of AntMaze_UMaze-v5, and its reward, without the physics."""
 
-    :param max_steps: Length of an episode
-    """
-
-    def __init__(self, max_steps: int = 700):
+    def __init__(self) -> None:
         goal = spaces.Box(-np.inf, np.inf, (2,), np.float64)
         observation = spaces.Box(-np.inf, np.inf, (105,), np.float64)
         self.observation_space = spaces.Dict(observation=observation, achieved_goal=goal, desired_goal=goal)
         self.action_space = spaces.Box(-1.0, 1.0, (8,), np.float32)
-        self.max_steps = max_steps
 
     def _observation(self) -> dict[str, np.ndarray]:
         values = self.np_random.standard_normal(107)
@@ -45,39 +42,16 @@ class AntMazeSizes(gym.Env):
 
     def step(self, action: np.ndarray):
         self.steps += 1
-        return self._observation(), 0.0, False, self.steps == self.max_steps, {"TimeLimit.truncated": False}
+        return self._observation(), 0.0, False, self.steps == 700, {"TimeLimit.truncated": False}
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info) -> np.ndarray:
         return (np.linalg.norm(achieved_goal - desired_goal, axis=-1) <= 0.45).astype(np.float64)
 
 
-def fill(buffer: DictReplayBuffer, env: DummyVecEnv, n_steps: int) -> None:
-    """
-    :param buffer: The buffer to fill
-    :param env: Where the transitions come from
-    :param n_steps: Number of steps in each env
-    """
-    obs = env.reset()
-    actions = np.zeros((env.num_envs, 8), dtype=np.float32)
-    for _ in range(n_steps):
-        new_obs, rewards, dones, infos = env.step(actions)
-        next_obs = {key: values.copy() for key, values in new_obs.items()}
-        for index in np.flatnonzero(dones):
-            for key in next_obs:
-                next_obs[key][index] = infos[index]["terminal_observation"][key]
-        buffer.add(obs, next_obs, actions, rewards, dones, infos)
-        obs = new_obs
-
-
 def stored_bytes(buffer: DictReplayBuffer) -> int:
-    """
-    :param buffer: A buffer
-    :return: Bytes of all its arrays; Python objects in them (the info dicts of HerReplayBuffer) are not even counted
-    """
-    arrays = []
-    for name, value in vars(buffer).items():
-        if name != "_env_indices":
-            arrays.extend(value.values() if isinstance(value, dict) else [value])
+    """Bytes of all arrays of a buffer; Python objects in them (the info dicts of HerReplayBuffer) are not even counted."""
+    values = [value for name, value in vars(buffer).items() if name != "_env_indices"]
+    arrays = [array for value in values for array in (value.values() if isinstance(value, dict) else [value])]
     return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
@@ -96,8 +70,16 @@ def main() -> None:
     spaces_and_envs = (env.observation_space, env.action_space)
     ours = ContrastiveReplayBuffer(args.size, *spaces_and_envs, device="cpu", n_envs=args.n_envs)
     her = HerReplayBuffer(args.size, *spaces_and_envs, env=env, device="cpu", n_envs=args.n_envs)
-    for buffer in (ours, her):
-        fill(buffer, env, args.size // args.n_envs)
+    actions = np.zeros((args.n_envs, 8), dtype=np.float32)
+    obs = env.reset()
+    for _ in range(args.size // args.n_envs):
+        next_obs, rewards, dones, infos = env.step(actions)
+        after = {key: values.copy() for key, values in next_obs.items()}
+        for key, index in itertools.product(after, np.flatnonzero(dones)):
+            after[key][index] = infos[index]["terminal_observation"][key]
+        for buffer in (ours, her):
+            buffer.add(obs, after, actions, rewards, dones, infos)
+        obs = next_obs
 
     n_samples = args.gradient_steps * args.batch_size
 
@@ -122,28 +104,20 @@ def main() -> None:
             sample()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: 1e6 * float(np.median(values)) / n_samples for name, values in seconds.items()}
-    reference = medians["HerReplayBuffer.sample, all at once"]
     sizes = {type(buffer).__name__: stored_bytes(buffer) / args.size for buffer in (her, ours)}
 
-    report = "\n".join(
-        [
-            "# Replay buffers at the sizes of AntMaze",
-            "",
-            f"Command: `python benchmarks/replay.py --size {args.size} --n-envs {args.n_envs} --batch-size {args.batch_size} "
-            f"--gradient-steps {args.gradient_steps} --repeat {args.repeat}`: {args.gradient_steps} x {args.batch_size} "
-            f"transitions out of {args.size:,}, observations of 105 + 2 + 2 float64, 8 actions; medians. "
-            f"Machine: {platform.machine()}, {os.cpu_count()} cores.",
-            "",
-            "| sampling | microseconds a transition | ratio |",
-            "|---|---|---|",
-            *(f"| {name} | {value:.3f} | {value / reference:.3f} |" for name, value in medians.items()),
-            "",
-            "| storing | bytes a transition | ratio |",
-            "|---|---|---|",
-            *(f"| {name} | {value:.0f} | {value / sizes['HerReplayBuffer']:.3f} |" for name, value in sizes.items()),
-            "",
-        ]
-    )
+    lines = [
+        "# Replay buffers at the sizes of AntMaze",
+        "",
+        f"Command: `python benchmarks/replay.py {' '.join(sys.argv[1:])}`: {args.gradient_steps} x {args.batch_size} "
+        f"transitions out of {args.size:,}, observations of 105 + 2 + 2 float64, 8 actions; medians. "
+        f"Machine: {platform.machine()}, {os.cpu_count()} cores.",
+    ]
+    for title, unit, values in (("sampling", "microseconds", medians), ("storing", "bytes", sizes)):
+        reference = next(iter(values.values()))
+        lines += ["", f"| {title} | {unit} a transition | ratio |", "|---|---|---|"]
+        lines += [f"| {name} | {value:.4g} | {value / reference:.3f} |" for name, value in values.items()]
+    report = "\n".join([*lines, ""])
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "replay.md").write_text(report)
     print(report)

@@ -43,10 +43,10 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_deepcrl.analysis.provenance import processor
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
-from sb3_deepcrl.analysis.provenance import processor
 from sb3_deepcrl.analysis.runs import write_rows
 from sb3_deepcrl.common import compilation
 

@@ -284,24 +284,6 @@ def test_files_hold_what_was_used(n_steps):
     check_samples(large_twin)
 
 
-def test_files_of_the_first_release_hold_all_slots():
-    env = counter_env(2)
-    buffer = make_buffer(env)
-    collect(buffer, env, 7)
-    state = buffer.__getstate__()
-    del state["on_device"]
-    state["observations"] = {key: buffer._with_all_slots(values) for key, values in state["observations"].items()}
-    for name in ("actions", "rewards", "dones", "timeouts", "remaining"):
-        state[name] = buffer._with_all_slots(state[name])
-    # It counted in another way
-    state.update(pos=3, full=True)
-    twin = ContrastiveReplayBuffer.__new__(ContrastiveReplayBuffer)
-    twin.__setstate__(state)
-    assert (twin.size(), twin.pos, twin.full) == (7, 7, False)
-    check_samples(twin)
-    np.testing.assert_array_equal(twin.actions, buffer.actions)
-
-
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("capacity", [9, 40, 1000])
 def test_arrays_are_the_stored_transitions_in_order(n_envs, capacity):

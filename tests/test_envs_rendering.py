@@ -42,7 +42,7 @@ def test_top_down_picture_reads_as_the_text(env_id):
         assert picture.shape == (400, 400, 3) and picture.dtype == np.uint8
         pixels = np.argwhere(green(picture))
         assert len(pixels) > 20
-        # The picture is centred on the maze and shows a little more than its longer side
+        # The picture is centered on the maze and shows a little more than its longer side
         cell = 400 / 1.05 / max(n_rows, n_columns)
         expected = 200 + (np.array([row - (n_rows - 1) / 2, column - (n_columns - 1) / 2])) * cell
         assert np.abs(pixels.mean(axis=0) - expected).max() < 0.35 * cell

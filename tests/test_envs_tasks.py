@@ -292,8 +292,8 @@ def test_maze_goals_are_uniform_over_their_cells(env_id):
     cells = layout.eval_goals if "Eval" in env_id else layout.goals
     starts, goals = drawn(task)
     np.testing.assert_array_equal(starts, np.broadcast_to(layout.starts[0] * size, (N, 2)))
-    centres, counts = np.unique(goals[:, :2], axis=0, return_counts=True)
-    np.testing.assert_array_equal(centres, np.unique(cells * size, axis=0))
+    centers, counts = np.unique(goals[:, :2], axis=0, return_counts=True)
+    np.testing.assert_array_equal(centers, np.unique(cells * size, axis=0))
     if "Humanoid" in env_id:
         assert (goals[:, 2] == 1.25).all()
     # Five standard deviations of a binomial count
@@ -436,10 +436,10 @@ def test_open_field_goals():
 def test_arm_starts_and_goals(table, start, goal, half):
     starts, goals = drawn(GoalTask("arm", table=table))
     assert (goals[:, 2] == 0.03).all()
-    for points, centre in ((starts, start), (goals[:, :2], goal)):
-        assert np.abs(points - centre).max() <= half + 1e-12
-        assert np.abs(points - centre).max() > 0.99 * half
-        np.testing.assert_allclose(points.mean(axis=0), centre, atol=5 * half / np.sqrt(3 * N))
+    for points, center in ((starts, start), (goals[:, :2], goal)):
+        assert np.abs(points - center).max() <= half + 1e-12
+        assert np.abs(points - center).max() > 0.99 * half
+        np.testing.assert_allclose(points.mean(axis=0), center, atol=5 * half / np.sqrt(3 * N))
 
 
 def test_stitching_env():

@@ -8,6 +8,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl.envs import OGBenchGoalWrapper, SuccessInfoWrapper
+from sb3_deepcrl.envs.arguments import checked_env_kwargs, default_env_kwargs
 
 
 @pytest.fixture
@@ -92,3 +93,28 @@ def test_ogbench(env_id, size):
 def test_ogbench_wrapper_refuses_others():
     with pytest.raises(ValueError, match="no maze of OGBench"):
         OGBenchGoalWrapper(gym.make("Pendulum-v1"))
+
+
+@pytest.mark.usefixtures("robotics")
+def test_arguments_of_envs():
+    # Of this package, of one that hands on arguments, and of one that does not
+    for env_id, wrong, advice in (
+        ("AntUMaze-v0", "maez", "Did you mean 'maze'"),
+        ("PointMaze_UMaze-v3", "mazemap", "Did you mean 'maze_map'"),
+        ("Pendulum-v1", "walls", "Choose from: render_mode, g, max_episode_steps"),
+    ):
+        with pytest.raises(ValueError, match=rf"{env_id} cannot be made .* it has no argument '{wrong}'\. {advice}"):
+            with checked_env_kwargs(gym.spec(env_id), {wrong: 3}):
+                gym.make(env_id, **{wrong: 3})
+        with checked_env_kwargs(gym.spec(env_id), {"max_episode_steps": 3}):
+            gym.make(env_id, max_episode_steps=3)
+    # An error that is no unknown argument of the env is left alone
+    with pytest.raises(TypeError, match="other"), checked_env_kwargs(gym.spec("AntUMaze-v0"), {"maze": "u"}):
+        raise TypeError("got an unexpected keyword argument 'other'")
+    made_with = default_env_kwargs(gym.spec("AntU4Maze-v0"))
+    assert (made_with["robot"], made_with["maze"], made_with["goal"], made_with["max_episode_steps"]) == (
+        "ant",
+        "u4",
+        "resample",
+        1000,
+    )

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -28,6 +29,7 @@
 #include <system_error>
 #include <thread>
 
+#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -131,6 +133,16 @@ inline void transpose(const float* from, int64_t from_stride, float* to) {
 
 // ---------------------------------------------------------------- threads
 
+#ifdef __cpp_lib_atomic_wait
+inline void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) { value.wait(old, std::memory_order_acquire); }
+inline void wake_all(std::atomic<uint32_t>& value) { value.notify_all(); }
+#else  // C++17, in which older versions of PyTorch compile
+inline void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) {
+  while (value.load(std::memory_order_acquire) == old) syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, nullptr);
+}
+inline void wake_all(std::atomic<uint32_t>& value) { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX); }
+#endif
+
 // Threads that wait for work by looking for it a moment, then asleep: on busy cores those that only look (OpenMP's do so
 // for milliseconds) take the time away from those that are waited for.
 inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
@@ -138,7 +150,7 @@ inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
     if (value.load(std::memory_order_acquire) != old) return;
     _mm_pause();
   }
-  value.wait(old, std::memory_order_acquire);
+  sleep_while(value, old);
 }
 
 class Team {
@@ -166,7 +178,7 @@ class Team {
     if (n_arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads) {
       n_arrived.store(0, std::memory_order_relaxed);
       phase.store(now + 1, std::memory_order_release);
-      phase.notify_all();
+      wake_all(phase);
     } else {
       wait_for_change(phase, now);
     }
@@ -192,7 +204,7 @@ class Team {
     n_threads = std::min(n, n_others + 1);
     n_working.store(n_others, std::memory_order_relaxed);
     round.fetch_add(1, std::memory_order_release);
-    round.notify_all();
+    wake_all(round);
     work(0);
     while (const uint32_t still = n_working.load(std::memory_order_acquire)) wait_for_change(n_working, still);
   }
@@ -202,7 +214,7 @@ class Team {
       wait_for_change(round, seen);
       ++seen;
       if (index < n_threads) work(index);
-      if (n_working.fetch_sub(1, std::memory_order_acq_rel) == 1) n_working.notify_all();
+      if (n_working.fetch_sub(1, std::memory_order_acq_rel) == 1) wake_all(n_working);
     }
   }
 

@@ -133,7 +133,7 @@ class Arm(Robot):
             body.mass, body.ipos, body.fullinertia = link.mass, link.center_of_mass, link.inertia
             _add_joint(body, f"joint{number}", mujoco.mjtJoint.mjJNT_HINGE, [0, 0, 1], link.limits)
             color = [0.95, 0.95, 0.95, 1] if number % 2 else [0.6, 0.65, 0.7, 1]
-            # Unequal radii, as the rounded ends of neighbours would cover each other with specks
+            # Unequal radii, as the rounded ends of neighbors would cover each other with specks
             body.add_geom(type=CAPSULE, fromto=link.shape, size=[0.056 - 0.001 * (number % 2), 0, 0], mass=0, rgba=color)
         _add_hand(body)
         cube = world.add_body(name="cube", pos=[0, 0, CUBE_DROP_HEIGHT])

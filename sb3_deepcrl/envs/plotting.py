@@ -24,8 +24,7 @@ def draw_walls(ax: "Axes", walls: np.ndarray, extent: Sequence[float], labels: t
     left, right, bottom, top = extent
     width, height = (right - left) / walls.shape[1], (bottom - top) / walls.shape[0]
     for row, column in np.argwhere(walls):
-        corner = min(left + column * width, left + (column + 1) * width), min(top + row * height, top + (row + 1) * height)
-        ax.add_patch(Rectangle(corner, abs(width), abs(height), facecolor="0.3", edgecolor="0.3"))
+        ax.add_patch(Rectangle((left + column * width, top + row * height), width, height, facecolor="0.3", edgecolor="0.3"))
     ax.set(xlabel=f"{labels[0]} (m)", ylabel=f"{labels[1]} (m)", xlim=(left, right), ylim=(bottom, top), aspect="equal")
 
 
@@ -66,7 +65,7 @@ def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | Non
 def _read(env: Any) -> tuple[Maze, np.ndarray]:
     """The maze, and the goals of the running episodes."""
     if isinstance(env, Layout):
-        return Maze(env, cell_size=1.0, wall_height=1.0), np.zeros((0, 2))
+        return Maze(env, cell_size=1.0), np.zeros((0, 2))
     core = env.unwrapped
     if hasattr(core, "simulation"):
         scene, goals = core.task.scene, core.simulation.goals

@@ -70,7 +70,8 @@ class Maze(Scene):
 
     :param layout: The checked maze
     :param cell_size: Side of a cell in meters
-    :param wall_height: Height of the walls in meters
+    :param wall_height: Height of the walls in meters. None takes half a cell, the released code's choice: 2 m for the ant,
+        1 m for the humanoid
     :param goal_set: "train" or "eval"
     :param stitching: None, or the number k of the stitching study: training pairs are at most k cells apart, evaluation
         goals are more than k cells from the start
@@ -84,7 +85,7 @@ class Maze(Scene):
         self,
         layout: Layout,
         cell_size: float,
-        wall_height: float,
+        wall_height: float | None = None,
         goal_set: str = "train",
         stitching: int | None = None,
         goal_tail: Sequence[float] = (),
@@ -92,7 +93,7 @@ class Maze(Scene):
     ):
         self.layout = layout
         self.cell_size = cell_size
-        self.wall_height = wall_height
+        self.wall_height = cell_size / 2 if wall_height is None else wall_height
         self.stitching = stitching
         self.exact_start = stitching is not None
         n_rows, n_columns = layout.shape

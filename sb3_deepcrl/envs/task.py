@@ -91,13 +91,10 @@ class GoalTask:
         check_count("stitching", stitching)
         if reset_noise_scale is not None and not (_is_number(reset_noise_scale) and 0 <= reset_noise_scale < np.inf):
             raise ValueError(f"reset_noise_scale={reset_noise_scale!r}: expected a finite number that is not negative.")
-        of_mazes = {"stitching": stitching, "random_start": random_start, "cell_size": cell_size, "wall_height": wall_height}
-        for name, given in {**of_mazes, "goal_set": goal_set != "train"}.items():
-            if maze is None and given not in (None, False):
-                raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
 
         self.robot = ROBOTS[robot](on_field=maze is None)
-        self.scene = self._make_scene(maze, table, goal_set, stitching, random_start, cell_size, wall_height)
+        maze_kwargs = {"goal_set": goal_set, "stitching": stitching, "random_start": random_start}
+        self.scene = _make_scene(self.robot, maze, table, {**maze_kwargs, "cell_size": cell_size, "wall_height": wall_height})
         self.reward_type = reward_type
         self.success_threshold = self.robot.success_threshold if success_threshold is None else success_threshold
         self.set("goal_mode", goal)
@@ -125,37 +122,6 @@ class GoalTask:
             {"observation": observation, "achieved_goal": goal_space, "desired_goal": goal_space}
         )
         self.action_space = spaces.Box(-1.0, 1.0, (self.robot.action_dim,), np.float32)
-
-    def _make_scene(
-        self,
-        maze: str | Sequence[str] | Layout | None,
-        table: str | None,
-        goal_set: str,
-        stitching: int | None,
-        random_start: bool,
-        cell_size: float | None,
-        wall_height: float | None,
-    ) -> Scene:
-        robot = self.robot
-        if robot.on_table:
-            if table is None or maze is not None:
-                raise ValueError(
-                    f"The arm works on a table, not in a maze: pass table= one of {', '.join(TABLES)}, and no maze."
-                )
-            _check_choice("table", table, TABLES)
-            return Table(table, robot.goal_tail)
-        if table is not None:
-            raise ValueError(f"table={table!r} is for the arm, but the robot is {robot.name!r}. Leave table out.")
-        if maze is None:
-            if robot.field_distance is None:
-                raise ValueError(f"The {robot.name} acts in mazes only: pass maze= a name or a maze as text.")
-            return OpenField(robot.field_distance, robot.goal_tail)
-        size = robot.cell_size if cell_size is None else cell_size
-        if size / 2 < robot.radius:
-            raise ValueError(f"cell_size={size} m is too narrow for the {robot.name}: use at least {2 * robot.radius} m.")
-        # Half a cell is the released code's choice: 2 m for the ant, 1 m for the humanoid
-        height = size / 2 if wall_height is None else wall_height
-        return Maze(make_layout(maze), size, height, goal_set, stitching, robot.goal_tail, random_start)
 
     def _check_healthy_z_range(self, heights: tuple[float, float] | None) -> tuple[float, float] | None:
         if heights is None:
@@ -281,6 +247,29 @@ class GoalTask:
         :return: Rewards in float32, shape (...)
         """
         return self.reward_from_distance(self.goal_distance(achieved_goal, desired_goal))
+
+
+def _make_scene(robot: Robot, maze: Any, table: str | None, maze_kwargs: dict[str, Any]) -> Scene:
+    if maze is None:
+        for name, value in maze_kwargs.items():
+            if value not in (None, False, "train"):
+                raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
+    if robot.on_table:
+        if table is None or maze is not None:
+            tables = ", ".join(TABLES)
+            raise ValueError(f"The {robot.name} works on a table, not in a maze: pass table= one of {tables}, and no maze.")
+        _check_choice("table", table, TABLES)
+        return Table(table, robot.goal_tail)
+    if table is not None:
+        raise ValueError(f"table={table!r} is for the arm, but the robot is {robot.name!r}. Leave table out.")
+    if maze is None:
+        if robot.field_distance is None:
+            raise ValueError(f"The {robot.name} acts in mazes only: pass maze= a name or a maze as text.")
+        return OpenField(robot.field_distance, robot.goal_tail)
+    size = robot.cell_size if maze_kwargs["cell_size"] is None else maze_kwargs["cell_size"]
+    if size / 2 < robot.radius:
+        raise ValueError(f"cell_size={size} m is too narrow for the {robot.name}: use at least {2 * robot.radius} m.")
+    return Maze(make_layout(maze), goal_tail=robot.goal_tail, **{**maze_kwargs, "cell_size": size})
 
 
 def task_attribute(name: str) -> property:
