@@ -28,7 +28,7 @@ from sb3_deepcrl.deep_policies.policies import DeepDQNPolicy, DeepSACPolicy
 from sb3_deepcrl.deep_policies.registry import NAMES, POLICIES
 from tests.envs import GoalReachEnv
 
-README = Path(__file__).parent.parent / "README.md"
+GUIDE = Path(__file__).parent.parent / "docs" / "guide" / "deep_policies.md"
 ON_POLICY = ("PPO", "A2C", "TRPO")
 DISCRETE = ("DQN", "QRDQN")
 CONTRIB = ("TQC", "CrossQ", "QRDQN", "TRPO")
@@ -189,9 +189,9 @@ def test_very_deep_sac_with_her_on_the_point_maze(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"`([A-Z]\w+\(.*\))` \|$", README.read_text(), flags=re.MULTILINE), ids=lambda line: line.split("(")[0]
+    "line", re.findall(r"`([A-Z]\w+\(.*\))` \|$", GUIDE.read_text(), flags=re.MULTILINE), ids=lambda line: line.split("(")[0]
 )
-def test_examples_of_the_readme(line):
+def test_examples_of_the_guide(line):
     name = line.split("(")[0]
     scope = {
         name: algorithm_of(name),
@@ -210,8 +210,8 @@ def test_examples_of_the_readme(line):
     assert model.predict(observations(model))[0].shape[1:] == model.action_space.shape
 
 
-def test_readme_names_every_algorithm_and_policy():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| `\w+\(", README.read_text(), flags=re.MULTILINE)
+def test_guide_names_every_algorithm_and_policy():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| `\w+\(", GUIDE.read_text(), flags=re.MULTILINE)
     assert [(name, alias) for name, *cells in rows for alias, cell in zip(NAMES, cells, strict=True) if cell == "✔️"] == TABLE
 
 
