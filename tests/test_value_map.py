@@ -8,12 +8,13 @@ import pytest
 import torch as th
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
+from scipy.spatial.distance import cdist
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.analysis import MazeMap, ValueMapStudy, plot_value_map, value_correlations, value_map
 from sb3_deepcrl.analysis.episodes import EVAL_SEED
-from sb3_deepcrl.analysis.value_map import _correlate, _far_goals, _observations_at, _straight_distances
+from sb3_deepcrl.analysis.value_map import _correlate, _far_goals, _observations_at
 from sb3_deepcrl.envs.layouts import LAYOUTS, make_layout
 from tests.envs import GoalReachEnv
 from tests.studies import TOY, check_files, write_all
@@ -155,7 +156,7 @@ def test_straight_where_nothing_is_in_the_way():
     maze = maze_of(["######", "#r...#", "#....#", "#...g#", "######"])
     places = maze.places(3)
     assert places.shape == (12 * 9, 2)
-    np.testing.assert_allclose(maze.distances(places, places), _straight_distances(places, places), atol=1e-9)
+    np.testing.assert_allclose(maze.distances(places, places), cdist(places, places), atol=1e-9)
 
 
 def test_places_are_in_free_cells():
@@ -199,7 +200,7 @@ def test_ways_between_the_straight_line_and_the_steps_from_cell_to_cell(name):
     ways = maze.distances(centers, centers)
     cells = np.array([layout.distances(cell)[tuple(layout.free.T)] for cell in layout.free])
     np.testing.assert_allclose(ways, ways.T, atol=1e-9)
-    assert (ways >= _straight_distances(centers, centers) - 1e-9).all()
+    assert (ways >= cdist(centers, centers) - 1e-9).all()
     assert (ways <= cells * maze.cell_size + 1e-9).all()
 
 
@@ -219,7 +220,7 @@ def test_no_way_leads_through_walls():
 def test_known_values():
     maze = maze_of("u4")
     places, goals = maze.places(3), maze.places()
-    ways, lines = maze.distances(places, goals), _straight_distances(places, goals)
+    ways, lines = maze.distances(places, goals), cdist(places, goals)
     found = _correlate(-ways, ways, lines)
     assert (found.goal, found.n_pairs, found.maze) == (None, 99 * 11, pytest.approx(1))
     assert found.straight < 0.95

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -207,27 +206,22 @@ class CollectorStudy(Study):
         )
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
-        def sentence(title: str, first: Estimate, second: Estimate) -> str:
-            return f"{title}: {first} against {second}, {first.compare(second)}."
+        def difference(better: tuple[int, int], worse: tuple[int, int]) -> str:
+            first, second = (estimates["collector depth {}, learner depth {}".format(*pair)] for pair in (better, worse))
+            return f"{first} against {second}, {first.compare(second)}."
 
         deep, shallow = self._depths
-        scores = {
-            pair: estimates["collector depth {}, learner depth {}".format(*pair)] for pair in product(self._depths, repeat=2)
-        }
         return [
-            sentence(
-                f"From the data of collector {depth}, learner {deep} against {shallow}",
-                scores[depth, deep],
-                scores[depth, shallow],
-            )
-            for depth in self._depths
-        ] + [
-            sentence(
-                f"Learner {depth}, from the data of collector {deep} against {shallow}",
-                scores[deep, depth],
-                scores[shallow, depth],
-            )
-            for depth in self._depths
+            *(
+                f"From the data of collector {depth}, learner {deep} against {shallow}: "
+                f"{difference((depth, deep), (depth, shallow))}"
+                for depth in self._depths
+            ),
+            *(
+                f"Learner {depth}, from the data of collector {deep} against {shallow}: "
+                f"{difference((deep, depth), (shallow, depth))}"
+                for depth in self._depths
+            ),
         ]
 
     def draw(self, results: Results) -> "Figure":
@@ -244,8 +238,8 @@ class CollectorStudy(Study):
             ax.set(
                 title=f"{kind} collector (depth {collector})", xlabel="env steps (thousands)", ylabel="time at goal (steps)"
             )
-        axes[0, 1].sharey(axes[0, 0])
-        axes[0, 0].autoscale(axis="y")
-        axes[0, 0].set_ylim(bottom=0)
+        top = max(ax.get_ylim()[1] for ax in axes[0])
+        for ax in axes[0]:
+            ax.set_ylim(0, top)
         axes[0, 0].legend()
         return figure

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class GridStudy(Study):
-    """
-    Time at goal of every depth of the actor with every depth of the critic, as a heat map (figure 6 of the paper).
-    """
+    """Time at goal of every depth of the actor with every depth of the critic, as a heat map (figure 6 of the paper)."""
 
     name: ClassVar[str] = "grid"
 

@@ -99,6 +99,12 @@ def scores_by_depth(rows: Sequence[Mapping[str, Any]], column: str) -> dict[int,
     return {depth: np.array([np.mean(seed) for seed in seeds.values()]) for depth, seeds in values.items()}
 
 
+def depth_table(scores: Mapping[str, Mapping[int, np.ndarray]]) -> list[dict[str, Any]]:
+    """Make a row of each depth, with the interquartile means over the seeds of scores by column and depth."""
+    depths = next(iter(scores.values()))
+    return [{"depth": depth, **{name: interquartile_mean(of[depth]) for name, of in scores.items()}} for depth in depths]
+
+
 def describe_origin(records_by_run: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[str]:
     """Say with which code, machine and arguments runs were made, each given as its algorithm and ``made_with.json``."""
     counts = Counter("; then ".join(dict.fromkeys(map(_describe, records))) for _, records in records_by_run)

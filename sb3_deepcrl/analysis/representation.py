@@ -11,8 +11,8 @@ import torch as th
 
 from sb3_deepcrl.analysis.episodes import Episode, make_env, make_envs, record_episodes
 from sb3_deepcrl.analysis.mazes import MazeMap
-from sb3_deepcrl.analysis.report import Report, Results, depth_colors, new_figure, scores_by_depth
-from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
+from sb3_deepcrl.analysis.report import Report, Results, depth_colors, depth_table, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.statistics import rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths, load_model
 from sb3_deepcrl.analysis.value_map import network_inputs
 from sb3_deepcrl.common.losses import rowwise_energy
@@ -166,14 +166,7 @@ class RepresentationStudy(ComparisonOfDepths):
                 }
             )
             paths.setdefault(depth, (_principal_plane(embeddings, goal), -energies))
-        scores = {name: scores_by_depth(rows, name) for name in MEASURES}
-        table = [
-            {
-                "depth": depth,
-                **{name.replace("_", " "): interquartile_mean(of[depth]) for name, of in scores.items()},
-            }
-            for depth in self.depths
-        ]
+        table = depth_table({name.replace("_", " "): scores_by_depth(rows, name) for name in MEASURES})
         way = "straight line to the goal" if choices[0].maze is None else "shortest way through the maze"
         notes = [
             f"Embeddings of states and actions by critics trained on {self.env}, along one episode for each seed, the same "

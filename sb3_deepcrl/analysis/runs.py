@@ -99,9 +99,7 @@ class Run:
 def mean_evaluations(folder: "RunFolder", steps: int) -> dict[str, np.ndarray]:
     """Means over the episodes, shape ``(n_evaluations,)`` each, up to a step; empty before the first evaluation."""
     arrays = folder.evaluations()
-    if not arrays:
-        return {}
-    n = int((arrays["timesteps"] <= steps).sum())
+    n = int((arrays["timesteps"] <= steps).sum()) if arrays else 0
     return {name: values[:n].reshape(n, -1).astype(float).mean(axis=1) for name, values in arrays.items()} if n else {}
 
 
@@ -145,8 +143,13 @@ def _differences(run: Run, runs: Path) -> str:
     return "; ".join(changes)
 
 
+# The runs in training that this process has started, so that they can be stopped
+_is_stopped = threading.Event()
+_processes: set[subprocess.Popen[bytes]] = set()
+
+
 @contextlib.contextmanager
-def _locked(folder: Path, is_stopped: threading.Event) -> Iterator[tuple[int, ...]]:
+def _locked(folder: Path) -> Iterator[tuple[int, ...]]:
     """Wait until nobody else trains in a folder, such as another study with the same run; yields the lock's descriptor."""
     if os.name != "posix":
         yield ()
@@ -154,24 +157,19 @@ def _locked(folder: Path, is_stopped: threading.Event) -> Iterator[tuple[int, ..
     import fcntl
 
     with (folder / "lock").open("w") as file:
-        while not is_stopped.is_set():
+        while not _is_stopped.is_set():
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                is_stopped.wait(1)
+                _is_stopped.wait(1)
         yield (file.fileno(),)
-
-
-# The runs in training that this process has started, so that they can be stopped
-_is_stopped = threading.Event()
-_processes: set[subprocess.Popen[bytes]] = set()
 
 
 def _train(command: Sequence[str], folder: Path, n_threads: int) -> None:
     """Train one run, with all that it says in ``train.log``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, _is_stopped) as lock, (folder / "train.log").open("ab+") as log:
+    with _locked(folder) as lock, (folder / "train.log").open("ab+") as log:
         if _is_stopped.is_set():
             return
         start = log.seek(0, os.SEEK_END)
@@ -219,10 +217,6 @@ def _describe_failure(code: int, said: str, folder: Path) -> str:
     return "\n".join([f"A run {how}. The end of {folder / 'train.log'}:", *lines[-20:]])
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def train_all(
     runs_by_label: Mapping[str, Sequence[Run]],
     runs: Path,
@@ -236,7 +230,7 @@ def train_all(
     process is interrupted, all that it started are stopped. ``backend`` is joblib's: ``"threading"`` starts all of them
     here, by default as many at a time as there are cores.
     """
-    from joblib import Parallel, delayed, effective_n_jobs, parallel_config
+    from joblib import Parallel, cpu_count, delayed, effective_n_jobs, parallel_config
 
     all_runs = [(f"{label}, seed {run.seed}", run) for label, seeds in runs_by_label.items() for run in seeds]
     # A run that belongs to two settings is trained once
@@ -251,9 +245,9 @@ def train_all(
 
             register_ray()
         is_local = backend == "threading"
-        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or (_usable_cores() if is_local else -1)))
+        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or (cpu_count() if is_local else -1)))
         n_jobs = max(1, min(effective_n_jobs(), len(open_runs)))
-        n_threads = max(1, _usable_cores() // n_jobs)
+        n_threads = max(1, cpu_count() // n_jobs)
         stack.enter_context(_progress(all_runs, runs, len(open_runs), console or get_console()))
         _is_stopped.clear()
         stack.callback(_stop)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
+from scipy.spatial.distance import cdist
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
 from sb3_deepcrl.analysis.mazes import MazeMap
-from sb3_deepcrl.analysis.report import Report, Results, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.report import Report, Results, depth_table, new_figure, scores_by_depth
 from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -160,11 +161,6 @@ def _correlate(
     )
 
 
-def _straight_distances(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Lengths of straight lines, shape ``(n_sources, n_targets)``."""
-    return np.linalg.norm(sources[:, None] - targets, axis=-1)
-
-
 def value_correlations(
     model: DeepCRL,
     env: gym.Env,
@@ -191,7 +187,7 @@ def value_correlations(
     goals = _check_goals(maze, goals)
     targets = np.concatenate([centers, goals])
     values = np.stack([value_map(model, observation, places, goal)[0] for goal in targets], axis=1)
-    ways, lines = maze.distances(places, targets), _straight_distances(places, targets)
+    ways, lines = maze.distances(places, targets), cdist(places, targets)
     n = len(centers)
     return [_correlate(values[:, :n], ways[:, :n], lines[:, :n])] + [
         _correlate(values[:, n + i], ways[:, n + i], lines[:, n + i], (float(x), float(y))) for i, (x, y) in enumerate(goals)
@@ -265,13 +261,10 @@ class ValueMapStudy(ComparisonOfDepths):
             for kind, is_all in (("all pairs", True), ("far goals", False))
             for column, name in DISTANCES.items()
         }
-        table = [
-            {"depth": depth, **{name: interquartile_mean(of[depth]) for name, of in scores.items()}} for depth in self.depths
-        ]
         self._draw_correlations(axes[0, -1], scores)
         figure.suptitle(f"{self.eval_env.removesuffix('-v0')}: value for the goal at the star, start at the circle")
         places, centers = maze.places(self.points_per_cell), maze.places()
-        lines = _straight_distances(places, centers)
+        lines = cdist(places, centers)
         both = _correlate(-lines, maze.distances(places, centers), lines).maze
         notes = [
             "Spearman's rank correlation of the value with minus the distance to the goal. Way through the maze: the shortest "
@@ -283,7 +276,7 @@ class ValueMapStudy(ComparisonOfDepths):
             f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, "
             "each with colors of its own. The circle is the start.",
         ]
-        return Report(f"Value maps on {self.env}", rows, table, notes, figure)
+        return Report(f"Value maps on {self.env}", rows, depth_table(scores), notes, figure)
 
     @staticmethod
     def _draw_map(ax: "Axes", depth: int, model: DeepCRL, env: gym.Env, goal: np.ndarray) -> None:

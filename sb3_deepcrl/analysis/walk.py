@@ -47,16 +47,7 @@ def _longest_stay(at_goal: np.ndarray) -> int:
 def _classify(
     positions: np.ndarray, goals: np.ndarray, at_goal: np.ndarray, fell: bool, dt: float, maze: MazeMap | None
 ) -> str:
-    """
-    The first of these that holds, for what was before a fall:
-
-    - goes over the wall: the torso was above a wall, ``OVER_WALL`` of a cell inside of it, whatever came later
-    - walks: stayed at the goal for ``STAY_SECONDS`` without a break and upright; or never fell and moved further from the
-      start than ``STANDING_RADIUS``, or was at the goal
-    - stands: never fell otherwise
-    - falls at the goal: fell at most ``AT_GOAL`` meters from it, and covered ``APPROACH`` of its distance at the start
-    - falls on the way: fell otherwise
-    """
+    """One of ``CLASSES``, by what was before a fall. The notes of the report say when each holds."""
     if maze is not None and _goes_over_wall(positions, maze).any():
         return "goes over the wall"
     if _longest_stay(at_goal) * dt >= STAY_SECONDS:
