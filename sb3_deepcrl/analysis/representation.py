@@ -153,18 +153,10 @@ class RepresentationStudy(ComparisonOfDepths):
             choice = choices[seed]
             embeddings, goal, energies = _embed(model, choice.way)
             measures = _path_measures(embeddings, -energies, _remaining_way(choice.way, choice.maze))
-            rows.append(
-                {
-                    "depth": depth,
-                    "seed": seed,
-                    "timesteps": model.num_timesteps,
-                    "episode_env": choice.env_id,
-                    "episode_of_depth": choice.depth,
-                    "success": bool(choice.way.successes.any()),
-                    "steps": len(choice.way.actions),
-                    **{name: round(value, 4) for name, value in measures.items()},
-                }
-            )
+            head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps}
+            episode = {"episode_env": choice.env_id, "episode_of_depth": choice.depth}
+            length = {"success": bool(choice.way.successes.any()), "steps": len(choice.way.actions)}
+            rows.append({**head, **episode, **length, **{name: round(value, 4) for name, value in measures.items()}})
             paths.setdefault(depth, (_principal_plane(embeddings, goal), -energies))
         table = depth_table({name.replace("_", " "): scores_by_depth(rows, name) for name in MEASURES})
         way = "straight line to the goal" if choices[0].maze is None else "shortest way through the maze"
@@ -180,14 +172,10 @@ class RepresentationStudy(ComparisonOfDepths):
     def _describe(self, seed: int, choice: _Choice) -> str:
         way = choice.way
         start, goal = (", ".join(f"{x:.1f}" for x in place) for place in (way.positions[0], way.goals[0]))
-        end = (
-            "to the goal."
-            if way.successes.any()
-            else (
-                f"up to where it came nearest. It does **not** reach its goal: no model with this seed reached one in "
-                f"{self.n_eval_episodes} episodes."
-            )
-        )
+        end = "to the goal."
+        if not way.successes.any():
+            failure = f"no model with this seed reached one in {self.n_eval_episodes} episodes"
+            end = f"up to where it came nearest. It does **not** reach its goal: {failure}."
         return (
             f"Seed {seed}: an episode of depth {choice.depth} in {choice.env_id} from ({start}) to ({goal}), "
             f"{len(way.actions)} steps {end}"

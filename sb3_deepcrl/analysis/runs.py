@@ -117,8 +117,8 @@ def config_entry(algo: str, env_id: str) -> dict[str, Any]:
 
 def check_origin(all_runs: Sequence[Run], runs: Path) -> None:
     """Refuse runs that were made with other code or configs than those that are here."""
-    found = {run.folder(runs): what for run in all_runs if (what := _differences(run, runs))}
-    for folder, what in found.items():
+    if found := {run.folder(runs): what for run in all_runs if (what := _differences(run, runs))}:
+        folder, what = next(iter(found.items()))
         more = f"; and {len(found) - 1} more of these runs" if len(found) > 1 else ""
         raise ValueError(
             f"{folder} was made with {what}{more}. Use another folder (`runs`) to train anew, or `reuse_other_code` "
