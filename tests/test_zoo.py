@@ -81,7 +81,7 @@ def final_model(folder: Path, number: int = 1, algo: str = "deepcrl") -> Path:
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    args = f"-n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
+    args = f"-n {N_STEPS / 1e3}e3 --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
     args += f"--save-freq {EVERY} --save-replay-buffer --seed 3 -tb {folder / 'tb'}".split()
     train(folder, *args, *TINY, "learning_rate:'lin_1e-3'", "critic_learning_rate:'lin_1e-3'")
     return folder
@@ -879,7 +879,7 @@ BAD = [
     ("--eval-env PointUMazEval-v0", "Environment `PointUMazEval` doesn't exist"),
     ("--env Pendulum-v1", "`achieved_goal`, `desired_goal` missing"),
     ("--env FetchReach-v4 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv"),
-    ("-n often", "argument -n/--n-timesteps: invalid int value: 'often'"),
+    ("-n often", "argument -n/--n-timesteps: expected a whole number such as 4 or 1e6, got 'often'"),
     ("--eval-episodes 0", "`eval_episodes` must be a positive integer, got 0"),
     ("--n-eval-envs -1", "`n_eval_envs` must be a positive integer, got -1"),
     ("--resume -optimize", "--resume: a search of hyperparameters goes on by --storage"),

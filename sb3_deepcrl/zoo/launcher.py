@@ -18,7 +18,7 @@ import yaml
 
 import sb3_deepcrl
 from sb3_deepcrl.common.startup import end_start
-from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals
+from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals, whole_number
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo.config import describe_input_error
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
@@ -47,6 +47,8 @@ class TrainParser(argparse.ArgumentParser):
         if "--vec-env" in flags:
             kwargs.update(default="auto", choices=["auto", "batch", "dummy", "subproc"])
             kwargs["help"] = "VecEnv type, batch: native, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
+        elif kwargs.get("type") is int:
+            kwargs["type"] = whole_number
         elif "-i" in flags:
             kwargs["help"] = "Model or folder of a run to continue in a new folder, with the arguments that it had"
         return super().add_argument(*flags, **kwargs)
