@@ -302,6 +302,7 @@ def test_the_best_model_goes_on(run_folder, tmp_path, monkeypatch):
         train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     args = ["--resume", "--save-freq", "8", "--save-replay-buffer"]
     with start(tmp_path, *args, stdout=subprocess.DEVNULL) as process:
@@ -371,6 +372,7 @@ def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
     assert num_timesteps(final_model(tmp_path)) == 320
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
     pipe = subprocess.PIPE
     with start(tmp_path, "--vec-env", "subproc", stdout=pipe, text=True, start_new_session=True) as process:
@@ -386,6 +388,7 @@ def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("output", ["terminal", "pipe"])
+@pytest.mark.slow
 def test_output_that_nobody_reads_any_more(output, tmp_path):
     if output == "terminal":
         reader, writer = pty.openpty()
@@ -543,6 +546,7 @@ def command(*args: str) -> None:
         main()
 
 
+@pytest.mark.slow
 def test_plots(logs, tmp_path, capsys):
     common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
     # RL Zoo's plots of several runs need two
@@ -804,6 +808,7 @@ def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
     return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_plain_zoo_with_custom_envs(tmp_path):
     args = f"--algo deepcrl --env {ENV} -f logs".split()
     output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *"-n 128 --eval-freq -1 --num-threads 1".split(), *TINY)
@@ -823,6 +828,7 @@ def test_rl_zoos_own_algorithms_keep_their_configs():
     assert manager_class(*args, config="json").config == "json"
 
 
+@pytest.mark.slow
 def test_installed_wheel_finds_its_configs(tmp_path):
     source, site, work = tmp_path / "source", tmp_path / "site", tmp_path / "work"
     source.mkdir()

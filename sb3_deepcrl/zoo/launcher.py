@@ -137,8 +137,6 @@ def run(script: str, argv: Sequence[str]) -> None:
     """
     Run one of RL Zoo's scripts.
 
-    :param script: Name of the script
-    :param argv: Arguments of the command line
     :raises SystemExit: With one line, if something that the user gave cannot be used; with 128 and the number of a signal, if
         one has stopped the training
     """
@@ -177,11 +175,7 @@ def run(script: str, argv: Sequence[str]) -> None:
 
 
 def main(others: Mapping[str, Callable[[Sequence[str]], None]] | None = None) -> None:
-    """
-    Run the script that the first argument of the command line names.
-
-    :param others: Commands beside RL Zoo's scripts, called with the other arguments
-    """
+    """Run the script that the first argument of the command line names, or one of the other commands."""
     end_start()
     others = others or {}
     parser = argparse.ArgumentParser(prog="sb3-deepcrl", description="RL Zoo's scripts with DeepCRL. Each has its own --help.")
