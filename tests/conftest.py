@@ -1,5 +1,6 @@
 import getpass
 import os
+import signal
 import tempfile
 
 import pytest
@@ -9,6 +10,11 @@ if n_workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(n_workers))))
 # Compiled code stays where PyTorch keeps it by default, so that it is compiled once for all workers and runs
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"))
+# A suite in the background (`nohup ... &`) ignores these signals, and so would all processes that tests start. Those that it
+# handles are as by default there
+for name, handler in {"SIGINT": signal.default_int_handler, "SIGHUP": lambda *_: None}.items():
+    if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -567,6 +567,7 @@ def test_bad_actions():
         vec_env.step(actions)
 
 
+@pytest.mark.slow
 def test_interrupt():
     """Ctrl-C ends a running loop at once, although native threads are at work."""
     code = (

@@ -81,7 +81,7 @@ def final_model(folder: Path, number: int = 1, algo: str = "deepcrl") -> Path:
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
-    args = f"-n {N_STEPS} --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
+    args = f"-n {N_STEPS / 1e3}e3 --eval-freq {EVERY} --eval-episodes 4 --n-eval-envs 4 --eval-env PointUMazeEval-v0".split()
     args += f"--save-freq {EVERY} --save-replay-buffer --seed 3 -tb {folder / 'tb'}".split()
     train(folder, *args, *TINY, "learning_rate:'lin_1e-3'", "critic_learning_rate:'lin_1e-3'")
     return folder
@@ -302,6 +302,7 @@ def test_the_best_model_goes_on(run_folder, tmp_path, monkeypatch):
         train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     args = ["--resume", "--save-freq", "8", "--save-replay-buffer"]
     with start(tmp_path, *args, stdout=subprocess.DEVNULL) as process:
@@ -371,6 +372,7 @@ def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
     assert num_timesteps(final_model(tmp_path)) == 320
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
     pipe = subprocess.PIPE
     with start(tmp_path, "--vec-env", "subproc", stdout=pipe, text=True, start_new_session=True) as process:
@@ -386,6 +388,7 @@ def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("output", ["terminal", "pipe"])
+@pytest.mark.slow
 def test_output_that_nobody_reads_any_more(output, tmp_path):
     if output == "terminal":
         reader, writer = pty.openpty()
@@ -543,6 +546,7 @@ def command(*args: str) -> None:
         main()
 
 
+@pytest.mark.slow
 def test_plots(logs, tmp_path, capsys):
     common = ["-a", "deepcrl", "-e", ENV, "-f", str(tmp_path)]
     # RL Zoo's plots of several runs need two
@@ -804,6 +808,7 @@ def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
     return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_plain_zoo_with_custom_envs(tmp_path):
     args = f"--algo deepcrl --env {ENV} -f logs".split()
     output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *"-n 128 --eval-freq -1 --num-threads 1".split(), *TINY)
@@ -823,6 +828,7 @@ def test_rl_zoos_own_algorithms_keep_their_configs():
     assert manager_class(*args, config="json").config == "json"
 
 
+@pytest.mark.slow
 def test_installed_wheel_finds_its_configs(tmp_path):
     source, site, work = tmp_path / "source", tmp_path / "site", tmp_path / "work"
     source.mkdir()
@@ -879,7 +885,7 @@ BAD = [
     ("--eval-env PointUMazEval-v0", "Environment `PointUMazEval` doesn't exist"),
     ("--env Pendulum-v1", "`achieved_goal`, `desired_goal` missing"),
     ("--env FetchReach-v4 --vec-env batch", "BatchVecEnv steps this package's GoalEnv only: use DummyVecEnv"),
-    ("-n often", "argument -n/--n-timesteps: invalid int value: 'often'"),
+    ("-n often", "argument -n/--n-timesteps: expected a whole number such as 4 or 1e6, got 'often'"),
     ("--eval-episodes 0", "`eval_episodes` must be a positive integer, got 0"),
     ("--n-eval-envs -1", "`n_eval_envs` must be a positive integer, got -1"),
     ("--resume -optimize", "--resume: a search of hyperparameters goes on by --storage"),

@@ -17,9 +17,8 @@ from sb3_deepcrl.envs.registration import ENTRY_POINT
 
 def default_arguments(function: Callable[..., Any]) -> dict[str, Any]:
     """Arguments of a class or function that have a default, with that."""
-    return {
-        name: item.default for name, item in inspect.signature(function).parameters.items() if item.default is not item.empty
-    }
+    parameters = inspect.signature(function).parameters.values()
+    return {item.name: item.default for item in parameters if item.default is not item.empty}
 
 
 def default_env_kwargs(spec: EnvSpec) -> dict[str, Any]:
@@ -34,9 +33,7 @@ def checked_env_kwargs(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> Iterator
     Make an env in here. An argument that it does not know is refused before that, if signatures tell, as the error of another
     process cannot be read; if only the call tells, its error is made one clear line.
 
-    :param spec: Specification of the env
-    :param env_kwargs: Arguments of the env
-    :raises ValueError: if it does not know one
+    :raises ValueError: if the env does not know an argument
     """
     parameters = [item for function in _makers(spec) for item in inspect.signature(function).parameters.values()]
     known = [item.name for item in parameters if item.kind != item.VAR_KEYWORD] + [*default_arguments(gym.make)]
@@ -60,9 +57,9 @@ def checked_env_kwargs(spec: EnvSpec, env_kwargs: Mapping[str, Any]) -> Iterator
 
 
 def _makers(spec: EnvSpec) -> list[Callable[..., Any]]:
-    creator: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-    if spec.entry_point != ENTRY_POINT:
-        return [] if creator is None else [creator]
-    from sb3_deepcrl.envs.task import GoalTask
+    if spec.entry_point == ENTRY_POINT:
+        from sb3_deepcrl.envs.goal_env import GoalEnv, GoalTask
 
-    return [creator, GoalTask]
+        return [GoalEnv, GoalTask]
+    creator: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+    return [] if creator is None else [creator]

@@ -13,72 +13,47 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
 from sb3_deepcrl.env_ids import find_spec
-from sb3_deepcrl.envs.goal_env import GoalEnv
+from sb3_deepcrl.envs.arguments import default_arguments
+from sb3_deepcrl.envs.goal_env import GoalEnv, TaskView
 from sb3_deepcrl.envs.registration import ENTRY_POINT
 from sb3_deepcrl.envs.rendering import TaskRenderer
 from sb3_deepcrl.envs.simulation import Simulation, Transition
-from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_count, task_attribute
+from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_counts
 
-DEFAULT_PICTURE = {"render_mode": None, "camera": "follow", "width": 480, "height": 480}
 # Wrappers whose work BatchVecEnv does itself
 ABSORBED_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker)
 # Attributes that can only be set for all environments at once
 SHARED = (*SETTABLE, "max_episode_steps", "_max_episode_steps")
 
 
-class EnvView:
-    """
-    One environment of a ``BatchVecEnv`` as ``get_attr``, ``set_attr`` and ``env_method`` see it.
+def _shared(name: str) -> Any:
+    return property(lambda self: getattr(self.vec_env, name))
 
-    :param vec_env: The vectorized environment
-    :param index: Index of the environment
-    """
 
-    __slots__ = ("_index", "_vec_env")
+class EnvView(TaskView):
+    """One environment of a ``BatchVecEnv`` as ``get_attr``, ``set_attr`` and ``env_method`` see it."""
+
+    __slots__ = ("index", "vec_env")
 
     def __init__(self, vec_env: "BatchVecEnv", index: int):
-        self._vec_env = vec_env
-        self._index = index
+        self.vec_env, self.index = vec_env, index
 
-    reward_type = task_attribute("reward_type")
-    goal_mode = task_attribute("goal_mode")
-    success_threshold = task_attribute("success_threshold")
     unwrapped = property(lambda self: self)
-    task = property(lambda self: self._vec_env.task)
-    spec = property(lambda self: self._vec_env.spec)
-    render_mode = property(lambda self: self._vec_env.render_mode)
-    metadata = property(lambda self: self._vec_env.metadata)
+    task, simulation, renderer = _shared("task"), _shared("simulation"), _shared("renderer")
+    spec, render_mode, metadata = _shared("spec"), _shared("render_mode"), _shared("metadata")
 
     @property
     def max_episode_steps(self) -> int | None:
         """Steps after which an episode is truncated."""
-        return self._vec_env.max_episode_steps
+        return self.vec_env.max_episode_steps
 
     @max_episode_steps.setter
     def max_episode_steps(self, value: int | None) -> None:
-        check_count("max_episode_steps", value)
-        self._vec_env.max_episode_steps = value
+        check_counts(max_episode_steps=value)
+        self.vec_env.max_episode_steps = value
 
     #: The same under the name that it has in ``TimeLimit``
     _max_episode_steps = max_episode_steps
-
-    @property
-    def goal(self) -> np.ndarray:
-        """The goal of the running episode in meters. It may be set."""
-        return self._vec_env.simulation.goals[self._index].copy()
-
-    @goal.setter
-    def goal(self, goal: np.ndarray) -> None:
-        self._vec_env.simulation.check_open()
-        self._vec_env.simulation.goals[self._index] = self.task.check_goal(goal)
-
-    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
-        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
-        return self.task.compute_reward(achieved_goal, desired_goal, info)
-
-    def render(self) -> np.ndarray | None:
-        """RGB picture of the environment, None without a render mode."""
-        return self._vec_env.renderer.render(self._vec_env.simulation, self._index)
 
 
 class BatchVecEnv(VecEnv):
@@ -120,8 +95,7 @@ class BatchVecEnv(VecEnv):
         height: int = 480,
         **task_kwargs: Any,
     ):
-        for name, value in (("n_envs", n_envs), ("n_threads", n_threads), ("max_episode_steps", max_episode_steps)):
-            check_count(name, value)
+        check_counts(n_envs=n_envs, n_threads=n_threads, max_episode_steps=max_episode_steps)
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
         self._writers: list[ResultsWriter | None] = []
         self._info_keywords: tuple[str, ...] = ()
@@ -136,8 +110,8 @@ class BatchVecEnv(VecEnv):
             task_kwargs = {**self.spec.kwargs, **task_kwargs}
             limit, n_envs = self.spec.max_episode_steps, n_envs or 1
         elif isinstance(env, list | tuple) and all(callable(env_fn) for env_fn in env):
-            given = {name for name, value in picture.items() if value != DEFAULT_PICTURE[name]} | set(task_kwargs)
-            if given:
+            defaults = default_arguments(GoalEnv)
+            if given := {name for name, value in picture.items() if value != defaults[name]} | set(task_kwargs):
                 raise ValueError(
                     f"{sorted(given)} cannot be changed on envs that functions return. "
                     "Pass them where the envs are made, e.g. make_vec_env(..., env_kwargs={...})."
@@ -157,10 +131,8 @@ class BatchVecEnv(VecEnv):
         self.task = GoalTask(**task_kwargs)
         self.renderer = TaskRenderer(self.task, **picture)
         self.simulation = Simulation(self.task, n_envs, n_threads or min(usable, n_envs))
-        self._lengths = np.zeros(n_envs, dtype=np.int64)
-        self._returns = np.zeros(n_envs, dtype=np.float64)
+        self._lengths, self._returns = np.zeros(n_envs, dtype=np.int64), np.zeros(n_envs, dtype=np.float64)
         self._start_time = time.time()
-        self._actions: np.ndarray | None = None
         super().__init__(n_envs, self.task.observation_space, self.task.action_space)
         self.metadata["render_fps"] = round(1 / self.task.dt)
 
@@ -229,10 +201,7 @@ class BatchVecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        if self._actions is None:
-            raise RuntimeError("No actions are given. Call step_async() before step_wait(), or step().")
-        actions, self._actions = self._actions, None
-        result = self.simulation.step(actions)
+        result = self.simulation.step(self._actions)
         self._lengths += 1
         self._returns += result.reward
         truncated = result.diverged
@@ -276,13 +245,7 @@ class BatchVecEnv(VecEnv):
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
         ``goal`` belongs to one environment. ``goal_mode``, ``reward_type``, ``success_threshold`` and ``max_episode_steps``
-        are shared by all of them and can only be set for all of them.
-
-        :param attr_name: Name of the attribute
-        :param value: Its new value
-        :param indices: Indices of the environments, None for all of them
-        :raises ValueError: If the value is not allowed, or the attribute is shared by more environments than these
-        :raises AttributeError: If the attribute cannot be changed on a running environment
+        are shared by all of them and can only be set for all of them. No other attribute can be changed while they run.
         """
         views = self._views(indices)
         if attr_name in SHARED and len(views) < self.num_envs:
@@ -305,9 +268,7 @@ class BatchVecEnv(VecEnv):
         return [getattr(view, method_name)(*method_args, **method_kwargs) for view in views]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        """
-        ``Monitor`` and ``TimeLimit`` count as wrapped: their work is done here, and ``evaluate_policy`` may rely on it.
-        """
+        """``Monitor`` and ``TimeLimit`` count as wrapped: their work is done here, and ``evaluate_policy`` may rely on it."""
         time_limited = self.max_episode_steps is not None and issubclass(wrapper_class, TimeLimit)
         return [time_limited or issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 

@@ -6,10 +6,46 @@ from gymnasium.utils import EzPickle
 
 from sb3_deepcrl.envs.rendering import TaskRenderer
 from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import GoalTask, task_attribute
+from sb3_deepcrl.envs.task import GoalTask
 
 
-class GoalEnv(gym.Env, EzPickle):
+def _task_attribute(name: str) -> Any:
+    return property(lambda self: getattr(self.task, name), lambda self, value: self.task.set(name, value))
+
+
+class TaskView:
+    """One environment of a simulation: what of it may be seen and set while it runs."""
+
+    __slots__ = ()
+    task: GoalTask
+    simulation: Simulation
+    renderer: TaskRenderer
+    index: int
+
+    reward_type = _task_attribute("reward_type")
+    goal_mode = _task_attribute("goal_mode")
+    success_threshold = _task_attribute("success_threshold")
+
+    @property
+    def goal(self) -> np.ndarray:
+        """The goal of the running episode in meters. It may be set."""
+        return self.simulation.goals[self.index].copy()
+
+    @goal.setter
+    def goal(self, goal: np.ndarray) -> None:
+        self.simulation.check_open()
+        self.simulation.goals[self.index] = self.task.check_goal(goal)
+
+    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
+        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
+        return self.task.compute_reward(achieved_goal, desired_goal, info)
+
+    def render(self) -> np.ndarray | None:
+        """RGB picture of shape (height, width, 3), None without a render mode."""
+        return self.renderer.render(self.simulation, self.index)
+
+
+class GoalEnv(TaskView, gym.Env, EzPickle):  # type: ignore[misc]
     """
     A goal-reaching task as a Gymnasium environment: the batch of one.
 
@@ -39,14 +75,10 @@ class GoalEnv(gym.Env, EzPickle):
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}  # type: ignore[misc]
+    index = 0
 
     def __init__(
-        self,
-        render_mode: str | None = None,
-        camera: str = "follow",
-        width: int = 480,
-        height: int = 480,
-        **task_kwargs: Any,
+        self, render_mode: str | None = None, camera: str = "follow", width: int = 480, height: int = 480, **task_kwargs: Any
     ):
         #: Arguments with which the pictures are made
         self.picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
@@ -59,20 +91,6 @@ class GoalEnv(gym.Env, EzPickle):
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.task.dt)}  # type: ignore[misc]
         self.renderer = TaskRenderer(self.task, **self.picture)
         self.simulation = Simulation(self.task, n_envs=1, n_threads=1)
-
-    reward_type = task_attribute("reward_type")
-    goal_mode = task_attribute("goal_mode")
-    success_threshold = task_attribute("success_threshold")
-
-    @property
-    def goal(self) -> np.ndarray:
-        """The goal of the running episode in meters. It may be set."""
-        return self.simulation.goals[0].copy()
-
-    @goal.setter
-    def goal(self, goal: np.ndarray) -> None:
-        self.simulation.check_open()
-        self.simulation.goals[0] = self.task.check_goal(goal)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -104,14 +122,6 @@ class GoalEnv(gym.Env, EzPickle):
             info["diverged"] = True
         observation = {key: value[0] for key, value in result.observation.items()}
         return observation, float(result.reward[0]), bool(result.terminated[0]), diverged, info
-
-    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
-        """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
-        return self.task.compute_reward(achieved_goal, desired_goal, info)
-
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
-        """RGB picture of shape (height, width, 3), None without a render mode."""
-        return self.renderer.render(self.simulation, 0)
 
     def close(self) -> None:
         """Free the rendering context. A closed environment cannot be used any more."""

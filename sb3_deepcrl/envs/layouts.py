@@ -81,10 +81,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Layout:
     """
-    A checked maze. Build one with :func:`make_layout`.
-
-    :param name: Key in ``LAYOUTS``, or "custom" for a maze given as text
-    :param rows: The text, one string a row
+    A checked maze, made by :func:`make_layout`. ``name`` is its key in ``LAYOUTS``, or "custom".
     """
 
     name: str
@@ -143,12 +140,7 @@ class Layout:
         return np.array(found, dtype=np.int64).reshape(-1, 2)
 
     def distances(self, cell: Sequence[int] | np.ndarray) -> np.ndarray:
-        """
-        Length of the shortest way from one cell to every other one.
-
-        :param cell: Row and column
-        :return: Number of steps between neighboring cells, shape (rows, columns); -1 where no way leads
-        """
+        """Steps on the shortest way from a cell (row, column) to each, shape (rows, columns); -1 where no way leads."""
         steps = np.full(self.shape, -1, dtype=np.int64)
         steps[cell[0], cell[1]] = 0
         queue = deque([(int(cell[0]), int(cell[1]))])
@@ -210,12 +202,7 @@ class Layout:
         return chosen, weights
 
     def far_goals(self, min_distance: int) -> np.ndarray:
-        """
-        Goals of the stitching evaluation: every cell farther from the start cell than the training pairs were apart.
-
-        :param min_distance: The goals are more than this number of cells from the start
-        :return: Row and column of each goal, shape (n, 2)
-        """
+        """Goals of the stitching evaluation: cells more than this number of steps from the start, shape (n, 2)."""
         from_origin = self._distances_from_start()
         far = np.argwhere(from_origin > min_distance)
         if not len(far):
@@ -239,10 +226,8 @@ def _check_text(name: str, rows: tuple[str, ...]) -> None:
     if not rows or not all(isinstance(row, str) and row for row in rows):
         raise ValueError(f"{where}: expected a list of non-empty strings, one a row, got {rows!r}.")
     for i, row in enumerate(rows):
-        if len(row) != len(rows[0]):
-            raise ValueError(
-                f"{where}: row {i} has {len(row)} cells but row 0 has {len(rows[0])}. Give all rows the same length."
-            )
+        if (n := len(row)) != len(rows[0]):
+            raise ValueError(f"{where}: row {i} has {n} cells but row 0 has {len(rows[0])}. Give all rows the same length.")
         for j, kind in enumerate(row):
             if kind not in CELLS:
                 known = ", ".join(f"{key!r} {meaning}" for key, meaning in CELLS.items())
@@ -252,10 +237,10 @@ def _check_text(name: str, rows: tuple[str, ...]) -> None:
                     f"{where}: the border is open at row {i}, column {j} ({kind!r}). Surround the maze with walls ({WALL!r})."
                 )
     text = "".join(rows)
-    if START not in text:
-        raise ValueError(f"{where}: no start cell in {len(rows)} rows. Mark at least one cell with {START!r}.")
-    if GOAL not in text and EVAL_GOAL not in text:
-        raise ValueError(f"{where}: no goal cell in {len(rows)} rows. Mark at least one cell with {GOAL!r} or {EVAL_GOAL!r}.")
+    for kind, characters in (("start", START), ("goal", GOAL + EVAL_GOAL)):
+        if not set(characters) & set(text):
+            marks = " or ".join(map(repr, characters))
+            raise ValueError(f"{where}: no {kind} cell in {len(rows)} rows. Mark at least one cell with {marks}.")
 
 
 def make_layout(maze: str | Sequence[str] | Layout) -> Layout:

@@ -39,11 +39,10 @@ class OGBenchGoalWrapper(gym.Wrapper):
             raise ValueError(f"{core!r} observes pictures, but goals are compared as positions. Use an id without 'visual'.")
         if core._reward_task_id is not None:
             raise ValueError(f"{core!r} has a single fixed task. Use an id without 'singletask'.")
-        self.core = core
-        self.tolerance = float(core._goal_tol)
+        self.core, self.tolerance = core, float(core._goal_tol)
         observation = spaces.Box(-np.inf, np.inf, space.shape, np.float32)
         goal = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.observation_space = spaces.Dict({"observation": observation, "achieved_goal": goal, "desired_goal": goal})
+        self.observation_space = spaces.Dict(observation=observation, achieved_goal=goal, desired_goal=goal)
         self._legacy_state = self._new_legacy_state(None)
 
     def _new_legacy_state(self, seed: int | None) -> Any:
@@ -75,9 +74,9 @@ class OGBenchGoalWrapper(gym.Wrapper):
         with self._own_random_numbers():
             observation, _, terminated, truncated, info = self.env.step(action)
         converted = self._goal_observation(observation)
-        distance = self._distance(converted["achieved_goal"], converted["desired_goal"])
-        success = bool(distance <= self.tolerance)
-        info.update(is_success=success, success=success, distance=float(distance))
+        distance = float(np.linalg.norm(converted["achieved_goal"] - converted["desired_goal"]))
+        success = distance <= self.tolerance
+        info.update(is_success=success, success=success, distance=distance)
         return converted, float(success), terminated, truncated, info
 
     def _goal_observation(self, observation: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,17 +88,7 @@ class OGBenchGoalWrapper(gym.Wrapper):
             "desired_goal": np.array(self.core.cur_goal_xy, dtype=np.float32),
         }
 
-    @staticmethod
-    def _distance(achieved_goal: np.ndarray, desired_goal: np.ndarray) -> np.ndarray:
-        return np.linalg.norm(np.asarray(achieved_goal) - np.asarray(desired_goal), axis=-1)
-
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
-        """
-        Reward of goals, whatever happened on the way. HER calls it.
-
-        :param achieved_goal: Goals reached, shape (..., 2)
-        :param desired_goal: Goals wanted, shape (..., 2)
-        :param info: Unused
-        :return: Rewards in float32, shape (...)
-        """
-        return (self._distance(achieved_goal, desired_goal) <= self.tolerance).astype(np.float32)
+        """Rewards in float32, shape (...), of goals of shape (..., 2), whatever happened on the way. HER calls it."""
+        distance = np.linalg.norm(np.asarray(achieved_goal) - np.asarray(desired_goal), axis=-1)
+        return (distance <= self.tolerance).astype(np.float32)

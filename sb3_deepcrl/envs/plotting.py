@@ -12,12 +12,8 @@ from sb3_deepcrl.envs.scenes import Maze
 
 def draw_walls(ax: "Axes", walls: np.ndarray, extent: Sequence[float], labels: tuple[str, str] = ("y", "x")) -> None:
     """
-    Draw the walls of a maze as its text reads: rows run down, columns to the right.
-
-    :param ax: Where to draw
-    :param walls: Whether each cell is a wall, shape (rows, columns)
-    :param extent: Coordinates in meters of the left, right, bottom and top edge of the maze in the picture
-    :param labels: Names of the coordinates that run to the right and up or down
+    Draw the walls of a maze, shape (rows, columns), as its text reads: rows run down, columns to the right. The extent are
+    the coordinates in meters of the left, right, bottom and top edge of the maze in the picture.
     """
     from matplotlib.patches import Rectangle
 

@@ -26,7 +26,6 @@ ENTRY_POINT = "sb3_deepcrl.envs.goal_env:GoalEnv"
 EPISODE_LENGTH = 1000
 # The point is fast: crossing the largest maze takes it about 100 steps
 POINT_EPISODE_LENGTH = 150
-STITCHING_DISTANCE = 3
 
 
 def _env_table() -> dict[str, dict[str, Any]]:
@@ -43,15 +42,12 @@ def _env_table() -> dict[str, dict[str, Any]]:
             # Hardest has no evaluation goals of its own, but the point has another start there
             if layout != "hardest" or robot == "point":
                 table[f"{name}Eval-v0"] = {"robot": robot, "maze": maze, "goal_set": "eval"}
-        stitching = {"robot": robot, "maze": "u", "stitching": STITCHING_DISTANCE}
+        stitching = {"robot": robot, "maze": "u", "stitching": 3}
         table[f"{robot.capitalize()}UMazeStitch-v0"] = stitching
         table[f"{robot.capitalize()}UMazeStitchEval-v0"] = {**stitching, "goal_set": "eval"}
-    table["AntGoal-v0"] = {"robot": "ant"}
-    table["HumanoidGoal-v0"] = {"robot": "humanoid"}
-    table["ArmPushEasy-v0"] = {"robot": "arm", "table": "push_easy"}
-    table["ArmPushHard-v0"] = {"robot": "arm", "table": "push_hard"}
-    table["ArmBinpickHard-v0"] = {"robot": "arm", "table": "binpick_hard"}
-    return table
+    arm = {"ArmPushEasy-v0": "push_easy", "ArmPushHard-v0": "push_hard", "ArmBinpickHard-v0": "binpick_hard"}
+    table |= {"AntGoal-v0": {"robot": "ant"}, "HumanoidGoal-v0": {"robot": "humanoid"}}
+    return table | {env_id: {"robot": "arm", "table": name} for env_id, name in arm.items()}
 
 
 #: Arguments of the task by Gymnasium id

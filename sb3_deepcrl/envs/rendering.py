@@ -4,7 +4,7 @@ import mujoco
 import numpy as np
 
 from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import GoalTask, check_count
+from sb3_deepcrl.envs.task import GoalTask, check_counts
 
 CAMERAS = ("follow", "top_down")
 GOAL_COLOR = (0.1, 0.8, 0.2, 0.45)
@@ -16,14 +16,8 @@ HEADLESS_HINT = (
 
 class TaskRenderer:
     """
-    Pictures of a task's simulations. The goal is drawn into the picture only: it is no part of the model.
-
-    :param task: The task
-    :param render_mode: "rgb_array", or None for no pictures
-    :param camera: "follow" looks at the robot from behind and above; "top_down" shows the whole scene as a maze's text
-        reads, i.e. with x down and y to the right
-    :param width: Width of the picture in pixels
-    :param height: Height of the picture in pixels
+    Pictures of a task's simulations. The goal is drawn into the picture only: it is no part of the model. Arguments are
+    those of :class:`~sb3_deepcrl.envs.goal_env.GoalEnv`.
     """
 
     def __init__(self, task: GoalTask, render_mode: str | None, camera: str, width: int, height: int):
@@ -31,13 +25,11 @@ class TaskRenderer:
             raise ValueError(f"render_mode={render_mode!r} is not supported: use None or 'rgb_array'.")
         if camera not in CAMERAS:
             raise ValueError(f"Unknown camera {camera!r}. Choose one of: {', '.join(CAMERAS)}.")
-        check_count("width", width)
-        check_count("height", height)
+        check_counts(width=width, height=height)
         self.task = task
         self.render_mode = render_mode
         self.follows = camera == "follow"
-        self.width = width
-        self.height = height
+        self.width, self.height = width, height
         # Made when the first picture is asked for
         self._renderer: mujoco.Renderer | None = None
 
@@ -68,13 +60,7 @@ class TaskRenderer:
         return renderer
 
     def render(self, simulation: Simulation, index: int) -> np.ndarray | None:
-        """
-        Draw one of the task's simulations.
-
-        :param simulation: The simulations
-        :param index: Index of the one to draw
-        :return: RGB picture of shape (height, width, 3), None without a render mode
-        """
+        """RGB picture of one of the simulations, shape (height, width, 3), None without a render mode."""
         if self.render_mode is None:
             warnings.warn("There is no picture without a render mode: make the environment with render_mode='rgb_array'.")
             return None

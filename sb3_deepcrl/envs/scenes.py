@@ -1,7 +1,6 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import mujoco
 import numpy as np
@@ -41,42 +40,23 @@ class Scene(ABC):
         """
 
     def next_goals(self, uniform: np.ndarray, goals: np.ndarray) -> np.ndarray:
-        """
-        Draw goals for robots that reached theirs.
-
-        :param uniform: Numbers in [0, 1), shape (n, n_uniform)
-        :param goals: The goals that were reached in meters, shape (n, goal_dim)
-        :return: The next ones, same shape
-        """
+        """Draw goals for robots that reached these, shape (n, goal_dim), by numbers in [0, 1), shape (n, n_uniform)."""
         return self.draw(uniform)[1]
 
     # An open floor accepts every start and goal
     def check(self, start: np.ndarray | None, goal: np.ndarray | None, radius: float) -> None:  # noqa: B027
-        """
-        Refuse a start or goal where the robot cannot be.
-
-        :param start: x and y of a given start in meters, None if it is drawn
-        :param goal: A given goal in meters, None if it is drawn
-        :param radius: Distance to walls that the robot needs, in meters
-        """
+        """Refuse a given start or goal in meters (None: drawn) where a robot cannot be that needs a distance to walls."""
 
     def check_way(self, start: np.ndarray | None, goal: np.ndarray | None) -> None:  # noqa: B027
-        """Refuse a start and a goal, as in :meth:`check`, between which there is no way."""
+        """Refuse a start and a goal between which there is no way."""
 
 
 class Maze(Scene):
     """
     A maze: starts and goals are the centers of its cells, drawn from a table of pairs with a probability each.
 
-    :param layout: The checked maze
-    :param cell_size: Side of a cell in meters
-    :param wall_height: Height of the walls in meters. None takes half a cell, the released code's choice: 2 m for the ant,
-        1 m for the humanoid
-    :param goal_set: "train" or "eval"
-    :param stitching: None, or the number k of the stitching study: training pairs are at most k cells apart, evaluation
-        goals are more than k cells from the start
-    :param goal_tail: Constant coordinates of a goal behind x and y
-    :param random_start: Whether every free cell from which a way leads to the goal is a start cell
+    Arguments are those of :class:`~sb3_deepcrl.envs.task.GoalTask`; ``goal_tail`` are the constant coordinates of a goal
+    behind x and y. The default height of the walls is the released code's: 2 m for the ant, 1 m for the humanoid.
     """
 
     n_uniform = 1
@@ -121,19 +101,11 @@ class Maze(Scene):
         size = self.cell_size
         for row, column, n_rows, n_columns in self.layout.wall_boxes():
             # Everything is set, as a new geom inherits the robot's defaults
-            spec.worldbody.add_geom(
-                name=f"wall_{row}_{column}",
-                type=BOX,
-                pos=[(row + (n_rows - 1) / 2) * size, (column + (n_columns - 1) / 2) * size, self.wall_height / 2],
-                size=[n_rows * size / 2, n_columns * size / 2, self.wall_height / 2],
-                contype=1,
-                conaffinity=1,
-                condim=3,
-                margin=0,
-                friction=[1, 0.5, 0.5],
-                material="",
-                rgba=WALL_COLOR,
-            )
+            middle = [(row + (n_rows - 1) / 2) * size, (column + (n_columns - 1) / 2) * size, self.wall_height / 2]
+            half = [n_rows * size / 2, n_columns * size / 2, self.wall_height / 2]
+            wall = spec.worldbody.add_geom(name=f"wall_{row}_{column}", type=BOX, pos=middle, size=half)
+            wall.contype, wall.conaffinity, wall.condim, wall.margin = 1, 1, 3, 0
+            wall.friction, wall.material, wall.rgba = [1, 0.5, 0.5], "", WALL_COLOR
 
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Rounding may leave the last cumulative probability just below one
@@ -169,10 +141,8 @@ class Maze(Scene):
                     f"{self.layout.name!r}. Cell (i, j) spans {self.cell_size} m around x = {self.cell_size} i, "
                     f"y = {self.cell_size} j: choose a free cell."
                 )
-        if start is not None:
-            self._check_clearance(start, radius)
-
-    def _check_clearance(self, start: np.ndarray, radius: float) -> None:
+        if start is None:
+            return
         row, column = self.cell_of(start)
         for i in range(row - 1, row + 2):
             for j in range(column - 1, column + 2):
@@ -201,10 +171,7 @@ class Maze(Scene):
 
 class OpenField(Scene):
     """
-    An open floor: the start is the origin, the goal lies in any direction, at a distance drawn uniformly.
-
-    :param distance: Smallest and largest distance of a goal from the start in meters
-    :param goal_tail: Constant coordinates of a goal behind x and y
+    An open floor: the start is the origin, the goal lies in any direction, at a distance in meters drawn uniformly.
     """
 
     n_uniform = 2
@@ -228,18 +195,11 @@ class OpenField(Scene):
         return np.zeros((len(uniform), 2)), np.array(goals)
 
 
-class Square(NamedTuple):
-    """x and y of its middle, and half its side, in meters."""
-
-    center: tuple[float, float]
-    half: float
-
-
-# Where the cube starts and where its goals lie
-TABLES: dict[str, tuple[Square, Square]] = {
-    "push_easy": (Square((-0.1, 0.6), 0.1), Square((0.1, 0.6), 0.1)),
-    "push_hard": (Square((-0.25, 0.65), 0.25), Square((0.25, 0.65), 0.25)),
-    "binpick_hard": (Square((-0.3, 0.6), 0.15), Square((0.3, 0.6), 0.15)),
+# Squares where the cube starts and where its goals lie: x and y of the middle, and half the side, in meters
+TABLES = {
+    "push_easy": (((-0.1, 0.6), 0.1), ((0.1, 0.6), 0.1)),
+    "push_hard": (((-0.25, 0.65), 0.25), ((0.25, 0.65), 0.25)),
+    "binpick_hard": (((-0.3, 0.6), 0.15), ((0.3, 0.6), 0.15)),
 }
 # Half the inner side of a bin, half its height and half the thickness of its walls, in meters
 BIN_HALF, BIN_HALF_HEIGHT, BIN_HALF_THICKNESS = 0.19, 0.033, 0.005
@@ -251,9 +211,6 @@ class Table(Scene):
     """
     The arm's table: the cube starts in one square and its goals lie in a second one, where the cube lies flat. Colored tiles
     mark the squares; in the bin-picking task they are bins with walls.
-
-    :param name: Key in ``TABLES``
-    :param goal_tail: Height of a goal in meters
     """
 
     bounds = ((-0.7, -0.2), (0.7, 1.1))
@@ -299,7 +256,6 @@ class Table(Scene):
 
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start, goal = (
-            np.array(square.center) + square.half * (2 * uniform[:, 2 * i : 2 * i + 2] - 1)
-            for i, square in enumerate(self.squares)
+            np.array(center) + half * (2 * uniform[:, 2 * i : 2 * i + 2] - 1) for i, (center, half) in enumerate(self.squares)
         )
         return start, np.hstack((goal, np.tile(self.goal_tail, (len(goal), 1))))

@@ -14,20 +14,16 @@ MAX_OBSERVATION = 1e6
 
 
 class Transition(NamedTuple):
-    """
-    What one step of all environments leads to. Every array is new, so callers may keep and change it.
+    """What one step of all environments leads to. Every array is new, so callers may keep and change it."""
 
-    :param observation: Entries "observation", "achieved_goal" and "desired_goal" in float32
-    :param reward: Rewards in float32, shape (n,)
-    :param terminated: Whether the episode ends because the robot fell, shape (n,)
-    :param diverged: Whether the physics broke down, shape (n,)
-    :param info: Measures of each environment by name, as lists of Python numbers
-    """
-
+    #: Entries "observation", "achieved_goal" and "desired_goal" in float32
     observation: dict[str, np.ndarray]
     reward: np.ndarray
+    #: Whether the robot fell
     terminated: np.ndarray
+    #: Whether the physics broke down
     diverged: np.ndarray
+    #: Measures of each environment by name, as lists of Python numbers
     info: dict[str, list[Any]]
 
 
@@ -35,10 +31,6 @@ class Simulation:
     """
     n environments of one task on ``mujoco.batch.Batch``. Each environment has its own random numbers and its own state,
     so what it does depends neither on the number of environments nor on the number of threads.
-
-    :param task: The task
-    :param n_envs: Number of environments
-    :param n_threads: Number of native threads that step them
     """
 
     def __init__(self, task: GoalTask, n_envs: int, n_threads: int):
@@ -86,12 +78,8 @@ class Simulation:
         self, indices: np.ndarray, given: Sequence[tuple[np.ndarray | None, np.ndarray | None]] = ()
     ) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
         """
-        Start a new episode in some environments.
-
-        :param indices: Sorted indices of the environments
-        :param given: Start and goal of each of them as ``check_options`` returns them; without, all are drawn
-        :return: Observations and measures of these environments
-        :raises RuntimeError: If the environments are closed
+        Start a new episode in some environments, with sorted indices, at a start and goal for each of them as
+        ``check_options`` returns them; without, all are drawn. The result are their observations and measures.
         """
         batch, task = self.batch, self.task
         self._running = True
@@ -125,14 +113,7 @@ class Simulation:
         return observations, self._measures(distance, self._is_healthy(state["qpos"]))
 
     def step(self, actions: np.ndarray) -> Transition:
-        """
-        Advance all environments by one control step.
-
-        :param actions: Actions, shape (n_envs, action_dim)
-        :return: What they lead to
-        :raises ValueError: If the shape is wrong or an action is not finite
-        :raises RuntimeError: If no episode runs, i.e. before the first reset and after ``close``
-        """
+        """Advance all environments by one control step with actions of shape (n_envs, action_dim)."""
         batch, task = self.batch, self.task
         if not self._running:
             raise RuntimeError("No episode is running. Call reset() before the first step().")
@@ -170,13 +151,7 @@ class Simulation:
         return {"observation": observation, "achieved_goal": achieved, "desired_goal": goals.copy()}
 
     def data(self, index: int, data: mujoco.MjData | None = None) -> mujoco.MjData:
-        """
-        Copy the simulation of an environment, with computed kinematics, for rendering or any other function of MuJoCo.
-
-        :param index: Index of the environment
-        :param data: Where to write; None makes a new one
-        :return: The copy
-        """
+        """Copy the simulation of an environment, with computed kinematics, for rendering or any other function of MuJoCo."""
         data = self.batch.get_data(index, data)
         mujoco.mj_forward(self.task.model, data)
         return data
@@ -202,9 +177,8 @@ class Simulation:
                 f"Actions have shape {actions.shape}, expected {expected}: "
                 f"{expected[0]} environments with {expected[1]} numbers each for the {self.task.robot.name}."
             )
-        finite = np.isfinite(actions)
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0]
+        if not np.isfinite(actions).all():
+            row, column = np.argwhere(~np.isfinite(actions))[0]
             raise ValueError(
                 f"The action of env {row} is not finite: number {column} is {actions[row, column]}. "
                 "Look for a diverging policy, or clean the actions before step()."
@@ -215,8 +189,7 @@ class Simulation:
         if self.task.healthy_z_range is None:
             return np.ones(len(qpos), dtype=bool)
         low, high = self.task.healthy_z_range
-        height = qpos[:, 2]
-        return (height >= low) & (height <= high)
+        return (qpos[:, 2] >= low) & (qpos[:, 2] <= high)
 
     def _measures(self, distance: np.ndarray, healthy: np.ndarray) -> dict[str, list[Any]]:
         task = self.task

@@ -79,7 +79,8 @@ class GoalTask:
         _check_choice("goal_set", goal_set, ("train", "eval"))
         _check_choice("goal", goal, GOAL_MODES)
         _check_choice("reward_type", reward_type, REWARD_TYPES)
-        for name, length in (("success_threshold", success_threshold), ("cell_size", cell_size), ("wall_height", wall_height)):
+        lengths = {"success_threshold": success_threshold, "cell_size": cell_size, "wall_height": wall_height}
+        for name, length in lengths.items():
             if length is not None:
                 _check_positive(name, length)
         if random_start and stitching is not None:
@@ -87,8 +88,7 @@ class GoalTask:
         for name, value in (("terminate_when_unhealthy", terminate_when_unhealthy), ("random_start", random_start)):
             if not isinstance(value, bool | np.bool_):
                 raise ValueError(f"{name}={value!r}: expected True or False.")
-        check_count("frame_skip", frame_skip)
-        check_count("stitching", stitching)
+        check_counts(frame_skip=frame_skip, stitching=stitching)
         if reset_noise_scale is not None and not (_is_number(reset_noise_scale) and 0 <= reset_noise_scale < np.inf):
             raise ValueError(f"reset_noise_scale={reset_noise_scale!r}: expected a finite number that is not negative.")
 
@@ -118,9 +118,7 @@ class GoalTask:
 
         observation = spaces.Box(-np.inf, np.inf, (self.robot.observation_dim,), np.float32)
         goal_space = spaces.Box(-np.inf, np.inf, (self.robot.goal_dim,), np.float32)
-        self.observation_space = spaces.Dict(
-            {"observation": observation, "achieved_goal": goal_space, "desired_goal": goal_space}
-        )
+        self.observation_space = spaces.Dict(observation=observation, achieved_goal=goal_space, desired_goal=goal_space)
         self.action_space = spaces.Box(-1.0, 1.0, (self.robot.action_dim,), np.float32)
 
     def _check_healthy_z_range(self, heights: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -133,32 +131,21 @@ class GoalTask:
         return heights[0], heights[1]
 
     def set(self, name: str, value: Any) -> None:
-        """
-        Change an attribute while episodes run.
-
-        :param name: One of ``SETTABLE``
-        :param value: Its new value
-        :raises ValueError: If the value is not allowed
-        """
+        """Change one of the ``SETTABLE`` attributes while episodes run."""
         if name == "success_threshold":
             _check_positive(name, value)
         else:
             _check_choice(name, value, GOAL_MODES if name == "goal_mode" else REWARD_TYPES)
-        if value == "continuing" and isinstance(self.scene, Maze) and self.scene.stitching:
-            raise ValueError(
-                f"goal='continuing' and stitching={self.scene.stitching} both choose goals: pass only one of them."
-            )
+        if value == "continuing" and isinstance(self.scene, Maze) and (k := self.scene.stitching):
+            raise ValueError(f"goal='continuing' and stitching={k} both choose goals: pass only one of them.")
         setattr(self, name, value)
 
     # --- Start and goal -----------------------------------------------------------------------------------------------
 
     def draw(self, generators: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        Draw the random numbers of one reset. Without start noise there are none of it.
-
-        :param generators: One generator an environment
-        :return: Numbers in [0, 1) that choose start and goal, shape (n, n_uniform), and start noise: of ``qpos`` in [-1, 1),
-            shape (n, nq), and of ``qvel``, standard normal, shape (n, nv)
+        Draw the random numbers of one reset: those in [0, 1) that choose start and goal, shape (n, n_uniform), and start
+        noise, if there is any: of ``qpos`` in [-1, 1), shape (n, nq), and of ``qvel``, standard normal, shape (n, nv).
         """
         n_position, n_velocity = (self.model.nq, self.model.nv) if self.reset_noise_scale > 0 else (0, 0)
         uniform = np.array([rng.random(self.scene.n_uniform + n_position) for rng in generators])
@@ -168,15 +155,7 @@ class GoalTask:
     def start_states(
         self, starts: np.ndarray, exact: np.ndarray, position_noise: np.ndarray, velocity_noise: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Put robots at their starts, with noise.
-
-        :param starts: Start positions in meters, shape (n, 2)
-        :param exact: Whether a start is to be met exactly, without noise on its two coordinates, shape (n,)
-        :param position_noise: Noise of ``qpos``, see :meth:`draw`
-        :param velocity_noise: Noise of ``qvel``
-        :return: ``qpos`` and ``qvel``
-        """
+        """The ``qpos`` and ``qvel`` of robots at their starts, shape (n, 2), without noise on those that are exact."""
         qpos = np.repeat(self._home[None], len(starts), axis=0)
         qvel = np.zeros((len(starts), self.model.nv))
         if self.reset_noise_scale > 0:
@@ -191,14 +170,7 @@ class GoalTask:
         return qpos, qvel
 
     def check_options(self, options: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """
-        Check the options of a reset.
-
-        :param options: "start" (x and y) and "goal", both in meters and optional
-        :return: Start and goal, None where not given
-        :raises ValueError: If an option is unknown, has a wrong shape, is not finite or lies in a wall, or if no way leads
-            from the start to the goal
-        """
+        """Check the options of a reset: "start" (x and y) and "goal" in meters, each None in the result if not given."""
         if options is None:
             return None, None
         if not isinstance(options, Mapping):
@@ -214,13 +186,7 @@ class GoalTask:
         return start, goal
 
     def check_goal(self, goal: Any) -> np.ndarray:
-        """
-        Check a goal for a running episode.
-
-        :param goal: The goal in meters
-        :return: The goal, shape (goal_dim,)
-        :raises ValueError: If it has a wrong shape, is not finite or lies in a wall
-        """
+        """Check a goal in meters for a running episode."""
         checked = _check_position("goal", goal, self.robot.goal_dim)
         self.scene.check(None, checked, self.robot.radius)
         return checked
@@ -272,15 +238,11 @@ def _make_scene(robot: Robot, maze: Any, table: str | None, maze_kwargs: dict[st
     return Maze(make_layout(maze), goal_tail=robot.goal_tail, **{**maze_kwargs, "cell_size": size})
 
 
-def task_attribute(name: str) -> property:
-    """Property that shows an attribute of ``SETTABLE`` on a class that has a ``task``."""
-    return property(lambda self: getattr(self.task, name), lambda self, value: self.task.set(name, value))
-
-
-def check_count(name: str, value: int | None) -> None:
-    """Refuse an argument that is neither None nor an integer from 1 on."""
-    if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name}={value!r}: expected an integer that is at least 1.")
+def check_counts(**values: int | None) -> None:
+    """Refuse arguments that are neither None nor an integer from 1 on."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}={value!r}: expected an integer that is at least 1.")
 
 
 def _check_position(name: str, value: Any, size: int) -> np.ndarray:

@@ -16,12 +16,7 @@ from sb3_deepcrl.zoo.runs import RunFolder
 
 
 def reports_goals(env: VecEnv) -> bool:
-    """
-    Find out whether :class:`~sb3_deepcrl.common.callbacks.GoalEvalCallback` can evaluate on an env.
-
-    :param env: An env that nobody uses yet: it is reset and makes a step
-    :return: Whether its observations hold goals, and its infos tell whether they are reached
-    """
+    """Whether an env tells of its goals and if they are reached. It is reset and makes a step, so nobody may use it yet."""
     space = env.observation_space
     if not isinstance(space, spaces.Dict) or not {"achieved_goal", "desired_goal"} <= set(space.spaces):
         return False
@@ -38,14 +33,7 @@ class TrialGoalEvalCallback(TrialEvalCallback, GoalEvalCallback):
 
 
 def make_trial_callback(eval_env: VecEnv, trial: optuna.Trial, **kwargs: Any) -> EvalCallback:
-    """
-    Make the callback that reports a trial by time at goal where the env tells it, and by reward elsewhere.
-
-    :param eval_env: The environment used for evaluation
-    :param trial: The trial
-    :param kwargs: Other arguments of the callback
-    :return: The callback
-    """
+    """Make the callback that reports a trial by time at goal where the env tells it, and by reward elsewhere."""
     callback_class = TrialGoalEvalCallback if reports_goals(eval_env) else TrialEvalCallback
     return callback_class(eval_env, trial, **kwargs)
 
@@ -54,10 +42,6 @@ def save_model(model: BaseAlgorithm, path: Path, save_replay_buffer: bool) -> No
     """
     Save a model with all that belongs to it in the folder of its run. Each file appears as a whole or not at all, and the
     model last: if there is one, it has everything.
-
-    :param model: The model
-    :param path: Where it goes
-    :param save_replay_buffer: Whether to save its replay buffer too, if it has one
     """
 
     def write(path: Path, save: Callable[[str], None]) -> None:

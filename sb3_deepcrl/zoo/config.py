@@ -9,11 +9,7 @@ from sb3_deepcrl.common.utils import is_for_user
 
 
 def config_folder() -> Path:
-    """
-    Find the configs that come with this package.
-
-    :return: Their folder
-    """
+    """Folder of the configs that come with this package."""
     package = Path(sb3_deepcrl.__file__).parent
     # Inside of the package where it is installed, beside it in a clone
     installed = package / "zoo_configs"
@@ -25,10 +21,7 @@ def find_config(config: str | None, algo: str, env_id: str) -> str | None:
     Find the config that the command line asks for.
 
     :param config: A file, the name of a config of this package (``deepcrl-paper``), a Python module, or None
-    :param algo: Name of the algorithm
-    :param env_id: Id of the env
     :return: Path of the config or Python module, None for the one that comes with RL Zoo
-    :raises ValueError: If there is none
     """
     if config is None:
         path = config_folder() / f"{algo}.yml"
@@ -55,12 +48,7 @@ def _is_module(name: str) -> bool:
 
 
 def describe_input_error(error: BaseException) -> str | None:
-    """
-    Tell in one line what is wrong in a config or on the command line.
-
-    :param error: An error that was caught
-    :return: The line; None for somebody's bug, which is found by its traceback
-    """
+    """What is wrong in a config or on the command line, in one line; None for a bug, which is found by its traceback."""
     message = " ".join(str(error).split())
     if is_for_user(error) or isinstance(error, yaml.YAMLError):
         return message

@@ -180,11 +180,7 @@ class GoalExperimentManager(ExperimentManager):
                 self.params_path = f"{self.save_path}/{self.env_name}"
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """
-        Read the hyperparameters of the env; those of a run that goes on are in its own config.
-
-        :return: The hyperparameters, and the same as they will be saved
-        """
+        """Read the hyperparameters, also as they will be saved. Those of a run that goes on are in its own config."""
         if self.resumed_config is None:
             if self.trial_id == 0 and self.storage and self.study_name:
                 # For RL Zoo the first trial is as good as none
@@ -346,8 +342,6 @@ class GoalExperimentManager(ExperimentManager):
         """
         Train the model. A run that is continued does the steps that are left of ``n_timesteps``, and its counters and
         schedules go on. If an error ends the training, the model is saved as it is, and the error tells how to go on.
-
-        :param model: The model, new or loaded
         """
         kwargs: dict[str, Any] = {"callback": self.callbacks, "reset_num_timesteps": not self.continue_training}
         # As RL Zoo does: the default at -1, no log below
@@ -395,11 +389,7 @@ class GoalExperimentManager(ExperimentManager):
         )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
-        """
-        Save trained model optionally with its replay buffer and ``VecNormalize`` statistics. No signal interrupts it.
-
-        :param model: The model
-        """
+        """Save trained model optionally with its replay buffer and ``VecNormalize`` statistics. No signal interrupts it."""
         with uninterrupted():
             tell(f"Saving to {self.save_path}")
             save_model(model, Path(self.save_path) / f"{self.env_name}.zip", self.save_replay_buffer)

@@ -7,12 +7,7 @@ POWERS = ("depth", "width", "batch_size", "transitions_per_update")
 
 
 def convert_deepcrl_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """
-    Converter for DeepCRL hyperparams.
-
-    :param sampled_params: Parameters as Optuna stores them
-    :return: Keyword arguments for DeepCRL
-    """
+    """Keyword arguments for DeepCRL from parameters as Optuna stores them."""
     hyperparams = dict(sampled_params)
     for name in POWERS:
         hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
@@ -22,15 +17,7 @@ def convert_deepcrl_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample_deepcrl_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """
-    Sampler for DeepCRL hyperparams.
-
-    :param trial: The trial
-    :param n_actions: Number of dimensions of an action
-    :param n_envs: Number of parallel envs, not used
-    :param additional_args: What RL Zoo tells about HerReplayBuffer, not used
-    :return: Keyword arguments for DeepCRL
-    """
+    """Sampler for DeepCRL hyperparams. What RL Zoo tells about envs and HerReplayBuffer is not used."""
     sampled_params: dict[str, Any] = {
         # 4 to 64 layers
         "depth_pow": trial.suggest_int("depth_pow", 2, 6),

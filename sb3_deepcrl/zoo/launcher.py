@@ -18,7 +18,7 @@ import yaml
 
 import sb3_deepcrl
 from sb3_deepcrl.common.startup import end_start
-from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals
+from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals, whole_number
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo.config import describe_input_error
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
@@ -47,6 +47,8 @@ class TrainParser(argparse.ArgumentParser):
         if "--vec-env" in flags:
             kwargs.update(default="auto", choices=["auto", "batch", "dummy", "subproc"])
             kwargs["help"] = "VecEnv type, batch: native, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
+        elif kwargs.get("type") is int:
+            kwargs["type"] = whole_number
         elif "-i" in flags:
             kwargs["help"] = "Model or folder of a run to continue in a new folder, with the arguments that it had"
         return super().add_argument(*flags, **kwargs)
@@ -135,8 +137,6 @@ def run(script: str, argv: Sequence[str]) -> None:
     """
     Run one of RL Zoo's scripts.
 
-    :param script: Name of the script
-    :param argv: Arguments of the command line
     :raises SystemExit: With one line, if something that the user gave cannot be used; with 128 and the number of a signal, if
         one has stopped the training
     """
@@ -175,11 +175,7 @@ def run(script: str, argv: Sequence[str]) -> None:
 
 
 def main(others: Mapping[str, Callable[[Sequence[str]], None]] | None = None) -> None:
-    """
-    Run the script that the first argument of the command line names.
-
-    :param others: Commands beside RL Zoo's scripts, called with the other arguments
-    """
+    """Run the script that the first argument of the command line names, or one of the other commands."""
     end_start()
     others = others or {}
     parser = argparse.ArgumentParser(prog="sb3-deepcrl", description="RL Zoo's scripts with DeepCRL. Each has its own --help.")

@@ -33,11 +33,7 @@ OTHER_ARGUMENTS = ("_init_setup_model", "device", "env", "n_timesteps", "seed", 
 
 @functools.cache
 def source_digest() -> str:
-    """
-    Tell the code of one run from that of another, where it is in no repository or was edited.
-
-    :return: Digest of the source that decides what comes out of a run
-    """
+    """Digest of the source that decides what comes out of a run: it may be in no repository, or edited."""
     paths = {path for part in CODE for path in (PACKAGE / part, *(PACKAGE / part).rglob("*"))}
     digest = hashlib.sha256()
     for path in sorted(path for path in paths if path.suffix in (".py", ".cpp")):
@@ -47,11 +43,7 @@ def source_digest() -> str:
 
 @functools.cache
 def revision() -> str | None:
-    """
-    Find the git revision of this package.
-
-    :return: The last commit that changed it, with a "+" if it was edited since; None if it is in no repository
-    """
+    """The last commit that changed this package, with a "+" if it was edited since; None if it is in no repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PACKAGE), *arguments, "--", "."]

@@ -110,13 +110,7 @@ RunLoader.add_multi_constructor(f"{TAG}name:", RunLoader._construct_class)
 
 
 def num_timesteps(model_path: Path) -> int:
-    """
-    Read from a saved model how long it was trained.
-
-    :param model_path: Path of a model
-    :return: Number of env steps
-    :raises ValueError: If it is none, or not whole
-    """
+    """Number of env steps that a saved model was trained. A ValueError tells if it is none, or not whole."""
     try:
         with zipfile.ZipFile(model_path) as archive:
             return int(json.loads(archive.read("data"))["num_timesteps"])
@@ -136,14 +130,7 @@ class RunFolder:
 
     @classmethod
     def newest(cls, log_folder: str | Path, algo: str, env_id: str) -> "RunFolder | None":
-        """
-        Find the last run of an env.
-
-        :param log_folder: Folder of all runs
-        :param algo: Name of the algorithm in RL Zoo
-        :param env_id: Id of the env
-        :return: Its folder, None if there is none
-        """
+        """The last run of an algorithm on an env in the folder of all runs, None if there is none."""
         env_name = EnvironmentName(env_id)
         run_id = get_latest_run_id(str(Path(log_folder) / algo), env_name)
         return cls(Path(log_folder) / algo / f"{env_name}_{run_id}") if run_id > 0 else None
@@ -160,38 +147,20 @@ class RunFolder:
             return dict(yaml.load(file, Loader=RunLoader))
 
     def config(self) -> dict[str, Any]:
-        """
-        Read the hyperparameters of the run.
-
-        :return: What is in ``config.yml``
-        :raises ValueError: If it is not there, or more than data
-        """
+        """The hyperparameters of the run, ``config.yml``. A ValueError tells if it is not there, or more than data."""
         return self._read("config.yml")
 
     def args(self) -> dict[str, Any]:
-        """
-        Read the arguments of the command line that started the run.
-
-        :return: What is in ``args.yml``
-        :raises ValueError: If it is not there, or more than data
-        """
+        """The arguments of the command line that started the run, ``args.yml``. A ValueError as in :meth:`config`."""
         return self._read("args.yml")
 
     def made_with(self) -> list[dict[str, Any]]:
-        """
-        Read what the run was made with.
-
-        :return: A record for each start, see :func:`~sb3_deepcrl.zoo.provenance.made_with`
-        """
+        """What the run was made with: a record for each start, see :func:`~sb3_deepcrl.zoo.provenance.made_with`."""
         path = self.params_path and self.params_path / "made_with.json"
         return json.loads(path.read_text()) if path and path.is_file() else []
 
     def evaluations(self) -> dict[str, np.ndarray]:
-        """
-        Read the evaluations of the run.
-
-        :return: The arrays of ``evaluations.npz``, one entry an evaluation; none if there was no evaluation yet
-        """
+        """The arrays of ``evaluations.npz``, one entry an evaluation; none if there was no evaluation yet."""
         try:
             with np.load(self.path / "evaluations.npz") as file:
                 return dict(file)
@@ -200,13 +169,7 @@ class RunFolder:
             return {}
 
     def sibling(self, model_path: Path, kind: str) -> Path:
-        """
-        Tell where a file is that belongs to a model of this run, if there is one.
-
-        :param model_path: Path of the model
-        :param kind: ``"replay_buffer"`` or ``"vecnormalize"``
-        :return: Path of the file
-        """
+        """Where the ``"replay_buffer"`` or ``"vecnormalize"`` of a model of this run is, if there is one."""
         if match := CHECKPOINT.fullmatch(model_path.stem):
             return self.path / f"rl_model_{kind}_{match[1]}_steps.pkl"
         if kind == "vecnormalize":
