@@ -359,8 +359,8 @@ class DeepCRL(OffPolicyAlgorithm):
     def _normalization_kept_on_error(self) -> Iterator[None]:
         """Put the statistics of VecNormalize back if a value from the env is not a number: it is in them already."""
         # There is no `obs_rms` where observations are not normalized
-        attributes = {} if self._vec_normalize_env is None else vars(self._vec_normalize_env)
-        statistics = deepcopy({name: attributes[name] for name in ("obs_rms", "ret_rms") if name in attributes})
+        attributes: dict[str, Any] = {} if self._vec_normalize_env is None else vars(self._vec_normalize_env)
+        statistics = deepcopy({name: value for name, value in attributes.items() if name in ("obs_rms", "ret_rms")})
         try:
             yield
         except ValueError:
