@@ -201,7 +201,8 @@ def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
     :return: ``train_freq`` and ``gradient_steps``, the smallest ones with that ratio
     """
     divisor = math.gcd(n_envs, transitions_per_update)
-    return {"train_freq": transitions_per_update // divisor, "gradient_steps": n_envs // divisor}
+    # Stable-Baselines3 takes no integer of NumPy
+    return {"train_freq": int(transitions_per_update) // divisor, "gradient_steps": n_envs // divisor}
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
+import contextlib
 import io
 import math
 import pathlib
 import warnings
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -26,7 +28,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, replace_her_replay_buffer
+from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, replace_her_replay_buffer
 from sb3_deepcrl.common.cuda_graphs import graph_key, set_learning_rate
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
 from sb3_deepcrl.common.torch_layers import frozen
@@ -72,8 +74,8 @@ class DeepCRL(OffPolicyAlgorithm):
     transitions; the actor is a maximum entropy policy that maximizes the critic (equation 3). The observation of the env is
     a Dict with the keys ``achieved_goal`` and ``desired_goal``, and usually ``observation``; it needs no ``compute_reward``.
 
-    An observation that is NaN or infinite raises a ValueError before anything learns from it. ``VecNormalize`` has it in its
-    statistics by then: ``VecNormalize(VecCheckNan(env, raise_exception=True))`` keeps it out of them.
+    An observation that is NaN or infinite raises a ValueError before anything learns from it, and ``VecNormalize`` gets the
+    statistics back that it had before.
 
     :param policy: The policy model to use (``MultiInputPolicy``)
     :param env: The environment to learn from (can be an id, also of gymnasium-robotics or ``"panda_gym:PandaReach-v3"``)
@@ -272,12 +274,13 @@ class DeepCRL(OffPolicyAlgorithm):
         else:
             # Force conversion, this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
+            check_number(abs(self.target_entropy), "target_entropy")
 
         # The entropy coefficient or entropy can be learned automatically
         if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
             init_value = 1.0
             if "_" in self.ent_coef:
-                init_value = float(self.ent_coef.split("_")[1])
+                init_value = check_number(float(self.ent_coef.split("_")[1]), "ent_coef")
                 assert init_value > 0.0, "The initial value of ent_coef must be greater than 0"
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
@@ -344,7 +347,25 @@ class DeepCRL(OffPolicyAlgorithm):
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        with self._normalization_kept_on_error():
+            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+            last_obs, self._last_obs = self._last_obs, None
+            # Raises with no observation left behind, so that the next call resets the envs again
+            check_finite(last_obs if self._vec_normalize_env is None else self._last_original_obs)  # type: ignore[arg-type]
+            self._last_obs = last_obs
+        return result
+
+    @contextlib.contextmanager
+    def _normalization_kept_on_error(self) -> Iterator[None]:
+        """Put the statistics of VecNormalize back if a value from the env is not a number: it is in them already."""
+        # There is no `obs_rms` where observations are not normalized
+        attributes: dict[str, Any] = {} if self._vec_normalize_env is None else vars(self._vec_normalize_env)
+        statistics = deepcopy({name: value for name, value in attributes.items() if name in ("obs_rms", "ret_rms")})
+        try:
+            yield
+        except ValueError:
+            attributes.update(statistics)
+            raise
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -369,7 +390,8 @@ class DeepCRL(OffPolicyAlgorithm):
         self._missing_steps = 0
         continue_training = False
         try:
-            rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
+            with self._normalization_kept_on_error():
+                rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
             if not continue_training:
@@ -381,6 +403,11 @@ class DeepCRL(OffPolicyAlgorithm):
             # If all of its steps were missing in the last learn(), their updates were done there
             return rollout._replace(continue_training=n_short < frequency)
         return rollout
+
+    def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
+        # The replay buffer checks the last observation of an episode, but sees the first one of the next after an update
+        check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())  # type: ignore[arg-type]
+        super()._store_transition(replay_buffer, buffer_action, new_obs, *args)
 
     def dump_logs(self) -> None:
         # Where episodes of several envs end at the same step, once for all of them
