@@ -216,6 +216,22 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         """Bytes of the observations of a transition."""
         return sum(values[0, 0].nbytes for values in self._observations.values())
 
+    def warn_of_copies(self, batch_size: int) -> bool:
+        """
+        Warn if rows of a minibatch must be the same transition.
+
+        :param batch_size: Number of transitions in a minibatch
+        :return: Whether it was necessary
+        """
+        n_transitions = (self.buffer_size if self.full else self.pos) * self.n_envs
+        if n_transitions < batch_size:
+            warnings.warn(
+                f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer: negatives of "
+                "the contrastive loss are copies of its positives. Use a larger `learning_starts` or `buffer_size`, or a "
+                "smaller `batch_size`"
+            )
+        return n_transitions < batch_size
+
     def size(self) -> int:
         """
         Number of transitions of each env that can be sampled, the smallest one of the envs.

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from numbers import Integral, Real
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
 # Number of Dense layers in a residual block, of which depths are multiples
@@ -190,6 +191,19 @@ def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
             f"`buffer_size={buffer_size}` leaves {buffer_size // env.num_envs} transitions for each of {env.num_envs} envs, "
             f"less than one episode of {longest} steps, within which goals are drawn: use at least {env.num_envs * longest}"
         )
+
+
+@contextlib.contextmanager
+def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
+    """Put the statistics of VecNormalize back if a value from the env is not a number: it is in them already."""
+    # There is no `obs_rms` where observations are not normalized
+    attributes: dict[str, Any] = {} if vec_normalize is None else vars(vec_normalize)
+    statistics = deepcopy({name: value for name, value in attributes.items() if name in ("obs_rms", "ret_rms")})
+    try:
+        yield
+    except ValueError:
+        attributes.update(statistics)
+        raise
 
 
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:

@@ -1,10 +1,8 @@
-import contextlib
 import io
 import math
 import pathlib
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
-from copy import deepcopy
+from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -244,7 +242,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
         # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
         self._missing_steps = 0
-        self._warned_of_few_transitions = False
+        self._warned_of_copies = False
         self._checked_goals = False
         # Number of timesteps at the last dump of the logger
         self._logged_timesteps: int | None = None
@@ -347,25 +345,13 @@ class DeepCRL(OffPolicyAlgorithm):
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
-        with self._normalization_kept_on_error():
+        with keep_normalization(self._vec_normalize_env):
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
             last_obs, self._last_obs = self._last_obs, None
             # Raises with no observation left behind, so that the next call resets the envs again
             check_finite(last_obs if self._vec_normalize_env is None else self._last_original_obs)  # type: ignore[arg-type]
             self._last_obs = last_obs
         return result
-
-    @contextlib.contextmanager
-    def _normalization_kept_on_error(self) -> Iterator[None]:
-        """Put the statistics of VecNormalize back if a value from the env is not a number: it is in them already."""
-        # There is no `obs_rms` where observations are not normalized
-        attributes: dict[str, Any] = {} if self._vec_normalize_env is None else vars(self._vec_normalize_env)
-        statistics = deepcopy({name: value for name, value in attributes.items() if name in ("obs_rms", "ret_rms")})
-        try:
-            yield
-        except ValueError:
-            attributes.update(statistics)
-            raise
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -390,7 +376,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self._missing_steps = 0
         continue_training = False
         try:
-            with self._normalization_kept_on_error():
+            with keep_normalization(self._vec_normalize_env):
                 rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
@@ -436,7 +422,7 @@ class DeepCRL(OffPolicyAlgorithm):
             schedule = self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
             set_learning_rate(optimizer, schedule(self._current_progress_remaining))
 
-        self._warn_of_few_transitions(batch_size)
+        self._warned_of_copies = self._warned_of_copies or self.replay_buffer.warn_of_copies(batch_size)
         self.replay_buffer.gamma = self.gamma
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         key = None if self._runner.graph is None else self._graph_key()
@@ -456,18 +442,6 @@ class DeepCRL(OffPolicyAlgorithm):
         # The only time that the host waits for the device
         for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
-
-    def _warn_of_few_transitions(self, batch_size: int) -> None:
-        """Warn once if rows of a minibatch must be the same transition."""
-        assert self.replay_buffer is not None
-        n_slots = self.replay_buffer.buffer_size if self.replay_buffer.full else self.replay_buffer.pos
-        if n_slots * self.n_envs < batch_size and not self._warned_of_few_transitions:
-            self._warned_of_few_transitions = True
-            warnings.warn(
-                f"`batch_size={batch_size}` is more than the {n_slots * self.n_envs} transitions in the replay buffer: "
-                "negatives of the contrastive loss are copies of its positives. Use a larger `learning_starts` or "
-                "`buffer_size`, or a smaller `batch_size`"
-            )
 
     def _warn_of_clipped_goals(self, goals: th.Tensor) -> None:
         """Warn once if the desired goal never changes: VecNormalize divides by nothing then, and clips all other goals."""
