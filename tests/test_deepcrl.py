@@ -547,7 +547,7 @@ def test_no_warning_of_goals_that_are_not_clipped():
     far = dict(clip_obs=0.01, norm_obs_keys=["observation"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Most goals are beyond the limit of what is normalised, but they are not
+        # Most goals are beyond the limit of what is normalized, but they are not
         make_model(VecNormalize(make_vec_env(GoalReachEnv, 3), **far)).learn(100)
         for keys in (None, ["desired_goal"]):
             off = dict(norm_obs=False, clip_obs=0.01, norm_obs_keys=keys)

@@ -56,9 +56,6 @@ def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool) -> None:
     """
     Let an optimizer be captured in a CUDA graph, or not: with its learning rate and step counts on the device, so that
     the graph reads them, or as PyTorch has them otherwise. It does not matter what kind was loaded into it.
-
-    :param optimizer: The optimizer, changed in place
-    :param capturable: Whether its steps are captured
     """
     for group in optimizer.param_groups:
         if "capturable" not in group:
@@ -76,12 +73,7 @@ def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool) -> None:
 
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
-    """
-    Like SB3's ``update_learning_rate``, but a learning rate that a CUDA graph reads is changed where it is.
-
-    :param optimizer: The optimizer
-    :param learning_rate: Its new learning rate
-    """
+    """Like SB3's ``update_learning_rate``, but a learning rate that a CUDA graph reads is changed where it is."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], th.Tensor):
             group["lr"].fill_(learning_rate)
