@@ -288,6 +288,7 @@ class TowerKernel:
         self._layout: _Layout | None = None
         #: Who wants the gradients of the parameters written in place, while that lasts
         self.flat: FlatParameters | None = None
+        # Stands for all parameters where their gradients are written in place
         self.token = th.zeros((), requires_grad=True)
         self.spare: list[th.Tensor] = []
 
@@ -508,13 +509,8 @@ class FlatParameters:
 
 def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bool) -> tuple[th.Tensor, ...]:
     """
-    InfoNCE of negative distances, forward, as one function.
-
-    :param x: Representations of state-action pairs, float32 of shape ``(batch_size, repr_dim)``
-    :param y: Representations of their goals, same shape
-    :param logsumexp_coef: Coefficient of the log-sum-exp penalty
-    :param needed: Whether gradients are
-    :return: Loss and metrics, shape ``(5,)``, and the gradients of ``x`` and ``y`` if they are needed
+    InfoNCE of negative distances, forward, as one function of float32 representations. Gives loss and metrics, shape ``(5,)``,
+    and the gradients of ``x`` and ``y`` if they are needed.
     """
     library = load_kernel()
     assert library is not None
@@ -530,14 +526,7 @@ def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bo
 
 
 def fused_squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
-    """
-    A sample of a Gaussian squashed by tanh, as one function.
-
-    :param mean: Mean, float32 of shape ``(batch_size, action_dim)``
-    :param log_std: Log of the standard deviation, same shape
-    :param noise: Standard normal noise, same shape
-    :return: Actions, and their log-probability of shape ``(batch_size,)``
-    """
+    """What :func:`~sb3_deepcrl.common.distributions.squashed_gaussian` gives, as one function of float32 tensors."""
     library = load_kernel()
     assert library is not None
     inputs = [value.contiguous() for value in (mean, log_std, noise)]

@@ -90,12 +90,8 @@ class UpdateRunner:
 
     def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
         """
-        Do an update.
-
-        :param observations: Observations of a minibatch
-        :param actions: Its actions
-        :param key: What a graph keeps besides the minibatch, see :func:`~sb3_deepcrl.common.cuda_graphs.graph_key`
-        :return: What the update returns
+        Do an update on a minibatch. The key is what a graph keeps besides it, see
+        :func:`~sb3_deepcrl.common.cuda_graphs.graph_key`.
         """
         if self.graph is not None:
             return self.graph({**observations, ACTION_KEY: actions}, key)

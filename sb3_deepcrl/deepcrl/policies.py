@@ -356,10 +356,8 @@ class DeepCRLPolicy(CheckedPolicy):
 
     def graph_actor(self, backend: CudaGraphBackend | None, required: bool = False) -> None:
         """
-        Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions.
-
-        :param backend: Who captures, None to run it as it is
-        :param required: Whether an actor that cannot be captured is an error
+        Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions; without a
+        backend, as it is. Where it is required, an actor that cannot be captured is an error.
         """
         actors = (self.actor, partial(self.actor, deterministic=True))
         self._graphed_actors = (
