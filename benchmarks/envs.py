@@ -34,6 +34,7 @@ from mujoco.batch import Batch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from sb3_deepcrl.common.utils import processor
 from sb3_deepcrl.envs import BatchVecEnv, register_envs
 from sb3_deepcrl.envs.simulation import Simulation
 from sb3_deepcrl.envs.task import GoalTask
@@ -135,12 +136,8 @@ def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[
 
 def machine() -> str:
     """Processor, number of CPUs and versions."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), name)
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return f"{name}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}"
+    return f"{processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}"
 
 
 def report(results: dict[tuple[str, int], dict[str, float]], arguments: argparse.Namespace) -> str:

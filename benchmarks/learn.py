@@ -28,13 +28,12 @@ from update import PASSES, Size, flops_per_second
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.tower_kernel import load_kernel
+from sb3_deepcrl.common.utils import update_schedule
 from sb3_deepcrl.envs import BatchVecEnv
 
 TRANSITIONS_PER_UPDATE = 40
 N_ENVS = 64
-# So many steps of all envs are as many updates as asked for, 40 / gcd(40, 64) = 5
-TRAIN_FREQ = 5
-UPDATES_PER_TRAIN = TRAIN_FREQ * N_ENVS // TRANSITIONS_PER_UPDATE
+SCHEDULE = update_schedule(N_ENVS, TRANSITIONS_PER_UPDATE)
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 PARTS = ("simulate", "forward", "replay", "update", "other")
 
@@ -46,11 +45,7 @@ class Clock:
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     def watch(self, owner: Any, name: str, part: str) -> None:
-        """
-        :param owner: Object whose method to time
-        :param name: Name of the method
-        :param part: What its time counts as
-        """
+        """Let the time of a method count as a part."""
         method: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -64,11 +59,7 @@ class Clock:
 
 
 def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
-    """
-    :param model: A trained model
-    :param n_updates: Number of updates to look at
-    :return: Milliseconds that PyTorch's matrix products take in an update, and milliseconds of the functions in C++
-    """
+    """Milliseconds that PyTorch's matrix products take in an update, and milliseconds of the functions in C++."""
     kernel = load_kernel()
     clock = Clock()
     for name in ("tower_forward", "tower_backward", "info_nce"):
@@ -86,11 +77,7 @@ def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
 
 
 def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
-    """
-    :param args: Arguments of the command line
-    :param depth: Depth of all networks
-    :return: Milliseconds by part, for one update and the 40 transitions that belong to it
-    """
+    """Milliseconds by part, for one update and the 40 transitions that belong to it."""
     th.set_num_threads(args.n_threads)
     env = BatchVecEnv("AntUMaze-v0", N_ENVS, args.n_threads)
     model = DeepCRL(
@@ -100,16 +87,16 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
         batch_size=args.batch_size,
         buffer_size=200_000,
         learning_starts=2 * args.batch_size,
-        train_freq=TRAIN_FREQ,
-        gradient_steps=UPDATES_PER_TRAIN,
+        transitions_per_update=TRANSITIONS_PER_UPDATE,
         compile=True,
         precision=args.precision,
         seed=0,
         device="cpu",
     )
     # Everything is compiled and the buffer holds something
-    model.learn(2 * args.batch_size + 4 * TRAIN_FREQ * N_ENVS, log_interval=None)  # type: ignore[arg-type]
-    n_updates = -(-max(args.updates, round(args.seconds / 0.004 / depth)) // UPDATES_PER_TRAIN) * UPDATES_PER_TRAIN
+    model.learn(2 * args.batch_size + 4 * SCHEDULE["train_freq"] * N_ENVS, log_interval=None)  # type: ignore[arg-type]
+    updates_per_train = SCHEDULE["gradient_steps"]
+    n_updates = -(-max(args.updates, round(args.seconds / 0.004 / depth)) // updates_per_train) * updates_per_train
     clock = Clock()
     model.learning_starts = 0
     clock.watch(env, "step", "simulate")
@@ -129,11 +116,7 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
 
 
 def report(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> str:
-    """
-    :param rows: Medians of the rounds by depth
-    :param args: Arguments of the command line
-    :return: Table in Markdown
-    """
+    """Table in Markdown of the medians of the rounds by depth."""
     lines = [
         "# Where the time of learn() goes",
         "",

@@ -1,13 +1,12 @@
 """
 Time to sample a transition and bytes to store one, beside SB3's HerReplayBuffer, at the sizes of AntMaze.
 
-    python benchmarks/replay.py
+    python benchmarks/replay.py --output docs/results/replay.md
 """
 
 import argparse
 import itertools
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import ContrastiveReplayBuffer
+from sb3_deepcrl.common.utils import processor
 
 
 class AntMazeSizes(gym.Env):
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--gradient-steps", type=int, default=40, help="minibatches that are drawn at once")
     parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--output", type=Path, help="file for the tables (they are always printed)")
     args = parser.parse_args()
 
     env = DummyVecEnv([AntMazeSizes for _ in range(args.n_envs)])
@@ -111,16 +111,17 @@ def main() -> None:
         "",
         f"Command: `python benchmarks/replay.py {' '.join(sys.argv[1:])}`: {args.gradient_steps} x {args.batch_size} "
         f"transitions out of {args.size:,}, observations of 105 + 2 + 2 float64, 8 actions; medians. "
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores.",
+        f"Machine: {processor()}, {os.cpu_count()} cores.",
     ]
     for title, unit, values in (("sampling", "microseconds", medians), ("storing", "bytes", sizes)):
         reference = next(iter(values.values()))
         lines += ["", f"| {title} | {unit} a transition | ratio |", "|---|---|---|"]
         lines += [f"| {name} | {value:.4g} | {value / reference:.3f} |" for name, value in values.items()]
     report = "\n".join([*lines, ""])
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "replay.md").write_text(report)
     print(report)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(report)
 
 
 if __name__ == "__main__":

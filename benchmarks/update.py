@@ -29,8 +29,6 @@ import csv
 import importlib.util
 import json
 import os
-import platform
-import re
 import resource
 import statistics
 import subprocess
@@ -50,6 +48,7 @@ from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common import compilation
+from sb3_deepcrl.common.utils import processor
 
 # Observation, goal and action of the humanoid tasks
 OBSERVATION_DIM, GOAL_DIM, ACTION_DIM = 246, 3, 17
@@ -74,10 +73,7 @@ class Size(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Size":
-        """
-        :param text: Three numbers, as in ``16x256x512``
-        :return: The sizes
-        """
+        """The sizes of three numbers, as in ``16x256x512``."""
         return cls(*map(int, text.split("x")))
 
 
@@ -99,13 +95,7 @@ class HumanoidSizes(gym.Env):
 
 
 def plain_update(model: DeepCRL, observations: dict[str, th.Tensor], actions: th.Tensor) -> None:
-    """
-    One update as a straightforward program does it.
-
-    :param model: Whose networks to update
-    :param observations: Observations with relabelled goals
-    :param actions: Actions of shape ``(batch_size, action_dim)``
-    """
+    """One update of a model's networks as a straightforward program does it."""
     actor, critic = model.actor, model.critic
     actions_pi, log_prob = actor.action_log_prob(observations)
     state_features = critic.extract_state_features(observations)
@@ -130,13 +120,7 @@ def plain_update(model: DeepCRL, observations: dict[str, th.Tensor], actions: th
 
 
 def seconds_of(function: Callable[[], object], device: str, budget: float, least: int) -> list[float]:
-    """
-    :param function: What to time
-    :param device: Where it runs
-    :param budget: Seconds to spend
-    :param least: Least number of calls
-    :return: Seconds of each call
-    """
+    """Seconds of each call of a function, which is called so often, and until the budget in seconds is spent."""
     seconds: list[float] = []
     while len(seconds) < least or sum(seconds) < budget:
         start = time.perf_counter()
@@ -148,12 +132,7 @@ def seconds_of(function: Callable[[], object], device: str, budget: float, least
 
 
 def jax_update(size: Size, observations: dict[str, np.ndarray], actions: np.ndarray) -> Callable[[], None]:
-    """
-    :param size: Sizes of the networks
-    :param observations: Observations with relabelled goals
-    :param actions: Actions of shape ``(batch_size, action_dim)``
-    :return: One update of the paper's networks in JAX
-    """
+    """What does one update of the paper's networks in JAX."""
     import jax
     import optax
     from jax import numpy as jnp
@@ -237,12 +216,7 @@ def jax_update(size: Size, observations: dict[str, np.ndarray], actions: np.ndar
 
 
 def flops_per_second(size: Size, device: str, dtype: th.dtype) -> float:
-    """
-    :param size: Sizes of the networks
-    :param device: Where they run
-    :param dtype: Type of the matrices
-    :return: Rate of a layer's three matrix products: its output, the gradients of its input and of its weights
-    """
+    """Rate of a layer's three matrix products: its output, the gradients of its input and of its weights."""
     _, width, batch_size = size
     x, g = (th.randn(batch_size, width, dtype=dtype, device=device) for _ in range(2))
     w = th.randn(width, width, dtype=dtype, device=device)
@@ -258,12 +232,7 @@ def flops_per_second(size: Size, device: str, dtype: th.dtype) -> float:
 
 
 def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[], object]:
-    """
-    :param args: Arguments of the command line
-    :param mode: One of ``MODES``
-    :param size: Sizes of the networks
-    :return: What does one update
-    """
+    """What does one update in one of the ``MODES``."""
     settings = {"cuda_graph": False, **MODES[mode]}
     if mode == "plain":
         settings["policy_kwargs"] = dict(optimizer_kwargs=dict(fused=False))
@@ -293,12 +262,7 @@ def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[],
 
 
 def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]:
-    """
-    :param args: Arguments of the command line
-    :param mode: One of ``MODES``
-    :param size: Sizes of the networks
-    :return: What was measured, by name
-    """
+    """What was measured in one of the ``MODES``, by name."""
     th.set_num_threads(args.n_threads)
     th.manual_seed(0)
     start = time.perf_counter()
@@ -325,23 +289,14 @@ def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]
 
 
 def machine(args: argparse.Namespace) -> str:
-    """
-    :param args: Arguments of the command line
-    :return: What the benchmark ran on
-    """
+    """What the benchmark ran on."""
     if args.device == "cuda":
         return f"{th.cuda.get_device_name()}, torch {th.__version__}"
-    processor = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    name = processor[1] if processor else platform.machine()
-    return f"{args.n_threads} threads of {name} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
+    return f"{args.n_threads} threads of {processor()} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
 
 
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """
-    :param rows: Medians of the rounds, one row a mode and depth
-    :param args: Arguments of the command line
-    :return: Table in Markdown
-    """
+    """Table in Markdown of the medians of the rounds, one row a mode and size."""
     beside = f" with {args.busy} busy processes beside" if args.busy else ""
     if "GOMP_SPINCOUNT" in os.environ:
         beside += f" and GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}"
@@ -371,10 +326,7 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """
-    :param rows: Medians of the rounds, one row a mode and depth
-    :param path: Path of the picture
-    """
+    """Draw the time of an update by depth and mode."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,7 +21,7 @@ from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL, uncompile_blocks
 from sb3_deepcrl.common import compilation
 from sb3_deepcrl.common.compilation import compile_blocks, set_precision
 from sb3_deepcrl.common.cuda_graphs import GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
-from sb3_deepcrl.common.torch_layers import ResidualTower
+from sb3_deepcrl.common.torch_layers import ResidualTower, residual_towers
 from sb3_deepcrl.common.tower_kernel import load_kernel
 from tests.envs import GoalReachEnv
 
@@ -116,7 +116,7 @@ def test_settings_may_change_while_compiled():
 @needs_compiler
 def test_settings_may_change_between_two_calls_of_learn():
     model = make_model(compile=False).learn(40)
-    towers = compilation.residual_towers(model.policy)
+    towers = residual_towers(model.policy)
     model.compile, model.precision, model.checkpoint_activations = True, "bfloat16", True
     model.learn(20, reset_num_timesteps=False)
     compiled = [each for tower in towers for each in ([tower] if load_kernel() else tower.blocks)]

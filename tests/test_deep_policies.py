@@ -23,7 +23,7 @@ from torch import nn
 
 from sb3_deepcrl import DeepResidualExtractor, SuccessInfoWrapper, compile_blocks, register_policies, unregister_policies
 from sb3_deepcrl.common import compilation
-from sb3_deepcrl.common.torch_layers import ResidualTower
+from sb3_deepcrl.common.torch_layers import ResidualTower, residual_blocks
 from sb3_deepcrl.deep_policies.policies import DeepDQNPolicy, DeepSACPolicy
 from sb3_deepcrl.deep_policies.registry import NAMES, POLICIES
 from tests.envs import GoalReachEnv
@@ -393,7 +393,7 @@ def test_compiled_policy_learns_and_saves_the_same(tmp_path):
     compiled.save(tmp_path / "model")
     loaded = SAC.load(tmp_path / "model", device="cpu")
     assert list(loaded.policy.state_dict()) == list(plain.policy.state_dict())
-    assert all(block._compiled_call_impl is None for block in compilation.residual_blocks(loaded.policy))
+    assert all(block._compiled_call_impl is None for block in residual_blocks(loaded.policy))
     obs = observations(plain)
     np.testing.assert_allclose(compiled.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0], 1e-4)
 

@@ -73,7 +73,7 @@ def test_normalization_of_ones_own():
     assert not any(isinstance(module, nn.LayerNorm) for module in tower.modules())
 
 
-def test_initialisation_is_lecun_uniform():
+def test_initialization_is_lecun_uniform():
     th.manual_seed(0)
     tower = ResidualTower(300, 64, depth=4, width=256)
     for dense in (layer for layer in tower.modules() if isinstance(layer, nn.Linear)):

@@ -24,22 +24,15 @@ MAX_DRAWS = 20
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
-def check_finite(values: Mapping[str, ArrayLike], env_indices: np.ndarray | None = None) -> None:
-    """
-    Check that what came from the envs are numbers.
-
-    :param values: Arrays of shape ``(n_envs, ...)`` by name
-    :param env_indices: Which env each row belongs to, all of them in order by default
-    :raises ValueError: naming the env and the key, if a value is NaN or infinite
-    """
+def _check_finite(values: Mapping[str, ArrayLike]) -> None:
+    """Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name, are numbers."""
     for key, value in values.items():
         value = np.asarray(value)
         if value.dtype.kind != "f" or np.isfinite(value).all():
             continue
-        row = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
-        env_idx = row if env_indices is None else env_indices[row]
+        env_idx = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
         raise ValueError(
-            f"NaN or infinity in `{key}` of env {env_idx}: {value[row]}. It was not stored. "
+            f"NaN or infinity in `{key}` of env {env_idx}: {value[env_idx]}. It was not stored. "
             "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
             "`stable_baselines3.common.vec_env.VecCheckNan`"
         )
@@ -48,11 +41,7 @@ def check_finite(values: Mapping[str, ArrayLike], env_indices: np.ndarray | None
 def replace_her_replay_buffer(buffer_class: Any, buffer_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """
     Put the contrastive replay buffer in the place of HerReplayBuffer, which existing code may ask for, with a warning.
-
-    :param buffer_class: What the user asks for
-    :param buffer_kwargs: With which keyword arguments
-    :return: The same for contrastive RL
-    :raises ValueError: if it is another class, whose samples hold no goals that were reached later
+    Other classes are refused, as their samples hold no goals that were reached later.
     """
     is_her = isinstance(buffer_class, type) and issubclass(buffer_class, HerReplayBuffer)
     unused = [f"`{name}`" for name in HER_KWARGS if name in buffer_kwargs]
@@ -233,11 +222,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         return n_transitions < batch_size
 
     def size(self) -> int:
-        """
-        Number of transitions of each env that can be sampled, the smallest one of the envs.
-
-        :return: The number
-        """
+        """Number of transitions of each env that can be sampled, the smallest one of the envs."""
         return int(np.count_nonzero(self.remaining, axis=0).min()) if self.full else self.pos
 
     def _count(self) -> None:
@@ -296,8 +281,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         obs = {key: np.asarray(obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
         next_obs = {key: np.asarray(next_obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
         done = np.asarray(done, dtype=bool)
-        check_finite(obs)
-        check_finite({**next_obs, "action": action})
+        _check_finite(obs)
+        _check_finite({**next_obs, "action": action})
 
         jumped = np.zeros(self.n_envs, dtype=bool)
         for key, value in obs.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
+from sb3_deepcrl.common.torch_layers import ResidualBlock, residual_blocks, residual_towers
 from sb3_deepcrl.common.tower_kernel import TowerKernel, describe_error, load_kernel, tower_kernels
 from sb3_deepcrl.common.tracing import is_traced, is_watched
 from sb3_deepcrl.common.utils import check_choice
@@ -51,25 +51,12 @@ def can_compile(device_type: str) -> bool:
 
 def compile_pays(device: th.device, n_layers: int) -> bool:
     """
-    Whether ``compile="auto"`` compiles. On a CPU it does for the kernel of the towers.
-
-    :param device: Where the blocks run
-    :param n_layers: Number of layers to be updated, updates times depth, which earn the start-up
-    :return: Whether it does
+    Whether ``compile="auto"`` compiles. On a CPU it does for the kernel of the towers, if so many layers will be updated
+    (updates times depth) that they earn the start-up.
     """
     if device.type == "cpu":
         return n_layers >= MIN_COMPILED_LAYERS and load_kernel() is not None
     return can_compile(device.type)
-
-
-def residual_blocks(module: nn.Module) -> list[ResidualBlock]:
-    """All residual blocks of a network."""
-    return [block for block in module.modules() if isinstance(block, ResidualBlock)]
-
-
-def residual_towers(module: nn.Module) -> list[ResidualTower]:
-    """All residual towers of a network."""
-    return [tower for tower in module.modules() if isinstance(tower, ResidualTower)]
 
 
 class _CompiledBlock:
@@ -134,11 +121,7 @@ def compile_blocks(module: nn.Module) -> bool:
 
 
 def uncompile_blocks(module: nn.Module) -> None:
-    """
-    Undo :func:`compile_blocks`, in place.
-
-    :param module: Any network
-    """
+    """Undo :func:`compile_blocks`, in place."""
     for compiled in (*residual_blocks(module), *residual_towers(module)):
         compiled._compiled_call_impl = None
 

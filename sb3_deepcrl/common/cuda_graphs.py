@@ -32,13 +32,8 @@ def graph_key(
 ) -> tuple[Hashable, ...]:
     """
     All that the graph of an update keeps besides its minibatch: numbers that are read on the host, and where parameters and
-    the state of the optimizers are. Another key means that it has to be captured anew.
-
-    :param settings: What the update reads on the host
-    :param network: What is updated
-    :param optimizers: What updates it
-    :param tensors: Other tensors that the update reads
-    :return: The key
+    the state of the optimizers are. Another key means that it has to be captured anew. Settings are what the update reads on
+    the host, tensors what it reads besides the network.
     """
     hyperparameters: list[Hashable] = []
     in_graph: list[Any] = [*network.parameters(), *tensors]
@@ -56,9 +51,6 @@ def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool) -> None:
     """
     Let an optimizer be captured in a CUDA graph, or not: with its learning rate and step counts on the device, so that
     the graph reads them, or as PyTorch has them otherwise. It does not matter what kind was loaded into it.
-
-    :param optimizer: The optimizer, changed in place
-    :param capturable: Whether its steps are captured
     """
     for group in optimizer.param_groups:
         if "capturable" not in group:
@@ -76,12 +68,7 @@ def prepare_optimizer(optimizer: th.optim.Optimizer, capturable: bool) -> None:
 
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
-    """
-    Like SB3's ``update_learning_rate``, but a learning rate that a CUDA graph reads is changed where it is.
-
-    :param optimizer: The optimizer
-    :param learning_rate: Its new learning rate
-    """
+    """Like SB3's ``update_learning_rate``, but a learning rate that a CUDA graph reads is changed where it is."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], th.Tensor):
             group["lr"].fill_(learning_rate)
@@ -149,11 +136,8 @@ class GraphedFunction:
 
     def __call__(self, inputs: dict[str, th.Tensor], key: Hashable = None) -> th.Tensor:
         """
-        Call the function, or replay its graph.
-
-        :param inputs: Tensors by name
-        :param key: What the graph depends on besides them
-        :return: What the function returns; later calls do not change it
+        Call the function, or replay its graph, which depends on the inputs and the key. Later calls do not change what it
+        returns.
         """
         devices = {value.device.type for value in inputs.values()}
         if not self._can_be_captured or devices != {self.backend.device.type} or is_traced(*inputs.values()):

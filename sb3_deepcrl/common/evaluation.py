@@ -70,10 +70,8 @@ class GoalEpisodeRecorder:
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """
-        Record a step of one env.
+        Record a step of one env, by the local variables of ``evaluate_policy``.
 
-        :param locals_: Local variables of ``evaluate_policy``
-        :param globals_: Its global variables
         :raises ValueError: if the info dict tells nothing about success, or if the action is NaN or infinite
         """
         index, info, done = locals_["i"], locals_["info"], bool(locals_["done"])

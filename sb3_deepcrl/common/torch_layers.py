@@ -18,10 +18,7 @@ Norm = str | Callable[[int], nn.Module]
 def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
     """
     Initialize a Dense layer as the paper's code does: weights from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``
-    (variance ``1 / (3 * fan_in)``), bias zero.
-
-    :param layer: The layer to initialize in place
-    :return: The same layer
+    (variance ``1 / (3 * fan_in)``), bias zero. Gives the same layer.
     """
     bound = layer.in_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound)
@@ -99,12 +96,7 @@ class ResidualBlock(nn.Module):
             self.register_buffer("scale", th.tensor(float(scale)), persistent=False)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        Features of the next block.
-
-        :param x: Features of shape ``(batch_size, width)``
-        :return: Features of the same shape
-        """
+        """Features of the next block, of shape ``(batch_size, width)`` as those of this one."""
         branch = (self._unfused_branch(x) if th.compiler.is_compiling() else self.branch(x)).to(x.dtype)
         if not self.residual:
             return branch
@@ -187,19 +179,11 @@ class ResidualTower(nn.Module):
         self.checkpoint_activations = False
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: Inputs of shape ``(batch_size, input_dim)``
-        :return: Outputs of shape ``(batch_size, output_dim)``
-        """
+        """Outputs of shape ``(batch_size, output_dim)`` for inputs of shape ``(batch_size, input_dim)``."""
         return self.head(self.features(x))
 
     def features(self, x: th.Tensor) -> th.Tensor:
-        """
-        Outputs of the last block, without the head.
-
-        :param x: Inputs of shape ``(batch_size, input_dim)``
-        :return: Features of shape ``(batch_size, width)``
-        """
+        """Outputs of the last block, shape ``(batch_size, width)``, without the head."""
         checkpointed = self.checkpoint_activations and th.is_grad_enabled()
         with nullcontext() if self.autocast_dtype is None else th.autocast(x.device.type, self.autocast_dtype):
             features = self.stem(x).to(x.dtype)
@@ -213,13 +197,21 @@ class ResidualTower(nn.Module):
         return features
 
 
+def residual_blocks(module: nn.Module) -> list[ResidualBlock]:
+    """All residual blocks of a network."""
+    return [block for block in module.modules() if isinstance(block, ResidualBlock)]
+
+
+def residual_towers(module: nn.Module) -> list[ResidualTower]:
+    """All residual towers of a network."""
+    return [tower for tower in module.modules() if isinstance(tower, ResidualTower)]
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
     Compute no gradients of the parameters of a network. Forward and backward pass belong into the context: compiled and
     checkpointed blocks decide in both what to compute.
-
-    :param module: The network
     """
     # `module.parameters()` also makes names, for which the update of a deep and narrow network would wait
     modules, found = [module], list[nn.Parameter | None]()

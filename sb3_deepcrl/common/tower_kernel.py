@@ -1,5 +1,8 @@
 """
 Residual towers, InfoNCE and Adam on CPUs: what ``tower.cpp`` does, as part of PyTorch.
+
+Private names of PyTorch: hooks have no public ones, and ``named_parameters`` makes names, for which the update of a deep and
+narrow network would wait. ``_compiled_call_impl`` is what ``nn.Module.compile()`` sets, ``_call_impl`` what it compiles.
 """
 
 import ctypes
@@ -15,7 +18,7 @@ import torch as th
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
+from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, residual_towers
 from sb3_deepcrl.common.tracing import PLAIN_TENSORS, is_traced, is_watched
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK
 
@@ -44,12 +47,7 @@ class _Shape(ctypes.Structure):
 
 
 def describe_error(error: Exception) -> str:
-    """
-    Say in one line what ``torch.compile`` or a compiler raised.
-
-    :param error: The error
-    :return: Its type, and the first error that the compiler found, or else the beginning of the message
-    """
+    """Say in one line what ``torch.compile`` or a compiler raised: its type, and the first error found or the first line."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: " + next((line.strip() for line in lines if "error: " in line), lines[0])
 
@@ -57,9 +55,8 @@ def describe_error(error: Exception) -> str:
 @functools.cache
 def load_kernel() -> ctypes.CDLL | None:
     """
-    Compile ``tower.cpp`` with the compiler of ``torch.compile``, which keeps the outcome on the disk.
-
-    :return: The library, None where it does not apply (without AVX2), or, with a warning, if there is none
+    Compile ``tower.cpp`` with the compiler of ``torch.compile``, which keeps the outcome on the disk. There is none without
+    AVX2, nor, with a warning, where it cannot be compiled.
     """
     if th.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return None
@@ -291,16 +288,14 @@ class TowerKernel:
         self._layout: _Layout | None = None
         #: Who wants the gradients of the parameters written in place, while that lasts
         self.flat: FlatParameters | None = None
+        # Stands for all parameters where their gradients are written in place
         self.token = th.zeros((), requires_grad=True)
         self.spare: list[th.Tensor] = []
 
     def layout(self, heads: tuple[nn.Module, ...] = (), bfloat16: bool = False) -> _Layout | None:
         """
-        Look at the tower, unless it is as it was.
-
-        :param heads: Dense layers that take its output, if it has no head
-        :param bfloat16: Whether products are in bfloat16
-        :return: Where its parameters are, None if the kernel does not know it
+        Look at the tower, unless it is as it was, with the Dense layers that take its output if it has no head. Gives where
+        its parameters are, None if the kernel does not know it.
         """
         if type(self.tower.head) is not nn.Identity:
             if heads:
@@ -350,14 +345,7 @@ class TowerKernel:
 
 
 def apply_heads(tower: ResidualTower, x: th.Tensor, *heads: nn.Module) -> tuple[th.Tensor, ...]:
-    """
-    Let several heads take the features of a tower without one, in one call where it runs as the kernel.
-
-    :param tower: The residual tower
-    :param x: Its inputs
-    :param heads: Dense layers
-    :return: The output of each head
-    """
+    """Let Dense heads take the features of a tower without one, in one call where it runs as the kernel."""
     if isinstance(tower._compiled_call_impl, TowerKernel):
         return tower._compiled_call_impl(x, *heads)
     features = tower(x)
@@ -365,23 +353,13 @@ def apply_heads(tower: ResidualTower, x: th.Tensor, *heads: nn.Module) -> tuple[
 
 
 def has_kernel(*towers: ResidualTower) -> bool:
-    """
-    Tell whether one of these towers runs as the kernel.
-
-    :param towers: Residual towers
-    :return: Whether it does
-    """
+    """Whether one of these towers runs as the kernel."""
     return any([isinstance(tower._compiled_call_impl, TowerKernel) for tower in towers])
 
 
 def tower_kernels(module: nn.Module) -> list[TowerKernel]:
-    """
-    Find the kernels of the towers in a network.
-
-    :param module: Any network
-    :return: The kernels
-    """
-    kernels = [tower._compiled_call_impl for tower in module.modules() if isinstance(tower, ResidualTower)]
+    """The kernels of the towers in a network."""
+    kernels = [tower._compiled_call_impl for tower in residual_towers(module)]
     return [kernel for kernel in kernels if isinstance(kernel, TowerKernel)]
 
 
@@ -438,11 +416,8 @@ class FlatParameters:
     @classmethod
     def make(cls, module: nn.Module | None, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
         """
-        Lay out the parameters of an optimizer, if it is Adam and does nothing unusual, and if no towers share them.
-
-        :param module: The network that it trains, if there are towers in it
-        :param optimizer: The optimizer
-        :return: Its parameters as flat tensors, or None
+        Lay out the parameters of an optimizer, and of the network that it trains, if there are towers in it. Gives None unless
+        it is Adam and does nothing unusual, and no towers share parameters.
         """
         library = load_kernel()
         groups = optimizer.param_groups
@@ -501,17 +476,14 @@ class FlatParameters:
         return self.addresses[layout]
 
     def step(self, loss: th.Tensor) -> None:
-        """
-        One step of the optimizer, from the gradients of a loss, within :meth:`in_place`.
-
-        :param loss: The loss, a scalar
-        """
+        """One step of the optimizer, from the gradients of a loss, within :meth:`in_place`."""
         for parameter, gradient in zip(self.parameters, self.gradient_views, strict=True):
             if parameter.grad is not gradient:
                 parameter.grad = gradient
         written = {id(parameter) for layout in self.written for parameter in layout.parameters}
         added = [gradient for p, gradient in zip(self.parameters, self.gradient_views, strict=True) if id(p) not in written]
         if added:
+            # What `zero_grad` calls
             th._foreach_zero_(added)
         loss.backward()
         self.written.clear()
@@ -537,13 +509,8 @@ class FlatParameters:
 
 def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bool) -> tuple[th.Tensor, ...]:
     """
-    InfoNCE of negative distances, forward, as one function.
-
-    :param x: Representations of state-action pairs, float32 of shape ``(batch_size, repr_dim)``
-    :param y: Representations of their goals, same shape
-    :param logsumexp_coef: Coefficient of the log-sum-exp penalty
-    :param needed: Whether gradients are
-    :return: Loss and metrics, shape ``(5,)``, and the gradients of ``x`` and ``y`` if they are needed
+    InfoNCE of negative distances, forward, as one function of float32 representations. Gives loss and metrics, shape ``(5,)``,
+    and the gradients of ``x`` and ``y`` if they are needed.
     """
     library = load_kernel()
     assert library is not None
@@ -559,14 +526,7 @@ def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bo
 
 
 def fused_squashed_gaussian(mean: th.Tensor, log_std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, ...]:
-    """
-    A sample of a Gaussian squashed by tanh, as one function.
-
-    :param mean: Mean, float32 of shape ``(batch_size, action_dim)``
-    :param log_std: Log of the standard deviation, same shape
-    :param noise: Standard normal noise, same shape
-    :return: Actions, and their log-probability of shape ``(batch_size,)``
-    """
+    """What :func:`~sb3_deepcrl.common.distributions.squashed_gaussian` gives, as one function of float32 tensors."""
     library = load_kernel()
     assert library is not None
     inputs = [value.contiguous() for value in (mean, log_std, noise)]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch as th
 
-from sb3_deepcrl.common.compilation import compile_blocks, compile_pays, residual_towers, set_precision, uncompile_blocks
+from sb3_deepcrl.common.compilation import compile_blocks, compile_pays, set_precision, uncompile_blocks
 from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer
+from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, threads_of_kernel
-from sb3_deepcrl.common.utils import check_bool, check_switch
+from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_bool, check_switch
 
 # Name of the actions in a minibatch, next to those of the observations
 ACTION_KEY = "__action__"
@@ -47,13 +48,8 @@ class UpdateRunner:
         self, compile: bool | str, cuda_graph: bool | str, precision: str, checkpoint_activations: bool, n_updates: int
     ) -> None:
         """
-        Choose how networks and updates run, see :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL`.
-
-        :param compile: Whether to compile the networks
-        :param cuda_graph: Whether to run updates and actor as CUDA graphs
-        :param precision: Precision of the matrix products
-        :param checkpoint_activations: Whether to compute activations again in the backward pass
-        :param n_updates: Number of updates ahead, which ``compile="auto"`` depends on
+        Choose how networks and updates run, as the arguments of :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL` say.
+        ``compile="auto"`` depends on the number of updates ahead.
         """
         check_switch(compile, "compile")
         check_switch(cuda_graph, "cuda_graph")
@@ -62,7 +58,7 @@ class UpdateRunner:
         set_precision(self.policy, precision, device)
         for tower in self.towers:
             tower.checkpoint_activations = checkpoint_activations
-        n_layers = n_updates * 4 * max(len(tower.blocks) for tower in self.towers)
+        n_layers = n_updates * LAYERS_PER_BLOCK * max(len(tower.blocks) for tower in self.towers)
         if compile is True or (compile == "auto" and compile_pays(device, n_layers)):
             # Tried once, so that there is one warning where it fails
             if self.is_compiled is None:
@@ -83,9 +79,7 @@ class UpdateRunner:
         self.prepare_optimizers()
 
     def prepare_optimizers(self) -> None:
-        """
-        Let the optimizers step in the graph, or without it: what was loaded into them may come from another device.
-        """
+        """Let the optimizers step in the graph, or without it: what was loaded into them may come from another device."""
         for optimizer in self.optimizers():
             prepare_optimizer(optimizer, capturable=self.graph is not None)
 
@@ -96,12 +90,8 @@ class UpdateRunner:
 
     def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
         """
-        Do an update.
-
-        :param observations: Observations of a minibatch
-        :param actions: Its actions
-        :param key: What a graph keeps besides the minibatch, see :func:`~sb3_deepcrl.common.cuda_graphs.graph_key`
-        :return: What the update returns
+        Do an update on a minibatch. The key is what a graph keeps besides it, see
+        :func:`~sb3_deepcrl.common.cuda_graphs.graph_key`.
         """
         if self.graph is not None:
             return self.graph({**observations, ACTION_KEY: actions}, key)
@@ -120,12 +110,7 @@ class UpdateRunner:
             return self.update(observations, actions)
 
     def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        """
-        Step an optimizer along the gradient of a loss.
-
-        :param optimizer: The optimizer
-        :param loss: The loss, a scalar
-        """
+        """Step an optimizer along the gradient of a loss."""
         flat = self._flat.get(optimizer)
         if flat is not None and flat.is_active:
             flat.step(loss)

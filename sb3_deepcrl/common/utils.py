@@ -12,6 +12,8 @@ import errno
 import math
 import os
 import pathlib
+import platform
+import re
 import secrets
 import signal
 import sys
@@ -89,13 +91,7 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
 
 
 def check_depth(depth: int, name: str = "depth") -> int:
-    """
-    Check that a residual tower of this depth can be built.
-
-    :param depth: Number of Dense layers inside the residual blocks
-    :param name: What the number is called in the error message
-    :return: The number of residual blocks, ``depth / 4``
-    """
+    """Check that a residual tower of this depth can be built. Gives the number of its blocks, ``depth / 4``."""
     if not is_integer(depth) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
         if isinstance(depth, Real) and depth > 0:
             below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK
@@ -137,14 +133,19 @@ def check_policy_kwargs(policy_kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def check_actions(actions: Any, observation: Any, policy: Any) -> None:
     """
-    Check that what a policy gave are numbers, as the actions of a network are not once its weights are not.
-
-    :param actions: Actions as a NumPy array
-    :param observation: What it saw: an array, or arrays by key
-    :param policy: Who gave them: a policy, an algorithm that has one, or anything else
-    :raises ValueError: if an action is NaN or infinite, telling whether weights or observation are at fault
+    Check that the actions of a policy, of an algorithm that has one, or of anything else, are finite. The error tells whether
+    its weights or the observation (an array, or arrays by key) are at fault.
     """
     actions = np.asarray(actions)
     if actions.dtype.kind != "f" or np.isfinite(actions).all():
@@ -171,13 +172,7 @@ def check_actions(actions: Any, observation: Any, policy: Any) -> None:
 
 
 def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
-    """
-    Check that the longest episode fits into the replay buffer, if the envs tell how long it is.
-
-    :param buffer_size: Number of transitions in the buffer, over all envs
-    :param env: The envs
-    :raises ValueError: if it does not
-    """
+    """Check that the longest episode fits into a buffer of so many transitions of all envs, if these tell how long it is."""
     # The attribute of the TimeLimit wrapper: unlike a spec, a number can always be sent from another process
     name = "_max_episode_steps"
     try:
@@ -207,13 +202,7 @@ def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
 
 
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
-    """
-    Settings of an off-policy algorithm with which it does one update for so many transitions.
-
-    :param n_envs: Number of envs
-    :param transitions_per_update: Number of transitions for each update
-    :return: ``train_freq`` and ``gradient_steps``, the smallest ones with that ratio
-    """
+    """The smallest ``train_freq`` and ``gradient_steps`` with which there is one update for so many transitions."""
     divisor = math.gcd(n_envs, transitions_per_update)
     # Stable-Baselines3 takes no integer of NumPy
     return {"train_freq": int(transitions_per_update) // divisor, "gradient_steps": n_envs // divisor}
@@ -318,9 +307,6 @@ def is_for_user(error: BaseException) -> bool:
     """
     Whether the message of an error says all, because a check of this package, or of one that it builds on, has raised it.
     Whatever else goes wrong, for instance inside of an env, is somebody's bug, which is found by its traceback.
-
-    :param error: An error that was caught
-    :return: Whether it may be shown as one line
     """
     # A bug in another process has its traceback as a note
     if not str(error) or hasattr(error, "__notes__"):
@@ -337,13 +323,7 @@ def is_for_user(error: BaseException) -> bool:
 
 
 def how_to_write(error: BaseException, given: Iterable[Any]) -> str | None:
-    """
-    Say what to do if a disk is full or a path is no place to write to.
-
-    :param error: An error that was caught
-    :param given: What the user gave, among which may be paths
-    :return: The advice, None for any other error
-    """
+    """What to do if a disk is full, or a path among what the user gave is no place to write to; None for other errors."""
     if not isinstance(error, OSError):
         return None
     if error.errno in NO_SPACE:

@@ -146,23 +146,13 @@ class DeepContinuousPolicy(DeepPolicy):
     actor_network: ClassVar[str] = "latent_pi"
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
-        """
-        Make an actor with a residual tower.
-
-        :param features_extractor: Features extractor, a new one by default
-        :return: The actor
-        """
+        """Make an actor with a residual tower."""
         actor = super().make_actor(features_extractor)  # type: ignore[misc]
         self._deepen("pi", getattr(actor, self.actor_network))
         return actor
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
-        """
-        Make Q-networks, each with a residual tower.
-
-        :param features_extractor: Features extractor, a new one by default
-        :return: The Q-networks
-        """
+        """Make Q-networks, each with a residual tower."""
         critic = super().make_critic(features_extractor)  # type: ignore[misc]
         self._deepen("qf", *critic.q_networks)
         return critic
@@ -297,10 +287,5 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
         )
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        Features of observations.
-
-        :param observations: Observations
-        :return: Features of shape ``(batch_size, width)``
-        """
+        """Features of observations, shape ``(batch_size, width)``."""
         return self.tower(self.extractor(observations))

@@ -415,7 +415,7 @@ class DeepCRL(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        # Update learning rates according to their schedule
+        # Update learning rates according to their schedule. SB3 only logs it: an optimizer in a graph has its own way
         self._update_learning_rate([])
         learning_rates = (None, self.critic_learning_rate, self.ent_coef_learning_rate)
         for optimizer, learning_rate in zip(self._optimizers(), learning_rates, strict=False):

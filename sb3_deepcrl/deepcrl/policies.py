@@ -29,12 +29,7 @@ SAC_POLICY_KWARGS = {"net_arch", "n_critics", "share_features_extractor", "use_s
 
 
 def check_observation_space(observation_space: spaces.Space | None) -> None:
-    """
-    Check that an env is goal-conditioned, with goals that can be relabeled.
-
-    :param observation_space: Observation space of the env
-    :raises ValueError: if a key is missing or the two goals are not of the same form; bounds and types do not matter
-    """
+    """Check that an env has goals that can be relabeled: two of the same form, whatever their bounds and types."""
     found = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
     missing = [f"`{key}`" for key in ("achieved_goal", "desired_goal") if key not in found]
     if missing:
@@ -53,11 +48,8 @@ def check_observation_space(observation_space: spaces.Space | None) -> None:
 
 def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict, spaces.Dict]:
     """
-    Split a goal-conditioned observation space into state and goal.
-
-    :param observation_space: Observation space with the key ``desired_goal``
-    :return: Space of the state and space of the goal. The achieved goal belongs to the state: some envs give the position of
-        the robot nowhere else (AntMaze).
+    Split a goal-conditioned observation space into those of state and goal. The achieved goal belongs to the state: some envs
+    give the position of the robot nowhere else (AntMaze).
     """
     state = {key: space for key, space in observation_space.spaces.items() if key != GOAL_KEY}
     return spaces.Dict(state), spaces.Dict({GOAL_KEY: observation_space.spaces[GOAL_KEY]})
@@ -107,12 +99,7 @@ class Actor(CheckedPolicy):
         return {**data, **{name: getattr(self, name) for name in names}}
 
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Get the parameters of the action distribution.
-
-        :param obs: Observations
-        :return: Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``
-        """
+        """Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``."""
         features = self.extract_features(obs, self.features_extractor)
         mean, log_std = apply_heads(self.tower, features, self.mu, self.log_std)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(log_std) + 1.0)
@@ -124,12 +111,7 @@ class Actor(CheckedPolicy):
         return th.tanh(mean + log_std.exp() * th.randn_like(mean))
 
     def action_log_prob(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Sample actions.
-
-        :param obs: Observations
-        :return: Actions in [-1, 1], shape ``(batch_size, action_dim)``, and their log-probability, shape ``(batch_size,)``
-        """
+        """Sample actions in [-1, 1], of shape ``(batch_size, action_dim)``, and their log-probability, ``(batch_size,)``."""
         mean, log_std = self.get_action_dist_params(obs)
         return squashed_gaussian(mean, log_std, th.randn_like(mean), fused=has_kernel(self.tower))
 
@@ -186,41 +168,22 @@ class ContrastiveCritic(BaseModel):
         return {**data, **{name: getattr(self, name) for name in names}}
 
     def extract_state_features(self, obs: dict[str, th.Tensor]) -> th.Tensor:
-        """
-        Get the features of the state, in which the desired goal has no part.
-
-        :param obs: Observations
-        :return: Features of shape ``(batch_size, features_dim)``
-        """
+        """Features of the state, in which the desired goal has no part, shape ``(batch_size, features_dim)``."""
         return self.extract_features({key: obs[key] for key in obs if key != GOAL_KEY}, self.features_extractor)
 
     def encode_state_action(self, state_features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """
-        Encode states and actions.
-
-        :param state_features: Outcome of :meth:`extract_state_features`
-        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
-        :return: Representations of shape ``(batch_size, repr_dim)``
-        """
+        """Encode state features and actions in [-1, 1] as representations of shape ``(batch_size, repr_dim)``."""
         return self.sa_encoder(th.cat([state_features, actions], dim=1))
 
     def encode_goal(self, obs: dict[str, th.Tensor]) -> th.Tensor:
-        """
-        Encode goals.
-
-        :param obs: Observations, of which only ``desired_goal`` is read
-        :return: Representations of shape ``(batch_size, repr_dim)``
-        """
+        """Encode the ``desired_goal`` of observations as representations of shape ``(batch_size, repr_dim)``."""
         return self.g_encoder(self.extract_features({GOAL_KEY: obs[GOAL_KEY]}, self.goal_features_extractor))
 
     def forward(self, obs: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
-        Value of actions: how likely they lead to the desired goal. With InfoNCE it is the log-ratio of the probability
-        of reaching that goal from here and of reaching it at all, up to a constant that the penalty fixes.
-
-        :param obs: Observations
-        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
-        :return: Energies of shape ``(batch_size, 1)``
+        Value of actions in [-1, 1], shape ``(batch_size, 1)``: how likely they lead to the desired goal. With InfoNCE it is
+        the log-ratio of the probability of reaching that goal from here and of reaching it at all, up to a constant that the
+        penalty fixes.
         """
         state_action = self.encode_state_action(self.extract_state_features(obs), actions)
         return rowwise_energy(state_action, self.encode_goal(obs), self.energy).unsqueeze(1)
@@ -393,10 +356,8 @@ class DeepCRLPolicy(CheckedPolicy):
 
     def graph_actor(self, backend: CudaGraphBackend | None, required: bool = False) -> None:
         """
-        Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions.
-
-        :param backend: Who captures, None to run it as it is
-        :param required: Whether an actor that cannot be captured is an error
+        Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions; without a
+        backend, as it is. Where it is required, an actor that cannot be captured is an error.
         """
         actors = (self.actor, partial(self.actor, deterministic=True))
         self._graphed_actors = (
@@ -408,13 +369,7 @@ class DeepCRLPolicy(CheckedPolicy):
         return {**super().__getstate__(), "_graphed_actors": None}
 
     def set_training_mode(self, mode: bool) -> None:
-        """
-        Put the policy in either training or evaluation mode.
-
-        This affects certain modules, such as batch normalization and dropout.
-
-        :param mode: if true, set to training mode, else set to evaluation mode
-        """
+        """Put the policy in either training or evaluation mode, which affects batch normalization and dropout."""
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode

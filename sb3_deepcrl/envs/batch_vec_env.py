@@ -153,7 +153,7 @@ class BatchVecEnv(VecEnv):
                         "Use a VecEnvWrapper around BatchVecEnv instead, or DummyVecEnv."
                     )
                 if isinstance(env, TimeLimit):
-                    # The innermost and outermost limit both hold, so the smaller one counts
+                    # The innermost and outermost limit both hold, so the smaller one counts. It has no public name
                     limit = min(limit or env._max_episode_steps, env._max_episode_steps)
                 if isinstance(env, Monitor):
                     writer, self._info_keywords = env.results_writer, env.info_keywords

@@ -177,10 +177,8 @@ class Layout:
         """
         Start and goal cells of the stitching study (figure 11 of the paper): all pairs at most ``max_distance`` cells apart
         that lead away from the start cell, i.e. the first cell lies on a shortest way from the start to the second one.
-        Every distance is equally likely, and so is every pair of one distance.
-
-        :param max_distance: Largest number of cells between start and goal
-        :return: Pairs of shape (n, 2, 2) (start or goal, row or column) and their probabilities of shape (n,)
+        Every distance is equally likely, and so is every pair of one distance. Gives the pairs, shape (n, 2, 2) (start or
+        goal, row or column), and their probabilities, shape (n,).
         """
         from_origin = self._distances_from_start()
         cells = [cell for cell in self.free if from_origin[tuple(cell)] >= 0]

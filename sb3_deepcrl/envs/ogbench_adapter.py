@@ -37,6 +37,7 @@ class OGBenchGoalWrapper(gym.Wrapper):
         space = env.observation_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"{core!r} observes pictures, but goals are compared as positions. Use an id without 'visual'.")
+        # OGBench has no public names of its task and of the tolerance
         if core._reward_task_id is not None:
             raise ValueError(f"{core!r} has a single fixed task. Use an id without 'singletask'.")
         self.core, self.tolerance = core, float(core._goal_tol)

@@ -32,12 +32,7 @@ class Scene(ABC):
 
     @abstractmethod
     def draw(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Draw starts and goals.
-
-        :param uniform: Numbers in [0, 1), shape (n, n_uniform)
-        :return: Start positions of shape (n, 2) and goals of shape (n, goal_dim), in meters
-        """
+        """Starts of shape (n, 2) and goals of shape (n, goal_dim) in meters, by numbers in [0, 1), shape (n, n_uniform)."""
 
     def next_goals(self, uniform: np.ndarray, goals: np.ndarray) -> np.ndarray:
         """Draw goals for robots that reached these, shape (n, goal_dim), by numbers in [0, 1), shape (n, n_uniform)."""

@@ -204,14 +204,7 @@ class GoalTask:
         return (distance < self.success_threshold if self.reward_type == "sparse" else -distance).astype(np.float32)
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
-        """
-        Reward of goals, whatever happened on the way. HER calls it.
-
-        :param achieved_goal: Goals reached, shape (..., goal_dim)
-        :param desired_goal: Goals wanted, shape (..., goal_dim)
-        :param info: Unused, the reward depends on the goals alone
-        :return: Rewards in float32, shape (...)
-        """
+        """Rewards in float32, shape (...), of goals of shape (..., goal_dim), whatever happened on the way. HER calls it."""
         return self.reward_from_distance(self.goal_distance(achieved_goal, desired_goal))
 
 

@@ -20,7 +20,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_deepcrl
-from sb3_deepcrl.common.torch_layers import ResidualTower
+from sb3_deepcrl.common.torch_layers import residual_towers
+from sb3_deepcrl.common.utils import processor
 from sb3_deepcrl.envs.arguments import default_arguments, default_env_kwargs
 
 PACKAGE = Path(sb3_deepcrl.__file__).parent
@@ -55,14 +56,6 @@ def revision() -> str | None:
         return f"{commit}+" if commit and git("status", "--porcelain") else commit or None
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _processor() -> str:
-    try:
-        models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        models = []
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _packages() -> dict[str, str]:
@@ -123,14 +116,14 @@ def made_with(
     :return: The record in ``made_with.json``. Its ``arguments`` include defaults, each under a name such as ``gamma``,
         ``policy_kwargs.norm`` or ``eval_env.maze``.
     """
-    is_low = any(tower.autocast_dtype for tower in model.policy.modules() if isinstance(tower, ResidualTower))
+    is_low = any(tower.autocast_dtype for tower in residual_towers(model.policy))
     return {
         "num_timesteps": model.num_timesteps,
         "version": sb3_deepcrl.__version__,
         "revision": revision(),
         "source": source_digest(),
         "packages": _packages(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": th.get_num_threads(),
