@@ -24,7 +24,7 @@ MAX_DRAWS = 20
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
-def _check_finite(values: Mapping[str, ArrayLike]) -> None:
+def check_finite(values: Mapping[str, ArrayLike]) -> None:
     """Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name, are numbers."""
     for key, value in values.items():
         value = np.asarray(value)
@@ -281,8 +281,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         obs = {key: np.asarray(obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
         next_obs = {key: np.asarray(next_obs[key]).reshape(self.n_envs, *shape) for key, shape in self.obs_shape.items()}  # type: ignore[attr-defined]
         done = np.asarray(done, dtype=bool)
-        _check_finite(obs)
-        _check_finite({**next_obs, "action": action})
+        check_finite(obs)
+        check_finite({**next_obs, "action": action})
 
         jumped = np.zeros(self.n_envs, dtype=bool)
         for key, value in obs.items():

@@ -421,7 +421,6 @@ class DeepCRL(OffPolicyAlgorithm):
         for optimizer, learning_rate in zip(self._optimizers(), learning_rates, strict=False):
             schedule = self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
             set_learning_rate(optimizer, schedule(self._current_progress_remaining))
-
         self._warned_of_copies = self._warned_of_copies or self.replay_buffer.warn_of_copies(batch_size)
         self.replay_buffer.gamma = self.gamma
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
