@@ -40,6 +40,7 @@ from sb3_deepcrl.common.utils import (
     check_dict,
     check_number,
     check_positive_int,
+    keep_normalization,
     update_schedule,
 )
 from sb3_deepcrl.deepcrl.policies import (
@@ -58,7 +59,6 @@ SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
 
 # A train() call holds no more sampled transitions than that at a time, in bytes
 MAX_SAMPLE_BYTES = 2**28
-
 # What `_update` returns, in order, followed by "ent_coef_loss" where the coefficient is learned
 UPDATE_METRICS = ("actor_loss", "critic_loss", "ent_coef", "entropy", *ContrastiveMetrics._fields)
 
