@@ -810,7 +810,8 @@ def test_her_replay_buffer_is_replaced_with_one_warning():
         UserWarning, match=r"in place of HerReplayBuffer.*`n_sampled_goal`, `goal_selection_strategy`"
     ) as record:
         model = make_model(**kwargs, tau=0.05, target_update_interval=2)
-    assert len(record) == 1
+    # Others may come from what the garbage collector finds
+    assert [warning.category for warning in record].count(UserWarning) == 1
     with pytest.warns(UserWarning, match="`n_sampled_goal` not used"):
         make_model(replay_buffer_kwargs=dict(n_sampled_goal=4))
     with warnings.catch_warnings():
