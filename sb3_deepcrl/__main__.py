@@ -2,6 +2,7 @@
 The command ``sb3-deepcrl``. It stands outside of the rooms, as it runs what is in ``zoo`` and in ``analysis``.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ def _value_map(argv: Sequence[str]) -> None:
 
 def main() -> None:
     """Run the command, or say in one line that RL Zoo is missing."""
+    # As with `python -m`: the user's envs and `custom_envs.py` are found in the current folder
+    sys.path.insert(0, os.getcwd())
     try:
         from sb3_deepcrl.zoo import launcher
     except ImportError as error:

@@ -438,7 +438,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
-        # The only time that the host waits for the device
+        # The only time in each call that the host waits for the device
         for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
 
