@@ -397,8 +397,7 @@ class GoalExperimentManager(ExperimentManager):
             tell(self._how_to_go_on(model))
         else:
             run = shlex.join(["--algo", self.algo, "--env", self.env_name.gym_id, "-f", str(Path(self.log_path).parent)])
-            tell(
-                f"To watch it: sb3-deepcrl enjoy {run}\nTo train it further: sb3-deepcrl train -i {shlex.quote(self.save_path)} -n 10000"
-            )
+            tell(f"To watch it: sb3-deepcrl enjoy {run}")
+            tell(f"To train it further: sb3-deepcrl train -i {shlex.quote(self.save_path)} -n 10000")
         assert model.env is not None
         _close(model.env)
