@@ -159,16 +159,17 @@ def test_schedule_that_cannot_be_unpickled(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "gone")
     with pytest.raises(ModuleNotFoundError):
         DeepCRL.load(tmp_path / "model")
-    loaded = DeepCRL.load(tmp_path / "model", env=make_vec_env(GoalReachEnv, 2), custom_objects=NO_SCHEDULES)
-    assert same_predictions(loaded, model)
-    loaded.learn(60)
-    assert [optimizer.param_groups[0]["lr"] for optimizer in loaded._optimizers()] == [0.0] * 3
-    assert same_predictions(loaded, model)
+    for custom_objects in (NO_SCHEDULES, dict(learning_rate=0.0)):
+        loaded = DeepCRL.load(tmp_path / "model", env=make_vec_env(GoalReachEnv, 2), custom_objects=custom_objects)
+        assert same_predictions(loaded, model)
+        loaded.learn(60)
+        assert [optimizer.param_groups[0]["lr"] for optimizer in loaded._optimizers()] == [0.0] * 3
+        assert same_predictions(loaded, model)
 
 
 def test_what_is_given_in_custom_objects_is_used(tmp_path):
     make_model(train_freq=5).save(tmp_path / "model")
-    custom_objects = dict(policy_kwargs=dict(depth=4, width=16, repr_dim=8, activation_fn=th.nn.Tanh), train_freq=3)
+    custom_objects = dict(policy_kwargs=dict(repr_dim=8, activation_fn=th.nn.Tanh), train_freq=3)
     model = DeepCRL.load(tmp_path / "model", custom_objects=custom_objects)
     assert isinstance(model.actor.tower.stem[2], th.nn.Tanh)
     assert model.train_freq.frequency == 3

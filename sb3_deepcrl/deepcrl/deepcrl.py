@@ -226,8 +226,7 @@ class DeepCRL(OffPolicyAlgorithm):
         # None where `train_freq` and `gradient_steps` say it
         self.transitions_per_update: int | None = transitions_per_update
         check_dict(policy_kwargs, "policy_kwargs")
-        self.policy_kwargs = {"depth": depth, "width": width, **self.policy_kwargs}
-        self.depth, self.width = self.policy_kwargs["depth"], self.policy_kwargs["width"]
+        self.depth, self.width = self.policy_kwargs.get("depth", depth), self.policy_kwargs.get("width", width)
         if depth not in (16, self.depth) or width not in (256, self.width):
             raise ValueError(f"`depth={depth}`, `width={width}` contradicts `policy_kwargs={policy_kwargs}`: give it once")
         self.contrastive_loss = contrastive_loss
@@ -239,7 +238,6 @@ class DeepCRL(OffPolicyAlgorithm):
         self.cuda_graph = cuda_graph
         self.precision = precision
         self.checkpoint_activations = checkpoint_activations
-
         # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
         self._missing_steps = 0
         self._warned_of_copies = False
@@ -251,6 +249,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        self.policy_kwargs = {"depth": self.depth, "width": self.width, **self.policy_kwargs}
         self._check_arguments()
         self.replay_buffer_class, self.replay_buffer_kwargs = replace_her_replay_buffer(
             self.replay_buffer_class or ContrastiveReplayBuffer, self.replay_buffer_kwargs
@@ -559,11 +558,11 @@ class DeepCRL(OffPolicyAlgorithm):
         Load the model from a zip-file, see :meth:`~stable_baselines3.common.base_class.BaseAlgorithm.load`.
         No env is needed for prediction. What says how the networks are built may be given again, but not changed.
         """
-        asked = dict(kwargs.pop("policy_kwargs", None) or {})
-        asked |= {name: kwargs.pop(name) for name in ("depth", "width") if name in kwargs}
+        shortcuts = {name: kwargs.pop(name) for name in ("depth", "width") if name in kwargs}
+        asked, custom_objects = kwargs.pop("policy_kwargs", None), {"lr_schedule": None, **(custom_objects or {})}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         stored = {**model.policy._get_constructor_parameters(), **model.policy_kwargs}
-        for name, value in asked.items():
+        for name, value in {**(asked or {}), **shortcuts}.items():
             if name in stored and value != stored[name]:
                 raise ValueError(
                     f"The model in {path} was saved with `{name}={stored[name]!r}`, so that it cannot be loaded with "
@@ -604,7 +603,8 @@ class DeepCRL(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["actor", "critic", "_runner"]
+        # The schedule follows from the learning rate, which `custom_objects` may replace
+        excluded = ["actor", "critic", "_runner", "lr_schedule"]
         if self.transitions_per_update is not None:
             # Chosen for the number of envs, which may be another one when the model is loaded
             excluded += ["train_freq", "gradient_steps"]
