@@ -247,7 +247,8 @@ def test_wrappers_it_stands_in_for():
     assert vec_env.env_is_wrapped(SuccessInfoWrapper) == [False, False]
     assert BatchVecEnv([lambda: GoalEnv(robot="point", maze="u")]).env_is_wrapped(TimeLimit) == [False]
     # evaluate_policy warns about environments without Monitor
-    short = BatchVecEnv("AntU4Maze-v0", 2, max_episode_steps=5)
+    # A robot that cannot fall
+    short = BatchVecEnv("PointU4Maze-v0", 2, max_episode_steps=5)
     model = SAC("MultiInputPolicy", short, buffer_size=10, policy_kwargs={"net_arch": [4]}, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
