@@ -84,8 +84,9 @@ class Run:
         return RunFolder(next((self.folder(runs) / self.algo).glob("*_1"), self.folder(runs) / self.algo))
 
     def is_complete(self, runs: Path) -> bool:
-        """Whether all its steps have been made."""
-        return self.read(runs).num_timesteps >= self.steps
+        """Whether all its steps have been made, and the last evaluation was not interrupted."""
+        n_evaluations = len(self.evaluations(runs).get("timesteps", ()))
+        return self.read(runs).num_timesteps >= self.steps and n_evaluations >= self.steps // self.eval_freq
 
     def evaluations(self, runs: Path) -> dict[str, np.ndarray]:
         """Its evaluations up to its number of steps, as it may have been continued by a longer run."""
@@ -290,7 +291,8 @@ def _progress(all_runs: Sequence[tuple[str, Run]], runs: Path, n_open: int, cons
                 console.print(f"{elapsed} {line}; {part}", soft_wrap=True, highlight=False)
 
         def watch() -> None:
-            while not is_over.wait(1):
+            # Reading all files takes time from the runs
+            while not is_over.wait(5):
                 refresh()
 
         watcher = threading.Thread(target=watch, daemon=True)
