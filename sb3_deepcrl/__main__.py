@@ -5,12 +5,19 @@ The command ``sb3-deepcrl``. It stands outside of the rooms, as it runs what is 
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 
 def _value_map(argv: Sequence[str]) -> None:
     from sb3_deepcrl.analysis.run_map import main
 
     main(argv)
+
+
+def _deploy(command: str, argv: Sequence[str]) -> None:
+    from sb3_deepcrl.zoo.deployment import main
+
+    main(command, argv)
 
 
 def main() -> None:
@@ -23,7 +30,7 @@ def main() -> None:
         if error.name != "sb3_deepcrl.zoo":
             raise
         sys.exit(f"sb3-deepcrl: error: {error}")
-    launcher.main({"value_map": _value_map})
+    launcher.main({"value_map": _value_map, **{name: partial(_deploy, name) for name in ("export", "distill", "prune")}})
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class UpdateRunner:
         policy: Any,
         optimizers: Callable[[], list[th.optim.Optimizer]],
     ):
-        self.update = update
+        # What runs now: a callback may put something else in its place until the end of a training
+        self.update = self.own_update = update
         self.policy = policy
         self.optimizers = optimizers
         self.towers = residual_towers(policy)
@@ -51,6 +52,7 @@ class UpdateRunner:
         Choose how networks and updates run, as the arguments of :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL` say.
         ``compile="auto"`` depends on the number of updates ahead.
         """
+        self.update = self.own_update
         check_switch(compile, "compile")
         check_switch(cuda_graph, "cuda_graph")
         check_bool(checkpoint_activations, "checkpoint_activations")
