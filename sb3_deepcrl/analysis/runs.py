@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Time for a run that is stopped to save what it has
 SECONDS_TO_SAVE = 60
-# In a hyperparameter, where the folder of the run has to stand
-FOLDER = "{folder}"
+# In a hyperparameter, where the folder of the run, or its seed, has to stand
+FOLDER, SEED = "{folder}", "{seed}"
 
 
 class Expression(str):
@@ -74,7 +74,13 @@ class Run:
         ]
         for flag, values in (("--hyperparams", self.hyperparams), ("--env-kwargs", self.env_kwargs)):
             if values:
-                words += [flag, *(f"{name}:{value!r}".replace(FOLDER, str(folder)) for name, value in values.items())]
+                words += [
+                    flag,
+                    *(
+                        f"{name}:{value!r}".replace(FOLDER, str(folder)).replace(SEED, str(self.seed))
+                        for name, value in values.items()
+                    ),
+                ]
         return words
 
     def read(self, runs: Path) -> "RunFolder":

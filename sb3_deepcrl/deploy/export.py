@@ -107,7 +107,7 @@ def _find_raw(space: spaces.Space, env: VecEnv | None) -> tuple[dict[str, spaces
     hidden = None if env is None else unwrap_vec_normalize(env)
     if hidden is not None and hidden.norm_obs:
         raise ValueError(
-            f"The policy cannot be exported with its VecNormalize, since {type(env).__name__} changes the observations between "
+            f"The policy cannot be exported with its VecNormalize, because {type(env).__name__} changes observations between "
             "them: give the env without it"
         )
     raw_spaces = _by_key(found)
@@ -222,10 +222,10 @@ def export_policy(model: BaseAlgorithm, path: str | Path, format: str = "onnx", 
     The network computes in float32, also where the model does in bfloat16.
 
     :param model: Model of any algorithm of Stable-Baselines3 or sb3-contrib without recurrent policy or action masks
-    :param path: Where to write it. Above 2 GB the weights of an ONNX file are beside it, in a file whose name ends in ``.data``
+    :param path: Where to write it. Weights of more than 2 GB are beside an ONNX file, in one whose name ends in ``.data``
     :param format: ``"onnx"``, or ``"torch"`` for a file of ``torch.export`` that ``torch.export.load`` reads
-    :param env: Env with which the policy was trained, for its ``VecNormalize`` and the layout of images, by default that of the
-        model. A ``VecNormalize`` that was unpickled will do. Without any, images have the channels last.
+    :param env: Env with which the policy was trained, for its ``VecNormalize`` and the layout of images, by default that of
+        the model. A ``VecNormalize`` that was unpickled will do. Without any, images have the channels last.
     :return: The path
     :raises ValueError: if there is no such format, or the env does not fit
     :raises ImportError: if onnx or onnxscript is missing

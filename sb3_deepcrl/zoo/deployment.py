@@ -28,8 +28,8 @@ from sb3_deepcrl.zoo.runs import RunFolder
 
 SUMMARIES = {
     "export": "Write the deterministic policy to a file that needs neither this package nor Stable-Baselines3.",
-    "distill": "Let a shallow student learn from the model of a run. More arguments are those of train.",
-    "prune": "Drop the residual blocks that contribute least, and learn from the whole model. More arguments are those of train.",
+    "distill": "Let a shallow student learn from the model of a run. Other arguments are those of train.",
+    "prune": "Drop residual blocks that contribute little, and learn from the whole model. Other arguments are those of train.",
 }
 # What the student does not take from the config of its teacher
 NOT_TAKEN = ("callback", "depth", "width", "n_timesteps", "policy_kwargs")
