@@ -72,7 +72,8 @@ def main() -> None:
         [
             "# Exported policies",
             "",
-            f"Printed by `python benchmarks/export.py --depths {depths}{given}`. {processor()}, one thread, float32, width 256, "
+            f"Printed by `python benchmarks/export.py --depths {depths}{given}`. {processor()}, one thread, float32, "
+            f"width 256, "
             f"{args.env}; sb3_deepcrl {__version__}, torch {th.__version__}, onnxruntime {onnxruntime.__version__}. "
             "A call has one observation; medians.",
             "",

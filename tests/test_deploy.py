@@ -145,7 +145,7 @@ def test_student_learns_distribution_and_representations(teacher):
     assert (student.depth, student.width, type(student)) == (4, 32, DeepCRL)
     # Its own states come after those of the teacher, whose buffer stays as it was
     assert student.replay_buffer.size() == 500 and teacher.replay_buffer.size() == 100
-    observations, actions = student.replay_buffer.sample_contrastive(200)
+    observations, _ = student.replay_buffer.sample_contrastive(200)
     fresh = make_student(teacher, 4, 32)
     assert divergence(teacher, student, observations) < 0.5 * divergence(teacher, fresh, observations)
     with th.no_grad():

@@ -67,6 +67,12 @@ class DistillationStudy(Study):
             **{f"pruned to depth {depth}": self._taught(depth, prune=True) for depth in self.pruned_depths},
         }
 
+    def protocol(self) -> str:
+        return (
+            "Student and pruned teachers learn from the actions and representations of the teacher of the same seed, on states "
+            f"of its replay buffer and on their own, for {self.student_steps:,} env steps of their own. {super().protocol()}"
+        )
+
     def columns(self) -> dict[str, dict[str, Any]]:
         return {label: {"env steps": f"{run.steps:,}"} for label, run in self.settings().items()}
 

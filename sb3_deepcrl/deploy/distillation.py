@@ -21,7 +21,7 @@ from sb3_deepcrl.deepcrl.policies import GOAL_KEY
 from sb3_deepcrl.deploy.pruning import prune_blocks, pruned_kwargs
 
 # Arguments of a model without an env, which stores no transitions
-WITHOUT_BUFFER = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
+WITHOUT_BUFFER: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
 # Transitions on which the blocks of a teacher are measured
 N_MEASURED = 4096
 
@@ -144,9 +144,9 @@ class Distillation(BaseCallback):
             teacher.replay_buffer = student.replay_buffer
             teacher.learn(self.teacher_steps, log_interval=None)  # type: ignore[arg-type]
             # As at the beginning of `learn()`: the envs are the student's again
-            student._last_obs = self.training_env.reset()
+            student._last_obs = self.training_env.reset()  # type: ignore[assignment]
             if (vec_normalize := student.get_vec_normalize_env()) is not None:
-                student._last_original_obs = vec_normalize.get_original_obs()
+                student._last_original_obs = vec_normalize.get_original_obs()  # type: ignore[assignment]
         elif (
             self.teacher_buffer.n_envs != student.n_envs
             or self.teacher_buffer.buffer_size != student.replay_buffer.buffer_size

@@ -47,6 +47,9 @@ class _RawPolicy(nn.Module):
     ``predict`` do, as operations on tensors.
     """
 
+    low: th.Tensor
+    high: th.Tensor
+
     def __init__(self, policy: BasePolicy, raw_spaces: dict[str, spaces.Space], vec_normalize: VecNormalize | None):
         super().__init__()
         self.policy = policy
@@ -116,9 +119,8 @@ def _find_raw(space: spaces.Space, env: VecEnv | None) -> tuple[dict[str, spaces
         if env is None and is_image_space(wanted) and is_image_space_channels_first(wanted):  # type: ignore[arg-type]
             assert isinstance(wanted, spaces.Box)
             # Nearly all envs have the channels last, which Stable-Baselines3 changes
-            raw = raw_spaces[key] = spaces.Box(
-                *(np.moveaxis(bound, 0, -1) for bound in (wanted.low, wanted.high)), dtype=np.uint8
-            )  # type: ignore[arg-type]
+            low, high = (np.moveaxis(bound, 0, -1) for bound in (wanted.low, wanted.high))
+            raw = raw_spaces[key] = spaces.Box(low, high, dtype=np.uint8)
         if raw is None or sorted(raw.shape or ()) != sorted(wanted.shape or ()):
             raise ValueError(f"The model was trained with `{key}` in {wanted}, but the env gives {raw}: give its own env")
     return {key: raw_spaces[key] for key in _by_key(space)}, vec_normalize

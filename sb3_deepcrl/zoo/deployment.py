@@ -24,12 +24,12 @@ from sb3_deepcrl.deploy.export import FORMATS
 from sb3_deepcrl.deploy.pruning import pruned_kwargs
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo import launcher
-from sb3_deepcrl.zoo.runs import RunFolder
+from sb3_deepcrl.zoo.runs import RunFolder, num_timesteps
 
 SUMMARIES = {
     "export": "Write the deterministic policy to a file that needs neither this package nor Stable-Baselines3.",
-    "distill": "Let a shallow student learn from the model of a run. Other arguments are those of train.",
-    "prune": "Drop residual blocks that contribute little, and learn from the whole model. Other arguments are those of train.",
+    "distill": "Let a shallow student learn from the model of a run. Other arguments as in train.",
+    "prune": "Drop residual blocks that contribute little, and learn from the whole model. Other arguments as in train.",
 }
 # What the student does not take from the config of its teacher
 NOT_TAKEN = ("callback", "depth", "width", "n_timesteps", "policy_kwargs")
@@ -39,6 +39,8 @@ N_EPISODES = 32
 def _find_model(path: Path) -> tuple[Path, RunFolder]:
     """A model and its folder, of which either may be given."""
     if not path.is_dir():
+        # An error if it is none
+        num_timesteps(path)
         return path, RunFolder(path.parent)
     run = RunFolder(path)
     if run.model_path is None:
