@@ -243,6 +243,18 @@ def test_help(capsys, name):
     assert STUDIES[name].__doc__.split()[0] in text
 
 
+def test_help_has_a_line_for_each_study(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    listed = {line.split()[2]: line for line in lines if "•" in line}
+    assert list(listed) == list(STUDIES)
+    assert all(study.__doc__.strip().partition("\n")[0] in listed[name] for name, study in STUDIES.items())
+    # Nothing goes on in another line
+    assert lines[-1 - len(listed) : -1] == list(listed.values())
+
+
 def test_keys_and_values():
     texts = ("gamma:0.9", "contrastive_loss:symmetric", "a:b:c", "kwargs:{'x': 1}", "flag:True")
     expected = [("gamma", 0.9), ("contrastive_loss", "symmetric"), ("a", "b:c"), ("kwargs", {"x": 1}), ("flag", True)]
