@@ -13,7 +13,7 @@ TOY = {
     "value_map": (0, "point_umaze/value.png"),
     "own_maze": (1100, "own_maze.png"),
     "own_env": (1100, None),
-    "deep_sac": (230, "deep_sac.zip"),
+    "deep_sac": (210, "deep_sac.zip"),
 }
 
 
