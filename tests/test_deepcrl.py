@@ -1,7 +1,6 @@
 import contextlib
 import copy
 import csv
-import io
 import subprocess
 import sys
 import warnings
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from rich.console import Console
 from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -654,7 +652,7 @@ def test_vec_env_that_returns_rewards_and_dones_in_another_form(convert):
 
     results = []
     for form in (lambda values: values, convert):
-        display = TrainingDisplay(console=Console(file=io.StringIO()))
+        display = TrainingDisplay()
         env = make_env(form)
         env.seed(3)
         buffer = make_model(env).learn(60, callback=display).replay_buffer

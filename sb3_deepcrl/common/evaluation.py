@@ -47,6 +47,10 @@ def mean_of_episodes(episodes: list[GoalEpisode]) -> dict[str, float]:
     return {name: float(np.mean([getattr(episode, name) for episode in episodes])) for name in names}
 
 
+def _distance(achieved_goal: Any, desired_goal: Any) -> float:
+    return float(np.linalg.norm(np.asarray(achieved_goal, dtype=np.float64) - np.asarray(desired_goal, dtype=np.float64)))
+
+
 class GoalEpisodeRecorder:
     """
     Callback for :func:`~stable_baselines3.common.evaluation.evaluate_policy` that records one :class:`GoalEpisode` for
@@ -56,17 +60,10 @@ class GoalEpisodeRecorder:
     """
 
     def __init__(self, env: VecEnv):
-        self.env = env
         self.vec_normalize = unwrap_vec_normalize(env)
         self.episodes: list[GoalEpisode] = []
-        self._successes: list[list[bool]] = [[] for _ in range(env.num_envs)]
-        self._distances: list[list[float]] = [[] for _ in range(env.num_envs)]
-        self._rewards: list[float] = [0.0] * env.num_envs
-
-    @staticmethod
-    def _distance(achieved_goal: Any, desired_goal: Any) -> float:
-        achieved, desired = (np.asarray(goal, dtype=np.float64) for goal in (achieved_goal, desired_goal))
-        return float(np.linalg.norm(achieved - desired))
+        # Of the running episodes, one list for each env
+        self._successes, self._distances, self._rewards = ([[] for _ in range(env.num_envs)] for _ in range(3))
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """
@@ -82,8 +79,9 @@ class GoalEpisodeRecorder:
                 "The info dict of the evaluation env has neither `is_success` nor `success`, "
                 f"only {sorted(info)}: wrap the env so that `step` reports one of them"
             )
-        successes, distances = self._successes[index], self._distances[index]
+        successes, distances, rewards = self._successes[index], self._distances[index], self._rewards[index]
         successes.append(bool(success))
+        rewards.append(float(locals_["reward"]))
         # The goal that was pursued in this step: the next one may be another
         goal = locals_["observations"]["desired_goal"][index]
         last = info.get("terminal_observation")
@@ -92,21 +90,20 @@ class GoalEpisodeRecorder:
             distances = distances or [np.nan]
         elif self.vec_normalize is None:
             achieved = last["achieved_goal"] if done else locals_["new_observations"]["achieved_goal"][index]
-            distances.append(self._distance(achieved, goal))
+            distances.append(_distance(achieved, goal))
         elif not done:
             # What VecNormalize gave may be clipped
             original = self.vec_normalize.get_original_obs()
-            distances.append(self._distance(original["achieved_goal"][index], original["desired_goal"][index]))
+            distances.append(_distance(original["achieved_goal"][index], original["desired_goal"][index]))
         elif not distances:
             # Of the last observation there is only the normalized one: do without it unless it is all there is
             original = self.vec_normalize.unnormalize_obs(last)
-            distances.append(self._distance(original["achieved_goal"], original["desired_goal"]))
-        self._rewards[index] += float(locals_["reward"])
+            distances.append(_distance(original["achieved_goal"], original["desired_goal"]))
         if done:
             self.episodes.append(
                 GoalEpisode(
                     env_index=index,
-                    episode_reward=float(info["episode"]["r"]) if "episode" in info else self._rewards[index],
+                    episode_reward=float(info["episode"]["r"]) if "episode" in info else sum(rewards),
                     episode_length=len(successes),
                     success_any=any(successes),
                     success_last=successes[-1],
@@ -115,7 +112,7 @@ class GoalEpisodeRecorder:
                     mean_distance=float(np.mean(distances)),
                 )
             )
-            self._successes[index], self._distances[index], self._rewards[index] = [], [], 0.0
+            self._successes[index], self._distances[index], self._rewards[index] = [], [], []
 
 
 def evaluate_goals(
