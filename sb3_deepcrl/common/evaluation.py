@@ -7,8 +7,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from sb3_deepcrl.common.utils import check_actions
-
 
 @dataclass
 class GoalEpisode:
@@ -62,8 +60,8 @@ class GoalEpisodeRecorder:
     def __init__(self, env: VecEnv):
         self.vec_normalize = unwrap_vec_normalize(env)
         self.episodes: list[GoalEpisode] = []
-        # Of the running episodes, one list for each env
-        self._successes, self._distances, self._rewards = ([[] for _ in range(env.num_envs)] for _ in range(3))
+        # Successes, distances and rewards of the running episode of each env
+        self._running: list[tuple[list[bool], list[float], list[float]]] = [([], [], []) for _ in range(env.num_envs)]
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """
@@ -72,14 +70,15 @@ class GoalEpisodeRecorder:
         :raises ValueError: if the info dict tells nothing about success, or if the action is NaN or infinite
         """
         index, info, done = locals_["i"], locals_["info"], bool(locals_["done"])
-        check_actions(locals_["actions"][index], locals_["observations"], locals_["model"])
+        if not np.isfinite(action := locals_["actions"][index]).all():
+            raise ValueError(f"The policy gives actions that are NaN or infinite, {action}: check its weights and the env")
         success = info.get("is_success", info.get("success"))
         if success is None:
             raise ValueError(
                 "The info dict of the evaluation env has neither `is_success` nor `success`, "
                 f"only {sorted(info)}: wrap the env so that `step` reports one of them"
             )
-        successes, distances, rewards = self._successes[index], self._distances[index], self._rewards[index]
+        successes, distances, rewards = self._running[index]
         successes.append(bool(success))
         rewards.append(float(locals_["reward"]))
         # The goal that was pursued in this step: the next one may be another
@@ -112,7 +111,7 @@ class GoalEpisodeRecorder:
                     mean_distance=float(np.mean(distances)),
                 )
             )
-            self._successes[index], self._distances[index], self._rewards[index] = [], [], []
+            self._running[index] = [], [], []
 
 
 def evaluate_goals(
