@@ -112,13 +112,7 @@ class _ContrastiveLoss(th.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: th.Tensor,
-        y: th.Tensor,
-        energy: str,
-        contrastive_loss: str,
-        logsumexp_coef: float,
-        fused: bool,
+        ctx: Any, x: th.Tensor, y: th.Tensor, energy: str, contrastive_loss: str, logsumexp_coef: float, fused: bool
     ) -> Any:
         needed = any(ctx.needs_input_grad[:2])
         is_known = energy == "norm" and contrastive_loss == "forward" and not is_traced(x, y)
