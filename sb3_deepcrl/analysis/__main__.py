@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     args = list(sys.argv[1:] if argv is None else argv)
     # In the list of all of them a line each, the first one of the docstring
-    lines = {name: None if name in args else study.__doc__.strip().partition("\n")[0] for name, study in STUDIES.items()}
+    lines = {name: None if name in args else str(study.__doc__).strip().partition("\n")[0] for name, study in STUDIES.items()}
     commands = [
         Annotated[Any, tyro.conf.subcommand(name=name, constructor=study, description=lines[name])]
         for name, study in STUDIES.items()
