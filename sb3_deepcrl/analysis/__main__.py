@@ -76,14 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     # In the list of all of them a line each, the first one of the docstring
     lines = {name: None if name in args else str(study.__doc__).strip().partition("\n")[0] for name, study in STUDIES.items()}
-    commands = [
+    studies = (
         Annotated[Any, tyro.conf.subcommand(name=name, constructor=study, description=lines[name])]
         for name, study in STUDIES.items()
-    ]
+    )
+    choice: Any = Union[tuple(studies)]  # noqa: UP007
     try:
         with registry:
             study = tyro.cli(
-                Union[tuple(commands)],  # noqa: UP007
+                choice,
                 prog=prog,
                 description="The paper's questions. Each study trains what is missing and writes Markdown, CSV and a picture.",
                 args=args,
