@@ -30,7 +30,14 @@ def main() -> None:
         if error.name != "sb3_deepcrl.zoo":
             raise
         sys.exit(f"sb3-deepcrl: error: {error}")
-    launcher.main({"value_map": _value_map, **{name: partial(_deploy, name) for name in ("export", "distill", "prune")}})
+    launcher.main(
+        {
+            "value_map": ("draw what a trained agent has learned over its maze", _value_map),
+            "export": ("write the policy of a trained agent to an ONNX file", partial(_deploy, "export")),
+            "distill": ("let a shallow agent learn from a deep one", partial(_deploy, "distill")),
+            "prune": ("drop layers of a trained agent that contribute little", partial(_deploy, "prune")),
+        }
+    )
 
 
 if __name__ == "__main__":

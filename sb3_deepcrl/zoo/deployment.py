@@ -145,7 +145,7 @@ def main(command: str, argv: Sequence[str]) -> None:
         else:
             _learn_from(command, parser, argv)
     except Exception as error:
-        advice = how_to_write(error, argv)
-        if advice is None and not is_for_user(error):
+        message = str(error) if is_for_user(error) else how_to_write(error, argv)
+        if message is None:
             raise
-        parser.exit(2, f"{parser.prog}: error: {error}{f': {advice}' if advice else ''}\n")
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
