@@ -69,8 +69,8 @@ class DistillationStudy(Study):
 
     def protocol(self) -> str:
         return (
-            "Student and pruned teachers learn from the teacher of the same seed, its actions and representations, on states of its "
-            f"replay buffer and on their own, for {self.student_steps:,} env steps of their own. {super().protocol()}"
+            "Student and pruned teachers learn from the teacher of the same seed, on states of its replay buffer and on "
+            f"their own, for {self.student_steps:,} env steps of their own. {super().protocol()}"
         )
 
     def columns(self) -> dict[str, dict[str, Any]]:
