@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from sb3_deepcrl.analysis.report import Report
-from sb3_deepcrl.analysis.runs import FOLDER, SEED, Run, check_origin, train_all
+from sb3_deepcrl.analysis.runs import FOLDER, SEED, Run, check_origin, config_entry, train_all
 from sb3_deepcrl.analysis.statistics import Estimate
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
@@ -55,9 +55,13 @@ class DistillationStudy(Study):
             "replay_buffer": f"{teacher}/replay_buffer.pkl",
             "prune": prune,
         }
-        run = self.make_run(depth=depth, callback=[{f"{Distillation.__module__}.{Distillation.__name__}": arguments}])
+        callback = [{f"{Distillation.__module__}.{Distillation.__name__}": arguments}]
+        run = self.make_run(depth=depth, callback=callback)
+        of_env = {**config_entry(run.algo, name), **run.hyperparams}.get("transitions_per_update", 16)
+        # As many updates as the others have
+        hyperparams = {**run.hyperparams, "transitions_per_update": max(of_env * self.student_steps // self.steps, 1)}
         steps = {"steps": self.student_steps, "eval_freq": self.student_steps // self.n_evaluations}
-        return Run(**{**vars(run), **steps})
+        return Run(**{**vars(run), **steps, "hyperparams": hyperparams})
 
     def settings(self) -> dict[str, Run]:
         return {
@@ -69,8 +73,8 @@ class DistillationStudy(Study):
 
     def protocol(self) -> str:
         return (
-            "Student and pruned teachers learn from the teacher of the same seed, on states of its replay buffer and on "
-            f"their own, for {self.student_steps:,} env steps of their own. {super().protocol()}"
+            "Students and pruned teachers learn from the teacher of their seed, on states of its replay buffer and their own: "
+            f"{self.student_steps:,} env steps with as many updates as the others have. {super().protocol()}"
         )
 
     def columns(self) -> dict[str, dict[str, Any]]:

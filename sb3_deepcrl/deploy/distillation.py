@@ -22,13 +22,16 @@ from sb3_deepcrl.deploy.pruning import prune_blocks, pruned_kwargs
 
 # Arguments of a model without an env, which stores no transitions
 WITHOUT_BUFFER: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
+# A student has a stationary target: it may be updated so many times as often as its teacher was
+MORE_UPDATES = 4
 # Transitions on which the blocks of a teacher are measured
 N_MEASURED = 4096
 
 
 def make_student(teacher: DeepCRL, depth: int, width: int | None = None, env: GymEnv | None = None, **kwargs: Any) -> DeepCRL:
     """
-    Make a model with the settings of another one and networks of another size.
+    Make a model with the settings of another one and networks of another size, which has four updates where the other had one
+    (unless that was given ``train_freq`` or ``gradient_steps``).
 
     :param teacher: The other model
     :param depth: Depth of actor and critic
@@ -45,6 +48,7 @@ def make_student(teacher: DeepCRL, depth: int, width: int | None = None, env: Gy
     if teacher.transitions_per_update is not None:
         # These follow from it
         del settings["train_freq"], settings["gradient_steps"]
+        settings["transitions_per_update"] = updates_of_student(teacher.transitions_per_update)
     else:
         del settings["transitions_per_update"]
     given = ("depth", "width", "actor_depth", "critic_depth")
@@ -53,6 +57,11 @@ def make_student(teacher: DeepCRL, depth: int, width: int | None = None, env: Gy
     return DeepCRL(
         **{**settings, **size, "policy": type(teacher.policy), "env": env, "policy_kwargs": policy_kwargs, **kwargs}
     )
+
+
+def updates_of_student(transitions_per_update: int) -> int:
+    """Number of transitions for each update of a student, from that of its teacher."""
+    return max(transitions_per_update // MORE_UPDATES, 1)
 
 
 class Distillation(BaseCallback):

@@ -19,7 +19,7 @@ from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import how_to_write, is_for_user, whole_number
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deploy import Distillation, compare_policies, export_policy
-from sb3_deepcrl.deploy.distillation import WITHOUT_BUFFER
+from sb3_deepcrl.deploy.distillation import WITHOUT_BUFFER, updates_of_student
 from sb3_deepcrl.deploy.export import FORMATS
 from sb3_deepcrl.deploy.pruning import pruned_kwargs
 from sb3_deepcrl.env_ids import find_spec
@@ -95,6 +95,7 @@ def _learn_from(command: str, parser: argparse.ArgumentParser, argv: Sequence[st
         parser.add_argument("--width", type=whole_number, help="Width of the student (default: that of the teacher)")
     parser.add_argument("-n", "--n-timesteps", type=whole_number, default=250_000, help="Number of env steps of the student")
     parser.add_argument("-f", "--log-folder", default=f"logs/{command}", help="Log folder of the student")
+    parser.add_argument("--hyperparams", "-params", nargs="+", default=[], metavar="KEY:VALUE", help="In place of the run's")
     args, others = parser.parse_known_args(argv)
     path, run = _find_model(args.model)
     if run.params_path is None:
@@ -118,11 +119,14 @@ def _learn_from(command: str, parser: argparse.ArgumentParser, argv: Sequence[st
         "policy_kwargs": policy_kwargs,
         "callback": [{f"{Distillation.__module__}.{Distillation.__name__}": arguments}],
     }
+    if teacher.transitions_per_update is not None:
+        hyperparams["transitions_per_update"] = updates_of_student(teacher.transitions_per_update)
+    given = [f"{name}:{value!r}" for name, value in hyperparams.items()] + args.hyperparams
     eval_env = of_run.get("eval_env") or of_run["env"]
     words = ["--env", of_run["env"], "--eval-env", eval_env, "-n", str(args.n_timesteps), "-f", args.log_folder]
     if of_run["gym_packages"]:
         words += ["--gym-packages", *of_run["gym_packages"]]
-    launcher.run("train", [*words, *others, "--hyperparams", *(f"{name}:{value!r}" for name, value in hyperparams.items())])
+    launcher.run("train", [*words, *others, "--hyperparams", *given])
     student_run = RunFolder.newest(args.log_folder, "deepcrl", of_run["env"])
     assert student_run is not None
     student = student_run.load_model()
