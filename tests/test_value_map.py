@@ -39,7 +39,7 @@ def test_walls_are_where_the_env_has_them(maze_env):
             np.testing.assert_allclose(maze.positions(np.array([row, column])), xy)
             for shift in ([0.0, 0.0], [0.45, -0.45], [-0.45, 0.45]):
                 assert maze.is_wall(xy + shift) == (layout[row][column] == 1)
-    assert maze.limits() == (-4.0, 4.0, -4.0, 4.0)
+    assert maze.extent == (-4.0, 4.0, -4.0, 4.0)
     assert maze.is_wall(np.array([[100.0, 0.0], [0.0, -4.1]])).all()
 
 
@@ -117,8 +117,9 @@ def test_plot(maze_env, tmp_path):
     ax = plot_value_map(model, maze_env, goal=[-2.5, 2.5], points_per_cell=4)
     image = ax.images[0].get_array()
     assert image.shape == (32, 32)
-    # The first row of the picture is the lowest y, that of the maze the highest
-    walls = np.kron(MazeMap.from_env(maze_env).walls[::-1], np.ones((4, 4), dtype=bool))
+    # It reads as the text of the maze, whose first row has the highest y
+    assert ax.images[0].get_extent() == [-4, 4, -4, 4]
+    walls = np.kron(MazeMap.from_env(maze_env).walls, np.ones((4, 4), dtype=bool))
     assert (image.mask == walls).all()
     ax.figure.savefig(tmp_path / "map.png")
     with pytest.raises(ValueError, match="lies in a wall"):

@@ -7,10 +7,11 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
+from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import TrainFreq
@@ -23,9 +24,6 @@ from sb3_deepcrl.analysis.statistics import Estimate, curves_of
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @contextlib.contextmanager
@@ -224,7 +222,7 @@ class CollectorStudy(Study):
             ),
         ]
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         figure, axes = new_figure(1, 2)
         colors = depth_colors(self._depths)
         for ax, collector, kind in zip(axes[0], self._depths, ("Deep", "Shallow"), strict=True):

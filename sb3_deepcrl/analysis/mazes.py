@@ -3,17 +3,14 @@ Mazes seen from above: where their walls are, and how long the ways around them.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import numpy as np
+from matplotlib.axes import Axes
 
 from sb3_deepcrl.envs.goal_env import GoalEnv
 from sb3_deepcrl.envs.plotting import draw_walls
 from sb3_deepcrl.envs.scenes import Maze
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # By how much walls are smaller for a line of sight than they are, in cells, so that it may touch them
 TOUCH = 1e-6
@@ -85,11 +82,16 @@ class MazeMap:
         rows, columns = np.moveaxis(np.clip(cells, 0, np.array(self.walls.shape) - 1), -1, 0)
         return ~inside | self.walls[rows, columns]
 
-    def limits(self) -> tuple[float, float, float, float]:
-        """Smallest and largest x, smallest and largest y, in meters."""
-        corners = self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
-        (x_min, y_min), (x_max, y_max) = corners.min(axis=0), corners.max(axis=0)
-        return x_min, x_max, y_min, y_max
+    @property
+    def corners(self) -> np.ndarray:
+        """x and y of the outer corners of the first and of the last cell in meters, shape ``(2, 2)``."""
+        return self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top edge of a picture that reads as the maze's text does: rows from top to bottom."""
+        (left, top), (right, bottom) = self.to_picture(self.corners)
+        return left, right, bottom, top
 
     def to_picture(self, xy: np.ndarray) -> np.ndarray:
         """
@@ -98,12 +100,9 @@ class MazeMap:
         """
         return np.asarray(xy)[..., ::-1] if self.column_step[0] == 0 else np.asarray(xy)
 
-    def draw(self, ax: "Axes") -> None:
-        """Draw the walls, so that the picture reads as the maze's text does: rows from top to bottom."""
-        corners = self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
-        (left, top), (right, bottom) = self.to_picture(corners)
-        across, up = self.to_picture(np.array(["x", "y"]))
-        draw_walls(ax, self.walls, (left, right, bottom, top), (across, up))
+    def draw(self, ax: Axes) -> None:
+        """Draw the walls."""
+        draw_walls(ax, self.walls, self.extent, tuple(self.to_picture(np.array(["x", "y"]))))
 
     def distances(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """

@@ -2,12 +2,13 @@
 How the critic represents the way to a goal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
+from matplotlib.figure import Figure
 
 from sb3_deepcrl.analysis.episodes import Episode, make_env, make_envs, record_episodes
 from sb3_deepcrl.analysis.mazes import MazeMap
@@ -17,9 +18,6 @@ from sb3_deepcrl.analysis.study import ComparisonOfDepths, load_model
 from sb3_deepcrl.analysis.value_map import network_inputs
 from sb3_deepcrl.common.losses import rowwise_energy
 from sb3_deepcrl.deepcrl import DeepCRL
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # A shorter way has no shape
 MIN_STEPS = 3
@@ -147,17 +145,21 @@ class RepresentationStudy(ComparisonOfDepths):
 
     def report(self, results: Results) -> Report:
         choices = {seed: self._choose(seed) for seed in range(self.seeds)}
-        rows: list[dict[str, Any]] = []
         paths: dict[int, tuple[_PlanePath, np.ndarray]] = {}
-        for depth, seed, model in self.models():
-            choice = choices[seed]
-            embeddings, goal, energies = _embed(model, choice.way)
-            measures = _path_measures(embeddings, -energies, _remaining_way(choice.way, choice.maze))
-            head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps}
-            episode = {"episode_env": choice.env_id, "episode_of_depth": choice.depth}
-            length = {"success": bool(choice.way.successes.any()), "steps": len(choice.way.actions)}
-            rows.append({**head, **episode, **length, **{name: round(value, 4) for name, value in measures.items()}})
+
+        def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
+            env_id, depth_of_episode, way, maze = choices[seed]
+            embeddings, goal, energies = _embed(model, way)
             paths.setdefault(depth, (_principal_plane(embeddings, goal), -energies))
+            yield {
+                "episode_env": env_id,
+                "episode_of_depth": depth_of_episode,
+                "success": bool(way.successes.any()),
+                "steps": len(way.actions),
+                **_path_measures(embeddings, -energies, _remaining_way(way, maze)),
+            }
+
+        rows = self.measure_models(measure)
         table = depth_table({name.replace("_", " "): scores_by_depth(rows, name) for name in MEASURES})
         way = "straight line to the goal" if choices[0].maze is None else "shortest way through the maze"
         notes = [
@@ -181,7 +183,7 @@ class RepresentationStudy(ComparisonOfDepths):
             f"{len(way.actions)} steps {end}"
         )
 
-    def _figure(self, paths: dict[int, tuple[_PlanePath, np.ndarray]], choice: _Choice) -> "Figure":
+    def _figure(self, paths: dict[int, tuple[_PlanePath, np.ndarray]], choice: _Choice) -> Figure:
         way, maze = choice.way, choice.maze
         figure, axes = new_figure(1, len(paths) + 2, width=4.2, height=4.2)
         remaining = _remaining_way(way, maze)

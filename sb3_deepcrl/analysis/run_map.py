@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, is_vecenv_wrapped
 
 from sb3_deepcrl.analysis import MazeMap, plot_value_map
@@ -20,7 +21,6 @@ from sb3_deepcrl.zoo.runs import RunFolder
 
 def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path | None = None) -> Path:
     """Draw the learned value of a run for a goal in meters, by default in the first free cell."""
-    from matplotlib.figure import Figure
 
     vec_env = run.make_env()
     if is_vecenv_wrapped(vec_env, VecFrameStack):

@@ -7,10 +7,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch as th
 from gymnasium import spaces
+from matplotlib.figure import Figure
 from torch import nn
 
 from sb3_deepcrl.analysis.episodes import make_env
@@ -22,9 +23,6 @@ from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
 from sb3_deepcrl.env_ids import find_spec
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class _PolicyWithoutNumbers(DeepCRLPolicy):
@@ -207,7 +205,7 @@ class ScaleStudy(Study):
             for size, other, why in pairs
         ]
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         estimates = {size: final_estimate(results[str(size)]) for size in self.sizes}
         figure, axes = new_figure(1, 3, width=4.4)
         # What differs from the shallow network

@@ -5,12 +5,13 @@ What all studies are: settings, each trained with several seeds, and a report of
 import ast
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from sb3_deepcrl.analysis.report import (
@@ -27,9 +28,6 @@ from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.registration import ENV_TABLE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Options that say how a study is run, not what it asks: the command in a report is without them
 HOW = ("runs", "output", "jobs", "backend", "scheduler", "dry_run", "reuse_other_code")
@@ -127,7 +125,7 @@ class Study(ABC):
         """
         return []
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         """
         Draw the picture, learning curves by default.
 
@@ -288,6 +286,14 @@ class ComparisonOfDepths(Study):
         for depth in self.depths:
             for run in self.seeds_of(self.make_run(depth=depth)):
                 yield depth, run.seed, load_model(run, self.runs)
+
+    def measure_models(self, measure: Callable[[int, int, DeepCRL], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Make the rows of what is measured of each model, of which depth, seed and model are given."""
+        return [
+            {"depth": depth, "seed": seed, "timesteps": model.num_timesteps, **row}
+            for depth, seed, model in self.models()
+            for row in measure(depth, seed, model)
+        ]
 
 
 def load_model(run: Run, runs: Path) -> DeepCRL:

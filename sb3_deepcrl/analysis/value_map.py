@@ -2,13 +2,14 @@
 The learned value over a maze, and how much it looks like the distance to the goal: through the maze, or through its walls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch as th
+from matplotlib.axes import Axes
 from scipy.spatial.distance import cdist
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
@@ -17,9 +18,6 @@ from sb3_deepcrl.analysis.report import Report, Results, depth_table, new_figure
 from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.deepcrl import DeepCRL
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ALL_PAIRS = "all"
 # Columns of the correlations and what they are with
@@ -79,7 +77,7 @@ def plot_value_map(
     seed: int | None = None,
     ax: Any = None,
     points_per_cell: int = 20,
-) -> "Axes":
+) -> Axes:
     """
     Draw the value over a maze, with the actions of the policy as arrows if they are two-dimensional.
     The picture reads as the maze's text does: rows from top to bottom.
@@ -97,11 +95,8 @@ def plot_value_map(
     observation, _ = env.reset(seed=seed)
     (place,) = _check_goals(maze, [observation["desired_goal"][:2] if goal is None else goal])
 
-    x_min, x_max, y_min, y_max = maze.limits()
-    n_x, n_y = (round((high - low) / maze.cell_size * points_per_cell) for low, high in ((x_min, x_max), (y_min, y_max)))
-    x = x_min + (np.arange(n_x) + 0.5) * (x_max - x_min) / n_x
-    y = y_min + (np.arange(n_y) + 0.5) * (y_max - y_min) / n_y
-    grid = np.stack(np.meshgrid(x, y), axis=-1)
+    rows, columns = ((np.arange(n * points_per_cell) + 0.5) / points_per_cell - 0.5 for n in maze.walls.shape)
+    grid = maze.positions(np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1))
     free = ~maze.is_wall(grid)
     values = np.full(free.shape, np.nan)
     actions = np.zeros((*free.shape, *model.action_space.shape))  # type: ignore[misc]
@@ -111,9 +106,7 @@ def plot_value_map(
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    transposed = maze.column_step[0] == 0
-    (left, bottom), (right, top) = maze.to_picture(np.array([(x_min, y_min), (x_max, y_max)]))
-    image = ax.imshow(values.T if transposed else values, origin="lower", extent=(left, right, bottom, top))
+    image = ax.imshow(values, extent=maze.extent)
     ax.figure.colorbar(image, ax=ax, label="value (minus distance of the representations)", shrink=0.85)
     maze.draw(ax)
     if model.action_space.shape == (2,):
@@ -201,7 +194,7 @@ def _check_goals(maze: MazeMap, goals: np.ndarray | Sequence[Any]) -> np.ndarray
     if array.ndim != 2 or array.shape[1] != 2:
         raise ValueError(f"Goals must be x and y each, shape (n, 2), got shape {array.shape}")
     for goal in array[maze.is_wall(array)]:
-        x_min, x_max, y_min, y_max = maze.limits()
+        (x_min, y_min), (x_max, y_max) = np.sort(maze.corners, axis=0)
         raise ValueError(
             f"The goal {goal.tolist()} lies in a wall or outside of the maze, which spans x from {x_min} to {x_max} m and y "
             f"from {y_min} to {y_max} m: choose x and y of a free cell"
@@ -245,16 +238,16 @@ class ValueMapStudy(ComparisonOfDepths):
             goals = _far_goals(env, EVAL_SEED)
             goal = goals[0] if self.goal is None else np.array(self.goal)
             figure, axes = new_figure(1, len(self.depths) + 1, width=4.4, height=4.6)
-            rows: list[dict[str, Any]] = []
-            for depth, seed, model in self.models():
+
+            def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
                 if seed == 0:
                     self._draw_map(axes[0, self.depths.index(depth)], depth, model, env, goal)
                 for found in value_correlations(model, env, goals, self.points_per_cell, EVAL_SEED):
                     name = ALL_PAIRS if found.goal is None else " ".join(f"{x:g}" for x in found.goal)
-                    head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps, "goal": name}
-                    values = {"correlation_maze": round(found.maze, 4), "correlation_straight": round(found.straight, 4)}
-                    rows.append({**head, "n_pairs": found.n_pairs, **values})
-            maze = MazeMap.from_env(env)
+                    correlations = {"correlation_maze": found.maze, "correlation_straight": found.straight}
+                    yield {"goal": name, "n_pairs": found.n_pairs, **correlations}
+
+            rows, maze = self.measure_models(measure), MazeMap.from_env(env)
         # By pairs and distance, for each depth those of all seeds
         scores = {
             f"{kind}: {name}": scores_by_depth([row for row in rows if (row["goal"] == ALL_PAIRS) == is_all], column)
@@ -279,7 +272,7 @@ class ValueMapStudy(ComparisonOfDepths):
         return Report(f"Value maps on {self.env}", rows, depth_table(scores), notes, figure)
 
     @staticmethod
-    def _draw_map(ax: "Axes", depth: int, model: DeepCRL, env: gym.Env, goal: np.ndarray) -> None:
+    def _draw_map(ax: Axes, depth: int, model: DeepCRL, env: gym.Env, goal: np.ndarray) -> None:
         plot_value_map(model, env, goal, EVAL_SEED, ax)
         observation, _ = env.reset(seed=EVAL_SEED)
         start = MazeMap.from_env(env).to_picture(observation["achieved_goal"][:2])
@@ -288,7 +281,7 @@ class ValueMapStudy(ComparisonOfDepths):
         ax.get_legend().remove()  # type: ignore[union-attr]
         ax.images[0].colorbar.set_label("value")  # type: ignore[union-attr]
 
-    def _draw_correlations(self, ax: "Axes", scores: dict[str, dict[int, np.ndarray]]) -> None:
+    def _draw_correlations(self, ax: Axes, scores: dict[str, dict[int, np.ndarray]]) -> None:
         for (name, by_depth), color, style in zip(scores.items(), ("C0", "C1") * 2, ("-", "-", "--", "--"), strict=True):
             means = [interquartile_mean(by_depth[depth]).mean for depth in self.depths]
             ax.plot(range(len(means)), means, style, marker="o", color=color, label=name)

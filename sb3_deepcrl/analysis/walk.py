@@ -14,6 +14,7 @@ from sb3_deepcrl.analysis.mazes import MazeMap
 from sb3_deepcrl.analysis.report import Report, Results, depth_colors, new_figure
 from sb3_deepcrl.analysis.statistics import interquartile_means
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
+from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.registration import ENV_TABLE
 
 # What may happen in an episode, from good to bad
@@ -145,13 +146,15 @@ class WalkStudy(ComparisonOfDepths):
             _check_humanoid(env_id)
 
     def report(self, results: Results) -> Report:
-        walks: dict[int, list[list[dict[str, Any]]]] = {}
-        rows = []
-        for depth, seed, model in self.models():
+        def measure(depth: int, seed: int, model: DeepCRL) -> list[dict[str, Any]]:
             episodes = walk_episodes(model, self.eval_env, self.n_eval_episodes, self.env_kwargs)
-            walks.setdefault(depth, []).append(episodes)
-            head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps}
-            rows += [{**head, "episode": number, **episode} for number, episode in enumerate(episodes)]
+            return [{"episode": number, **episode} for number, episode in enumerate(episodes)]
+
+        rows = self.measure_models(measure)
+        walks = {
+            depth: [[row for row in rows if (row["depth"], row["seed"]) == (depth, seed)] for seed in range(self.seeds)]
+            for depth in self.depths
+        }
         notes = [
             f"Trained on {self.env}. Each seed plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, "
             f"with deterministic actions. Shares of the episodes: {self.averaging().lower()}. "
