@@ -34,13 +34,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from harness import make_parser, measure_apart, medians, write_report
-from matplotlib.figure import Figure
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
@@ -93,21 +91,18 @@ def plain_update(model: DeepCRL, observations: dict[str, th.Tensor], actions: th
     difference = critic.encode_state_action(state_features, actions_pi) - critic.encode_goal(observations)
     ent_coef = model.log_ent_coef.detach().exp()
     actor_loss = (ent_coef * log_prob + difference.norm(dim=1)).mean()
-    actor.optimizer.zero_grad()
-    actor_loss.backward()
-    actor.optimizer.step()
-
     ent_coef_loss = -(model.log_ent_coef.exp() * (log_prob.detach() + model.target_entropy).mean()).sum()
-    model.ent_coef_optimizer.zero_grad()
-    ent_coef_loss.backward()
-    model.ent_coef_optimizer.step()
-
     logits = -th.cdist(critic.encode_state_action(state_features, actions), critic.encode_goal(observations))
     critic_loss = F.cross_entropy(logits, th.arange(len(logits), device=logits.device))
     critic_loss = critic_loss + 0.1 * logits.logsumexp(dim=1).square().mean()
-    critic.optimizer.zero_grad()
-    critic_loss.backward()
-    critic.optimizer.step()
+    for loss, optimizer in (
+        (actor_loss, actor.optimizer),
+        (ent_coef_loss, model.ent_coef_optimizer),
+        (critic_loss, critic.optimizer),
+    ):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def seconds_of(function: Callable[[], object], device: str, budget: float, least: int) -> list[float]:
@@ -266,29 +261,6 @@ def machine(args: argparse.Namespace) -> str:
     return f"{args.n_threads} threads of {processor()} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
 
 
-def draw(rows: dict[tuple[str, str], dict[str, float]], path: Path) -> None:
-    """Draw the time of an update by depth and mode."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.subplots()
-    # All depths of the first width and batch size
-    first = Size.parse(next(iter(rows))[0])
-    sizes = [size for size in dict.fromkeys(size for size, _ in rows) if Size.parse(size)[1:] == first[1:]]
-    for mode in dict.fromkeys(mode for _, mode in rows):
-        points = [(Size.parse(size).depth, rows[size, mode]["ms"]) for size in sizes if (size, mode) in rows]
-        ax.plot(*zip(*points, strict=True), "o-", label=mode)
-    roofs = {
-        Size.parse(size).depth: statistics.mean(
-            row["roof_ms"] for key, row in rows.items() if key[0] == size and "bf" not in key[1]
-        )
-        for size in sizes
-    }
-    ax.plot(roofs.keys(), roofs.values(), "k--", lw=1, label="matrix products in float32")
-    ax.set(xscale="log", yscale="log", xlabel="depth", ylabel="ms an update", xticks=list(roofs), xticklabels=list(roofs))
-    ax.minorticks_off()
-    ax.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = make_parser(__doc__, rounds=3, seconds=3.0)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="depth, width and batch size, such as 16x256x512")
@@ -333,8 +305,6 @@ def main() -> None:
         for (size, mode), row in rows.items()
     ]
     write_report("Time and memory of one update", note, [table], args.output)
-    if args.output is not None:
-        draw(rows, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

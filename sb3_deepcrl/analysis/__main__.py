@@ -2,7 +2,6 @@
 The command ``python -m sb3_deepcrl.analysis``.
 """
 
-import ast
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from sb3_deepcrl.analysis import STUDIES
+from sb3_deepcrl.analysis.study import literal_or_text
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import is_for_user, stopped_by_signals, whole_number
 
@@ -53,10 +53,7 @@ def key_value(text: str) -> tuple[str, Any]:
     key, colon, value = text.partition(":")
     if not colon or not key:
         raise ValueError(f"expected key:value, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return key, value
+    return key, literal_or_text(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,12 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     try:
         with registry:
-            study = tyro.extras.subcommand_cli_from_dict(
-                dict(STUDIES),
-                prog=prog,
-                description="Studies of depth. Each trains what is missing and writes a report: Markdown, CSV, picture.",
-                args=argv,
-            )
+            description = "Studies of depth. Each trains what is missing and writes a report: Markdown, CSV, picture."
+            study = tyro.extras.subcommand_cli_from_dict(dict(STUDIES), prog=prog, description=description, args=argv)
         with stopped_by_signals() as numbers:
             report = study.run(console)
     except KeyboardInterrupt:

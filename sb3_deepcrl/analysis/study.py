@@ -3,11 +3,13 @@ What all studies are: settings, each trained with several seeds, and a report of
 """
 
 import ast
+import itertools
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -100,47 +102,29 @@ class Study(ABC):
         if self.steps < self.n_evaluations:
             raise ValueError(f"`n_evaluations` must be at most the number of steps {self.steps}, got {self.n_evaluations}")
 
+    @property
+    def eval_freq(self) -> int:
+        """Number of env steps from one evaluation to the next."""
+        return self.steps // self.n_evaluations
+
     @abstractmethod
     def settings(self) -> dict[str, Run]:
-        """
-        What is trained.
-
-        :return: A run of each setting, by label
-        """
+        """What is trained: a run of each setting, by label."""
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """
-        What else the table and the CSV file say of each setting.
-
-        :return: Columns by label
-        """
+        """What else the table and the CSV file say of each setting, by its label: values by column."""
         return {}
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
-        """
-        Answer the question of the study.
-
-        :param estimates: Time at goal by label
-        :return: Sentences
-        """
+        """Answer the question of the study in sentences, from the time at goal by label."""
         return []
 
     def draw(self, results: Results) -> Figure:
-        """
-        Draw the picture, learning curves by default.
-
-        :param results: Evaluations of each seed by label
-        :return: The figure
-        """
+        """Draw the picture, learning curves by default, from the evaluations of each seed by label."""
         return draw_learning_curves(results)
 
     def report(self, results: Results) -> Report:
-        """
-        Say what came out.
-
-        :param results: Evaluations of each seed by label, all of them complete
-        :return: The report
-        """
+        """Say what came out, from the complete evaluations of each seed by label."""
         columns = self.columns()
         table = [{"": label, **columns.get(label, {}), **summarize(seeds)} for label, seeds in results.items()]
         notes = [self.protocol(), *self.compare({label: final_estimate(seeds) for label, seeds in results.items()})]
@@ -161,7 +145,7 @@ class Study(ABC):
             env=self.env,
             eval_env=self.eval_env,
             steps=self.steps,
-            eval_freq=self.steps // self.n_evaluations,
+            eval_freq=self.eval_freq,
             n_eval_episodes=self.n_eval_episodes,
             hyperparams=_merge(self.hyperparams, hyperparams),
             env_kwargs=self.env_kwargs,
@@ -173,12 +157,12 @@ class Study(ABC):
         not.
         """
         depth = min(actor, critic)
-        deeper = {name: value for name, value in (("actor_depth", actor), ("critic_depth", critic)) if value > depth}
+        deeper = {name: value for name, value in {"actor_depth": actor, "critic_depth": critic}.items() if value > depth}
         return self.make_run(depth=depth, **({"policy_kwargs": deeper} if deeper else {}))
 
     def seeds_of(self, run: Run) -> list[Run]:
         """Repeat a setting with each seed."""
-        return [Run(**{**vars(run), "seed": seed}) for seed in range(self.seeds)]
+        return [replace(run, seed=seed) for seed in range(self.seeds)]
 
     def run(self, console: Console | None = None) -> Report | None:
         """
@@ -208,18 +192,17 @@ class Study(ABC):
         """Find a place for the report before hours of training, with a number in its name if another one has other options."""
         path = self.output
         if path is None:
-            name, number = f"{self.name}-{find_spec(self.env).id}", 1
-            path = self.runs / f"{name}.md"
-            while path.exists() and f"`{self.command()}`" not in path.read_text():
-                number += 1
-                path = self.runs / f"{name}-{number}.md"
+            path = first = self.runs / f"{self.name}-{find_spec(self.env).id}.md"
+            for number in itertools.count(2):
+                if not path.exists() or f"`{self.command()}`" in path.read_text():
+                    break
+                path = first.with_stem(f"{first.stem}-{number}")
         elif path.suffix != ".md" or path.is_dir():
             raise ValueError(f"`output` must be a Markdown file, whose name ends in .md, got '{path}'")
         for folder in (self.runs, path.parent):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
+                TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise ValueError(f"'{folder}' cannot be written to ({error.strerror}): choose another place") from None
         return path
@@ -234,7 +217,9 @@ class Study(ABC):
                 continue
             words.append(f"--{item.name.replace('_', '-')}")
             if isinstance(value, dict):
-                words += [f"{key}:{_literal(entry)}" for key, entry in value.items()]
+                # Without quotes if it is text that can be nothing else
+                texts = {key: entry if literal_or_text(str(entry)) == entry else repr(entry) for key, entry in value.items()}
+                words += [f"{key}:{text}" for key, text in texts.items()]
             elif not isinstance(value, bool):
                 words += map(str, value if isinstance(value, list | tuple) else [value])
         return shlex.join(words)
@@ -332,11 +317,9 @@ def _merge(given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _literal(value: Any) -> str:
-    """How a value of a dict is written on the command line: without quotes if it is text that can be nothing else."""
-    if isinstance(value, str):
-        try:
-            ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            return value
-    return repr(value)
+def literal_or_text(text: str) -> Any:
+    """Read a Python literal; what is none is text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text

@@ -9,6 +9,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,9 +39,6 @@ NOT_CONTINUED = {
 
 class TrainParser(argparse.ArgumentParser):
     """RL Zoo's arguments of ``train``, and more of :class:`~sb3_deepcrl.zoo.exp_manager.GoalExperimentManager`."""
-
-    def __init__(self) -> None:
-        super().__init__(prog="sb3-deepcrl train")
 
     def add_argument(self, *flags: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         """See ``argparse.ArgumentParser``. Some of RL Zoo's arguments mean more here."""
@@ -86,12 +84,10 @@ def _prepare_run(script: str, argv: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env", default=DEFAULT_ENV)
     parser.add_argument("--gym-packages", nargs="+", default=[])
-    parser.add_argument("--no-render", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
     args, _ = parser.parse_known_args(argv)
     spec = find_spec(args.env, args.gym_packages)
     has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    draws = not args.no_render and not args.help and str(spec.entry_point).startswith(MUJOCO_ENVS)
+    draws = not {"--no-render", "-h", "--help"} & set(argv) and str(spec.entry_point).startswith(MUJOCO_ENVS)
     if draws and not has_screen and (script == "enjoy" or not os.environ.get("MUJOCO_GL")):
         # MuJoCo would abort the process
         raise ValueError(
@@ -107,17 +103,15 @@ def _run_plot(script: str, argv: Sequence[str]) -> None:
     args, sys.argv[1:] = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
-    import matplotlib
+    import matplotlib.pyplot as plt
 
     if args.figure is not None:
         # It shows nothing, so that the figures are still there afterwards
-        matplotlib.use("Agg")
+        plt.switch_backend("Agg")
         warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
         if not args.figure.parent.exists():
             args.figure.parent.mkdir(parents=True)
     getattr(importlib.import_module("rl_zoo3.plots"), script)()
-    import matplotlib.pyplot as plt
-
     for index, number in enumerate(plt.get_fignums() if args.figure else [], start=1):
         target = args.figure if index == 1 else args.figure.with_stem(f"{args.figure.stem}-{index}")
         plt.figure(number).savefig(target, dpi=150)
@@ -144,7 +138,8 @@ def run(script: str, argv: Sequence[str]) -> None:
     sys.argv = [f"sb3-deepcrl {script}", *argv]
     # What RL Zoo's scripts find under these names when they run: this process is theirs
     vars(yaml).update(UnsafeLoader=RunLoader)
-    vars(rl_zoo3.train).update(argparse=SimpleNamespace(ArgumentParser=TrainParser), ExperimentManager=GoalExperimentManager)
+    parsers = SimpleNamespace(ArgumentParser=partial(TrainParser, prog="sb3-deepcrl train"))
+    vars(rl_zoo3.train).update(argparse=parsers, ExperimentManager=GoalExperimentManager)
     numbers: list[int] = []
     try:
         if script == "train":
@@ -163,10 +158,8 @@ def run(script: str, argv: Sequence[str]) -> None:
         if not numbers:
             raise
     except Exception as error:
-        message = describe_input_error(error)
-        if message is None and (advice := how_to_write(error, argv)) is not None:
-            message = f"{error}: {advice}"
-        if message is None:
+        advice = how_to_write(error, argv)
+        if (message := f"{error}: {advice}" if advice else describe_input_error(error)) is None:
             raise
         sys.exit(f"sb3-deepcrl {script}: error: {message}")
     if numbers:
@@ -177,13 +170,10 @@ def run(script: str, argv: Sequence[str]) -> None:
 def main(others: Mapping[str, Callable[[Sequence[str]], None]] | None = None) -> None:
     """Run the script that the first argument of the command line names, or one of the other commands."""
     end_start()
-    others = others or {}
+    commands = {**{script: partial(run, script) for script in SCRIPTS}, **(others or {})}
     parser = argparse.ArgumentParser(prog="sb3-deepcrl", description="RL Zoo's scripts with DeepCRL. Each has its own --help.")
     parser.add_argument("--version", action="version", version=f"sb3-deepcrl {sb3_deepcrl.__version__}")
-    parser.add_argument("script", choices=[*SCRIPTS, *others])
+    parser.add_argument("script", choices=commands)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parsed = parser.parse_args()
-    if parsed.script in others:
-        others[parsed.script](parsed.arguments)
-    else:
-        run(parsed.script, parsed.arguments)
+    args = parser.parse_args()
+    commands[args.script](args.arguments)

@@ -17,7 +17,6 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import sb3_deepcrl
 from sb3_deepcrl.common.torch_layers import residual_towers
