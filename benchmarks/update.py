@@ -242,16 +242,10 @@ def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]
     roofs = [flops_per_second(size, args.device, dtype)]
     seconds = seconds_of(update, args.device, args.seconds, 2)
     roofs.append(flops_per_second(size, args.device, dtype))
-    if args.device == "cuda":
-        memory = th.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {
-        "ms": 1000 * statistics.median(seconds),
-        "roof_ms": roof_ms(size, statistics.mean(roofs)),
-        "start_up": start_up,
-        "memory": memory,
-    }
+    is_cuda = args.device == "cuda"
+    kibibytes = th.cuda.max_memory_allocated() / 2**10 if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    milliseconds = {"ms": 1000 * statistics.median(seconds), "roof_ms": roof_ms(size, statistics.mean(roofs))}
+    return {**milliseconds, "start_up": start_up, "memory": kibibytes / 2**20}
 
 
 def machine(args: argparse.Namespace) -> str:

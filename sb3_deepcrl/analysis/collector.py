@@ -69,9 +69,8 @@ class Learners(BaseCallback):
             learner.replay_buffer = self.model.replay_buffer
             learner.num_timesteps = self.model.num_timesteps
             learner.set_logger(Logger(None, []))
-            envs = make_envs(self.eval_env, min(self.n_eval_episodes, 64), self.env_kwargs)
             self.evaluations[depth] = GoalEvalCallback(
-                envs,
+                make_envs(self.eval_env, min(self.n_eval_episodes, 64), self.env_kwargs),
                 n_eval_episodes=self.n_eval_episodes,
                 eval_freq=max(self.eval_freq // self.training_env.num_envs, 1),
                 log_path=str(_learner_folder(self.folder, depth)),
@@ -107,9 +106,6 @@ class Learners(BaseCallback):
             learner._setup_acceleration(self.locals["total_timesteps"] * max(collector.gradient_steps, 1) // rollout)
             self.evaluations[depth].on_training_start(self.locals, self.globals)
 
-    def _on_rollout_start(self) -> None:
-        self._catch_up()
-
     def _on_step(self) -> bool:
         for depth, learner in self.learners.items():
             learner.num_timesteps = self.num_timesteps
@@ -123,16 +119,15 @@ class Learners(BaseCallback):
                 learner.save(folder / f"{self.num_timesteps}.zip")
         return True
 
-    def _on_training_end(self) -> None:
-        self._catch_up()
-
-    def _catch_up(self) -> None:
+    def _on_rollout_start(self) -> None:
         # Counters of Stable-Baselines3 that nothing public tells or sets
         for depth, learner in self.learners.items():
             learner._current_progress_remaining = self.model._current_progress_remaining
             with _own_random_numbers(self.model.seed or 0, depth, self.num_timesteps):
                 learner.train(self.model._n_updates - learner._n_updates, learner.batch_size)
             self.evaluations[depth].on_rollout_start()
+
+    _on_training_end = _on_rollout_start
 
 
 def _steps_of(path: Path) -> int:

@@ -39,13 +39,11 @@ class MazeMap:
     @classmethod
     def find(cls, env: gym.Env) -> "MazeMap | None":
         """Read the maze of an env of this package or of gymnasium-robotics, wrapped or not; None if it has none."""
-        scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
-        if isinstance(scene, Maze):
+        if isinstance(env.unwrapped, GoalEnv) and isinstance(scene := env.unwrapped.task.scene, Maze):
             row_step, column_step = scene.cell_size * np.eye(2)
             goals = np.unique(scene.pairs[:, 1], axis=0) * scene.cell_size
             return cls(scene.layout.walls, scene.cell_size, np.zeros(2), column_step, row_step, goals)
-        maze = getattr(env.unwrapped, "maze", None)
-        if maze is None:
+        if (maze := getattr(env.unwrapped, "maze", None)) is None:
             return None
         origin, next_column, next_row = (np.asarray(maze.cell_rowcol_to_xy(cell)) for cell in ((0, 0), (0, 1), (1, 0)))
         walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])

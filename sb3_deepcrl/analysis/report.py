@@ -26,6 +26,8 @@ from sb3_deepcrl.common.utils import atomic_path
 
 # By setting, the evaluations of each seed: what was measured, shape (n_evaluations,) each
 Results = dict[str, list[dict[str, np.ndarray]]]
+# How pictures show a goal
+STAR: dict[str, Any] = dict(marker="*", color="tab:red", markeredgecolor="white", linestyle="none")
 # What curves show, and how their axis is named
 MEASURES = {"time_at_goal": "time at goal (steps)", "success_any": "success"}
 

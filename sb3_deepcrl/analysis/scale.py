@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from sb3_deepcrl.analysis.episodes import make_env
-from sb3_deepcrl.analysis.report import Results, depth_colors, draw_estimates, new_figure
+from sb3_deepcrl.analysis.report import MEASURES, Results, depth_colors, draw_estimates, new_figure
 from sb3_deepcrl.analysis.runs import Run, config_entry
 from sb3_deepcrl.analysis.statistics import Estimate, final_estimate
 from sb3_deepcrl.analysis.study import Study
@@ -23,6 +23,7 @@ from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
 from sb3_deepcrl.env_ids import find_spec
+from sb3_deepcrl.envs.arguments import default_arguments
 
 
 class _PolicyWithoutNumbers(DeepCRLPolicy):
@@ -124,8 +125,8 @@ class ScaleStudy(Study):
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
-        entry, parameters = config_entry("deepcrl", find_spec(self.env).id), inspect.signature(DeepCRL).parameters
-        return {name: entry.get(name, parameters[name].default) for name in ("width", "batch_size")}
+        values = {**default_arguments(DeepCRL), **config_entry("deepcrl", find_spec(self.env).id)}
+        return {name: values[name] for name in ("width", "batch_size")}
 
     def _run_of(self, size: Size) -> Run:
         # The same as in other studies where it is the same
@@ -182,24 +183,19 @@ class ScaleStudy(Study):
         return {str(size): self._run_of(size) for size in self.sizes}
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        return {
-            str(size): {
-                "role": "; ".join(names),
-                **asdict(size),
-                **{what: self.count(size, what) for what in ("parameters", "operations")},
-            }
-            for size, names in self.sizes.items()
-        }
+        def describe(size: Size) -> dict[str, Any]:
+            return {**asdict(size), **{what: self.count(size, what) for what in ("parameters", "operations")}}
+
+        return {str(size): {"role": "; ".join(names), **describe(size)} for size, names in self.sizes.items()}
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
         pairs = []
         for (depth, match), size in self.matches.items():
             what = "parameters" if match == "parameters" else "operations an update"
             pairs.append((replace(self.shallow, depth=depth), size, f", which has as many {what}"))
-        if len(self.batch_sizes) > 1:
-            for depth in (self.depth, *self.depths):
-                least, most = (Size(depth, self.shallow.width, edge(self.batch_sizes)) for edge in (min, max))
-                pairs.append((most, least, ""))
+        for depth in (self.depth, *self.depths) if len(self.batch_sizes) > 1 else ():
+            least, most = (Size(depth, self.shallow.width, edge(self.batch_sizes)) for edge in (min, max))
+            pairs.append((most, least, ""))
         return [
             f"Time at goal of {size} against {other}{why}: {estimates[str(size)].compare(estimates[str(other)])}."
             for size, other, why in pairs
@@ -225,7 +221,6 @@ class ScaleStudy(Study):
         for ax in axes[0]:
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:.4g}")
-            ax.set_ylim(bottom=0)
-            ax.set_ylabel("time at goal (steps)")
+            ax.set(ylim=(0, None), ylabel=MEASURES["time_at_goal"])
             ax.legend()
         return figure

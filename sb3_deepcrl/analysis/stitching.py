@@ -107,14 +107,13 @@ class StitchingStudy(ComparisonOfDepths):
                 yield {"trained": distance <= self._trained, "distance": distance, **means}
 
         rows = self.measure_models(measure)
+
+        def curves_of(name: str) -> dict[int, np.ndarray]:
+            values = np.reshape([row[name] for row in rows], (len(self.depths), self.seeds, -1))
+            return dict(zip(self.depths, values, strict=True))
+
         # By measure and depth, shape (n_seeds, n_distances)
-        curves = {
-            name: {
-                depth: np.reshape([row[name] for row in rows if row["depth"] == depth], (self.seeds, -1))
-                for depth in self.depths
-            }
-            for name in CURVES
-        }
+        curves = {name: curves_of(name) for name in CURVES}
         table = [
             {
                 "depth": depth,

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
 from sb3_deepcrl.analysis.mazes import MazeMap
-from sb3_deepcrl.analysis.report import Report, Results, depth_table, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.report import STAR, Report, Results, depth_table, new_figure, scores_by_depth
 from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -115,8 +115,7 @@ def plot_value_map(
         part = (slice(step // 2, None, step), slice(step // 2, None, step))
         starts, arrows = (maze.to_picture(array[part][free[part]]) for array in (grid, actions))
         ax.quiver(*starts.T, *arrows.T, angles="xy", color="white", width=0.003)
-    star: dict[str, Any] = dict(marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none")
-    ax.plot(*maze.to_picture(place), label="goal", **star)
+    ax.plot(*maze.to_picture(place), label="goal", markersize=18, **STAR)
     ax.legend(loc="upper right", framealpha=0.9)
     return ax
 
@@ -146,12 +145,8 @@ def _correlate(
 ) -> ValueCorrelation:
     """Correlate values with both distances; pairs without a way (of infinite length) are left out."""
     has_way = np.isfinite(ways)
-    return ValueCorrelation(
-        goal,
-        int(has_way.sum()),
-        maze=rank_correlation(values[has_way], -ways[has_way]),
-        straight=rank_correlation(values[has_way], -lines[has_way]),
-    )
+    maze, straight = (rank_correlation(values[has_way], -lengths[has_way]) for lengths in (ways, lines))
+    return ValueCorrelation(goal, int(has_way.sum()), maze, straight)
 
 
 def value_correlations(
@@ -180,10 +175,11 @@ def value_correlations(
     goals = _check_goals(maze, goals)
     targets = np.concatenate([centers, goals])
     values = np.stack([value_map(model, observation, places, goal)[0] for goal in targets], axis=1)
-    ways, lines = maze.distances(places, targets), cdist(places, targets)
-    n = len(centers)
-    return [_correlate(values[:, :n], ways[:, :n], lines[:, :n])] + [
-        _correlate(values[:, n + i], ways[:, n + i], lines[:, n + i], (float(x), float(y))) for i, (x, y) in enumerate(goals)
+    pairs = np.stack([values, maze.distances(places, targets), cdist(places, targets)])
+    of_all, *of_each = np.split(pairs, np.arange(len(centers), len(targets)), axis=-1)
+    return [
+        _correlate(*of_all),
+        *(_correlate(*of_one, tuple(goal)) for of_one, goal in zip(of_each, goals.tolist(), strict=True)),
     ]
 
 

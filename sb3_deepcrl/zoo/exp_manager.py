@@ -179,10 +179,9 @@ class GoalExperimentManager(ExperimentManager):
             return super().read_hyperparameters()
         self.config = str(self.source.params_path)
         print(f"Loading hyperparameters from: {self.config}")
-        hyperparams = {**self.resumed_config, **(self.custom_hyperparams or {})}
-        if self.env_kwargs:
-            hyperparams["env_kwargs"] = self.env_kwargs
-        saved_hyperparams = OrderedDict((key, hyperparams[key]) for key in sorted(hyperparams))
+        given = {"env_kwargs": self.env_kwargs} if self.env_kwargs else {}
+        hyperparams = {**self.resumed_config, **(self.custom_hyperparams or {}), **given}
+        saved_hyperparams = OrderedDict(sorted(hyperparams.items()))
         pprint(saved_hyperparams)
         return hyperparams, saved_hyperparams
 

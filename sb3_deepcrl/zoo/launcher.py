@@ -136,7 +136,8 @@ def run(script: str, argv: Sequence[str]) -> None:
     """
     end_start()
     sys.argv = [f"sb3-deepcrl {script}", *argv]
-    # What RL Zoo's scripts find under these names when they run: this process is theirs
+    # What RL Zoo's scripts find under these names while they run
+    unsafe_loader = yaml.UnsafeLoader
     vars(yaml).update(UnsafeLoader=RunLoader)
     parsers = SimpleNamespace(ArgumentParser=partial(TrainParser, prog="sb3-deepcrl train"))
     vars(rl_zoo3.train).update(argparse=parsers, ExperimentManager=GoalExperimentManager)
@@ -162,6 +163,8 @@ def run(script: str, argv: Sequence[str]) -> None:
         if (message := f"{error}: {advice}" if advice else describe_input_error(error)) is None:
             raise
         sys.exit(f"sb3-deepcrl {script}: error: {message}")
+    finally:
+        vars(yaml).update(UnsafeLoader=unsafe_loader)
     if numbers:
         # As shells do
         sys.exit(128 + numbers[0])
