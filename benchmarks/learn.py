@@ -16,6 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -37,33 +38,25 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 PARTS = ("simulate", "forward", "replay", "update", "other")
 
 
-class Clock:
-    """Adds up the time spent in functions."""
+def watch(seconds: dict[str, float], part: str, owner: Any, *names: str) -> None:
+    """Let the time of methods count as a part of the seconds from now on."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    def timed(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            seconds[part] += time.perf_counter() - start
 
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """Let the time of a method count as a part."""
-        method: Callable[..., Any] = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self.seconds[part] += time.perf_counter() - start
-
-        setattr(owner, name, timed)
+    for name in names:
+        setattr(owner, name, partial(timed, getattr(owner, name)))
 
 
 def matrix_product_ms(model: DeepCRL, n_updates: int) -> dict[str, float]:
     """Milliseconds that PyTorch's matrix products take in an update, and those of the functions in C++, the kernel."""
-    kernel = load_kernel()
-    clock = Clock()
-    for name in ("tower_forward", "tower_backward", "info_nce"):
-        if kernel is not None:
-            clock.watch(kernel, name, "update")
+    seconds = {"kernel": 0.0}
+    if (kernel := load_kernel()) is not None:
+        watch(seconds, "kernel", kernel, "tower_forward", "tower_backward", "info_nce")
     assert model.replay_buffer is not None
     observations, actions = model.replay_buffer.sample_contrastive(n_updates * model.batch_size)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -72,7 +65,7 @@ def matrix_product_ms(model: DeepCRL, n_updates: int) -> dict[str, float]:
             model._runner.run({key: values[rows] for key, values in observations.items()}, actions[rows])
     events = profiler.key_averages()
     products = sum(event.self_cpu_time_total for event in events if event.key in MATRIX_PRODUCTS) / 1000 / n_updates
-    return {"products": products, "kernel": 1000 * clock.seconds["update"] / n_updates}
+    return {"products": products, "kernel": 1000 * seconds["kernel"] / n_updates}
 
 
 def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
@@ -96,18 +89,17 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
     model.learn(2 * size.batch_size + 4 * SCHEDULE["train_freq"] * N_ENVS, log_interval=None)  # type: ignore[arg-type]
     updates_per_train = SCHEDULE["gradient_steps"]
     n_updates = -(-max(MIN_UPDATES, round(args.seconds / 0.004 / depth)) // updates_per_train) * updates_per_train
-    clock = Clock()
     model.learning_starts = 0
-    clock.watch(env, "step", "simulate")
-    clock.watch(model, "predict", "forward")
-    clock.watch(model.replay_buffer, "add", "replay")
-    clock.watch(model.replay_buffer, "sample_contrastive", "replay")
-    clock.watch(model._runner, "run", "update")
+    seconds = dict.fromkeys(PARTS, 0.0)
+    watch(seconds, "simulate", env, "step")
+    watch(seconds, "forward", model, "predict")
+    watch(seconds, "replay", model.replay_buffer, "add", "sample_contrastive")
+    watch(seconds, "update", model._runner, "run")
     start = time.perf_counter()
     model.learn(n_updates * TRANSITIONS_PER_UPDATE, log_interval=None)  # type: ignore[arg-type]
     total = time.perf_counter() - start
-    clock.seconds["other"] = total - sum(clock.seconds.values())
-    milliseconds = {part: 1000 * seconds / n_updates for part, seconds in {**clock.seconds, "total": total}.items()}
+    seconds |= {"other": total - sum(seconds.values()), "total": total}
+    milliseconds = {part: 1000 * spent / n_updates for part, spent in seconds.items()}
     roof = roof_ms(size, flops_per_second(size, "cpu", getattr(th, args.precision)))
     return {**milliseconds, **matrix_product_ms(model, 8), "roof": roof}
 

@@ -207,7 +207,7 @@ def test_ways_between_the_straight_line_and_the_steps_from_cell_to_cell(name):
 
 def test_no_way_leads_through_walls():
     walls = np.array([[True] * 5, [True, False, True, False, True], [True, True, False, True, True], [True] * 5])
-    maze = MazeMap(walls, 1.0, np.zeros(2), np.array([0.0, 1.0]), np.array([1.0, 0.0]), goals=np.zeros((0, 2)))
+    maze = MazeMap(walls, 1.0, np.zeros(2), np.eye(2), goals=np.zeros((0, 2)))
     free = maze.places()
     # Cells that touch at a corner are not connected
     np.testing.assert_array_equal(np.isfinite(maze.distances(free, free)), np.eye(3, dtype=bool))

@@ -44,14 +44,12 @@ def _make_policy(observation_space: spaces.Dict, action_space: spaces.Box, polic
 
 def count_operations(policy: DeepCRLPolicy, batch_size: int) -> int:
     """
-    Operations of the matrix products in an update: two, a multiplication and an addition, for each row, input and output of
-    a layer, in the forward pass, for the gradients of its inputs and for those of its weights. This is three passes for the
-    actor, for each encoder in the loss of the critic, and two for the encoder of state and action in the loss of the actor,
-    which asks for no gradients of its weights: 11 passes through a hidden layer of width ``W``, with depth ``D`` about
-    ``11 * 2 * D * W^2 * batch_size`` operations. First layers have no gradients of their inputs but for that of the actions.
-    Then there are the products of all representations with each other.
-
-    What is computed a second time to save memory is not counted, nor are layers of features extractors.
+    Operations of the matrix products in an update, two for each row, input and output of a layer, in the forward pass, for
+    the gradients of its inputs and for those of its weights. These are three passes for the actor and for each encoder in
+    the loss of the critic, and two for the encoder of state and action in the loss of the actor: with depth ``D`` and width
+    ``W`` about ``11 * 2 * D * W^2 * batch_size`` operations. First layers have no gradients of their inputs but for that of
+    the actions. Then there are the products of all representations with each other. Features extractors are not counted,
+    nor is what is computed a second time to save memory.
     """
     actor, critic = policy.actor, policy.critic
     passes: list[tuple[nn.Module, int]] = [
