@@ -197,13 +197,13 @@ class CollectorStudy(Study):
         )
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
-        def compare(what: str, first: tuple[int, int], second: tuple[int, int]) -> str:
+        def difference(what: str, first: tuple[int, int], second: tuple[int, int]) -> str:
             one, other = (estimates["collector depth {}, learner depth {}".format(*pair)] for pair in (first, second))
             return f"{what} {self.deep} against {self.shallow}: {one} against {other}, {one.compare(other)}."
 
         return [
-            *(compare(f"From the data of collector {d}, learner", (d, self.deep), (d, self.shallow)) for d in self._depths),
-            *(compare(f"Learner {d}, from the data of collector", (self.deep, d), (self.shallow, d)) for d in self._depths),
+            *(difference(f"From the data of collector {d}, learner", (d, self.deep), (d, self.shallow)) for d in self._depths),
+            *(difference(f"Learner {d}, from the data of collector", (self.deep, d), (self.shallow, d)) for d in self._depths),
         ]
 
     def draw(self, results: Results) -> Figure:

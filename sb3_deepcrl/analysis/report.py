@@ -163,9 +163,8 @@ def draw_learning_curves(results: Results, is_ordered: bool = False) -> Figure:
     """Draw time at goal and success over env steps and over seconds, in shades if the settings have an order."""
     shades = depth_colors(range(len(results)))
     figure, axes = new_figure(2, 2)
-    for column, (over, unit, xlabel) in enumerate(
-        (("timesteps", 1000, "env steps (thousands)"), ("seconds", 1, "CPU seconds")),
-    ):
+    columns = (("timesteps", 1000, "env steps (thousands)"), ("seconds", 1, "CPU seconds"))
+    for column, (over, unit, xlabel) in enumerate(columns):
         for ax, (measure, ylabel) in zip(axes[:, column], MEASURES.items(), strict=True):
             for number, (label, seeds) in enumerate(results.items()):
                 color = shades[number] if is_ordered else f"C{number}"

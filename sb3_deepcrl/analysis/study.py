@@ -3,7 +3,6 @@ What all studies are: settings, each trained with several seeds, and a report of
 """
 
 import ast
-import itertools
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -192,11 +191,11 @@ class Study(ABC):
         """Find a place for the report before hours of training, with a number in its name if another one has other options."""
         path = self.output
         if path is None:
-            path = first = self.runs / f"{self.name}-{find_spec(self.env).id}.md"
-            for number in itertools.count(2):
-                if not path.exists() or f"`{self.command()}`" in path.read_text():
-                    break
-                path = first.with_stem(f"{first.stem}-{number}")
+            name, number = f"{self.name}-{find_spec(self.env).id}", 1
+            path = self.runs / f"{name}.md"
+            while path.exists() and f"`{self.command()}`" not in path.read_text():
+                number += 1
+                path = self.runs / f"{name}-{number}.md"
         elif path.suffix != ".md" or path.is_dir():
             raise ValueError(f"`output` must be a Markdown file, whose name ends in .md, got '{path}'")
         for folder in (self.runs, path.parent):

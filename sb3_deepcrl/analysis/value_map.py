@@ -281,8 +281,7 @@ class ValueMapStudy(ComparisonOfDepths):
         for (name, by_depth), color, style in zip(scores.items(), ("C0", "C1") * 2, ("-", "-", "--", "--"), strict=True):
             means = [interquartile_mean(by_depth[depth]).mean for depth in self.depths]
             ax.plot(range(len(means)), means, style, marker="o", color=color, label=name)
-            for position, depth in enumerate(self.depths):
-                ax.plot([position] * len(by_depth[depth]), by_depth[depth], ".", color=color, alpha=0.6)
+            ax.plot(range(len(means)), [by_depth[depth] for depth in self.depths], ".", color=color, alpha=0.6)
         ax.set(xlabel="depth", ylabel="rank correlation with the value", xlim=(-0.5, len(self.depths) - 0.5))
         ax.set_xticks(range(len(self.depths)), map(str, self.depths))
         ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, handlelength=4)

@@ -282,7 +282,8 @@ class GoalExperimentManager(ExperimentManager):
         if self.save_freq > 0:
             # After the evaluation of the same step, which would be missing if the run was killed in between
             save_freq = max(self.save_freq // self.n_envs, 1)
-            self.callbacks.append(ResumableCheckpointCallback(save_freq, self.save_path, self.save_replay_buffer))
+            checkpoints = ResumableCheckpointCallback(save_freq, self.save_path, save_replay_buffer=self.save_replay_buffer)
+            self.callbacks.append(checkpoints)
 
     def _copy_evaluations(self) -> None:
         """Let the evaluations before and after the stop be one curve, and the best model the best of both."""

@@ -123,5 +123,5 @@ def made_with(
         "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": th.get_num_threads(),
         "precision": "bfloat16" if is_low else "float32",
-        "arguments": json.loads(json.dumps(_arguments(model, hyperparams, envs), default=_plain)),
+        "arguments": json.loads(json.dumps(_arguments(model, hyperparams, envs), default=_plain, skipkeys=True)),
     }
