@@ -22,7 +22,7 @@ from typing import Any
 import torch as th
 from harness import make_parser, measure_apart, medians, write_report
 from torch.profiler import ProfilerActivity, profile
-from update import Size, flops_per_second, roof_ms
+from update import Size, roof_ms
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.tower_kernel import load_kernel
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
     total = time.perf_counter() - start
     seconds |= {"other": total - sum(seconds.values()), "total": total}
     milliseconds = {part: 1000 * spent / n_updates for part, spent in seconds.items()}
-    roof = roof_ms(size, flops_per_second(size, "cpu", getattr(th, args.precision)))
+    roof = roof_ms(size, "cpu", getattr(th, args.precision))
     return {**milliseconds, **matrix_product_ms(model, 8), "roof": roof}
 
 

@@ -189,11 +189,13 @@ def jax_update(size: Size, observations: dict[str, np.ndarray], actions: np.ndar
     return update
 
 
-def flops_per_second(size: Size, device: str, dtype: th.dtype) -> float:
-    """Rate of a layer's three matrix products: its output, the gradients of its input and of its weights."""
-    _, width, batch_size = size
-    x, g = (th.randn(batch_size, width, dtype=dtype, device=device) for _ in range(2))
-    w = th.randn(width, width, dtype=dtype, device=device)
+def roof_ms(size: Size, device: str, dtype: th.dtype) -> float:
+    """
+    Milliseconds that the matrix products of the blocks alone take in an update, at the rate of a layer's three: its output,
+    the gradients of its input and those of its weights.
+    """
+    x, g = (th.randn(size.batch_size, size.width, dtype=dtype, device=device) for _ in range(2))
+    w = th.randn(size.width, size.width, dtype=dtype, device=device)
 
     def products() -> None:
         for _ in range(20):
@@ -202,12 +204,8 @@ def flops_per_second(size: Size, device: str, dtype: th.dtype) -> float:
             g.T @ x
 
     products()
-    return 20 * 3 * 2 * batch_size * width**2 / statistics.median(seconds_of(products, device, 0.3, 5))
-
-
-def roof_ms(size: Size, rate: float) -> float:
-    """Milliseconds that the matrix products of the blocks take in an update, at a rate in operations per second."""
-    return 1000 * PASSES * 2 * size.depth * size.width**2 * size.batch_size / rate
+    product_ms = 1000 * statistics.median(seconds_of(products, device, 0.3, 5)) / 20 / 3
+    return PASSES * size.depth * product_ms
 
 
 def make_update(mode: str, size: Size, device: str, env: VecEnv) -> Callable[[], object]:
@@ -239,12 +237,12 @@ def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]
     seconds_of(update, args.device, 0.0, 1)
     start_up = time.perf_counter() - start
     seconds_of(update, args.device, 0.0, 1 if size.depth >= 256 else 5)
-    roofs = [flops_per_second(size, args.device, dtype)]
+    roofs = [roof_ms(size, args.device, dtype)]
     seconds = seconds_of(update, args.device, args.seconds, 2)
-    roofs.append(flops_per_second(size, args.device, dtype))
+    roofs.append(roof_ms(size, args.device, dtype))
     is_cuda = args.device == "cuda"
     kibibytes = th.cuda.max_memory_allocated() / 2**10 if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    milliseconds = {"ms": 1000 * statistics.median(seconds), "roof_ms": roof_ms(size, statistics.mean(roofs))}
+    milliseconds = {"ms": 1000 * statistics.median(seconds), "roof_ms": statistics.mean(roofs)}
     return {**milliseconds, "start_up": start_up, "memory": kibibytes / 2**20}
 
 
