@@ -179,7 +179,7 @@ def value_correlations(
     of_all, *of_each = np.split(pairs, np.arange(len(centers), len(targets)), axis=-1)
     return [
         _correlate(*of_all),
-        *(_correlate(*of_one, tuple(goal)) for of_one, goal in zip(of_each, goals.tolist(), strict=True)),
+        *(_correlate(of_one[0], of_one[1], of_one[2], (x, y)) for of_one, (x, y) in zip(of_each, goals.tolist(), strict=True)),
     ]
 
 

@@ -173,7 +173,8 @@ def run(script: str, argv: Sequence[str]) -> None:
 def main(others: Mapping[str, Callable[[Sequence[str]], None]] | None = None) -> None:
     """Run the script that the first argument of the command line names, or one of the other commands."""
     end_start()
-    commands = {**{script: partial(run, script) for script in SCRIPTS}, **(others or {})}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {script: partial(run, script) for script in SCRIPTS}
+    commands |= others or {}
     parser = argparse.ArgumentParser(prog="sb3-deepcrl", description="RL Zoo's scripts with DeepCRL. Each has its own --help.")
     parser.add_argument("--version", action="version", version=f"sb3-deepcrl {sb3_deepcrl.__version__}")
     parser.add_argument("script", choices=commands)

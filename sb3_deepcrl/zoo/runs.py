@@ -201,7 +201,7 @@ class RunFolder:
         if (path := self.model_path) is None:
             raise ValueError(f"There is no model in {self.path}, neither a final one nor a checkpoint (`--save-freq`)")
         # Without an env it needs no place to store transitions
-        small = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
+        small: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
         return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=small if env is None else None)
 
     def make_env(self) -> VecEnv:
