@@ -159,8 +159,7 @@ def run(script: str, argv: Sequence[str]) -> None:
         if not numbers:
             raise
     except Exception as error:
-        advice = how_to_write(error, argv)
-        if (message := f"{error}: {advice}" if advice else describe_input_error(error)) is None:
+        if (message := describe_input_error(error) or how_to_write(error, argv)) is None:
             raise
         sys.exit(f"sb3-deepcrl {script}: error: {message}")
     finally:
