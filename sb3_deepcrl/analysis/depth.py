@@ -1,13 +1,12 @@
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
+
+from matplotlib.figure import Figure
 
 from sb3_deepcrl.analysis.report import Results, draw_learning_curves
 from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import Estimate, critical_depth
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(kw_only=True)
@@ -40,7 +39,7 @@ class DepthStudy(ComparisonOfDepths):
     def _label(part: str, depth: int) -> str:
         return f"depth {depth}" if part == "both" else f"{part} depth {depth}"
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         return draw_learning_curves(results, is_ordered=True)
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
