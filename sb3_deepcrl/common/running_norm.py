@@ -2,6 +2,7 @@
 Running normalization of the observations of a goal-conditioned env, inside a policy.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -68,19 +69,19 @@ class RunningNorm(nn.Module):
     def forward(self, observations: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
         """Normalize observations, arrays of shape ``(batch_size, ...)`` by key; any of the keys may be missing."""
         normalized = dict(observations)
+        # Nothing to clip by before the first update
+        limit = th.where(self.count > 0, CLIP, math.inf).to(th.float32)
         for key, values in observations.items():
-            source = "achieved_goal" if key == "desired_goal" else key
-            if source not in self.columns:
-                continue
-            columns, shape = self.columns[source], self.shapes[source]
-            std = self.var[columns].sqrt()
-            if source == "achieved_goal":
-                std = std.amax().expand_as(std)
-            scale = th.where(std < MIN_STD, 1.0, std.reciprocal())
-            centered = values - self.mean[columns].to(th.float32).reshape(shape)
-            normalized[key] = centered * scale.to(th.float32).reshape(shape)
-            if source != "achieved_goal":
-                normalized[key] = normalized[key].clamp(-CLIP, CLIP)
+            is_goal = key in ("achieved_goal", "desired_goal")
+            source = "achieved_goal" if is_goal else key
+            if source in self.columns:
+                mean, var = self.mean[self.columns[source]], self.var[self.columns[source]]
+                if is_goal:
+                    var = var.amax().expand_as(var)
+                scale = th.where(var > MIN_STD**2, var.rsqrt(), 1.0)
+                mean, scale = (statistic.to(th.float32).reshape(self.shapes[source]) for statistic in (mean, scale))
+                scaled = (values - mean) * scale
+                normalized[key] = scaled if is_goal else scaled.clamp(-limit, limit)
         return normalized
 
     def add(self, observations: Mapping[str, Any]) -> None:
