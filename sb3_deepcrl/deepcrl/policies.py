@@ -17,7 +17,7 @@ from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
 from sb3_deepcrl.common.tower_kernel import apply_heads, has_kernel
-from sb3_deepcrl.common.utils import check_bool, check_choice, check_depth, check_policy_kwargs, check_positive_int
+from sb3_deepcrl.common.utils import check_choice, check_depth, check_positive_int
 
 # Range of the log standard deviation before squashing
 LOG_STD_MAX = 2
@@ -47,15 +47,6 @@ def check_observation_space(observation_space: spaces.Space | None) -> None:
         )
 
 
-def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict, spaces.Dict]:
-    """
-    Split a goal-conditioned observation space into those of state and goal. The achieved goal belongs to the state: some envs
-    give the position of the robot nowhere else (AntMaze).
-    """
-    state = {key: space for key, space in observation_space.spaces.items() if key != GOAL_KEY}
-    return spaces.Dict(state), spaces.Dict({GOAL_KEY: observation_space.spaces[GOAL_KEY]})
-
-
 class Actor(CheckedPolicy):
     """
     Actor network (policy) for DeepCRL: a residual tower from state and goal to a squashed diagonal Gaussian.
@@ -63,7 +54,6 @@ class Actor(CheckedPolicy):
     :param observation_space: Observation space
     :param action_space: Action space
     :param features_extractor: Network to extract features of state and goal
-    :param features_dim: Number of features
     :param tower_kwargs: Keyword arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
     :param normalize_images: Whether to divide images by 255
     :param normalizer: What normalizes the observations before anything else, if they are normalized
@@ -75,8 +65,7 @@ class Actor(CheckedPolicy):
         self,
         observation_space: spaces.Dict,
         action_space: spaces.Box,
-        features_extractor: nn.Module,
-        features_dim: int,
+        features_extractor: BaseFeaturesExtractor,
         tower_kwargs: dict[str, Any],
         normalize_images: bool = True,
         normalizer: RunningNorm | None = None,
@@ -84,23 +73,21 @@ class Actor(CheckedPolicy):
         super().__init__(
             observation_space,
             action_space,
-            features_extractor=features_extractor,  # type: ignore[arg-type]
+            features_extractor=features_extractor,
             normalize_images=normalize_images,
             squash_output=True,
         )
-        self.features_dim = features_dim
         self.tower_kwargs = tower_kwargs
         self.normalizer = normalizer
 
         action_dim = get_action_dim(self.action_space)
-        self.tower = ResidualTower(features_dim, None, **tower_kwargs)
+        self.tower = ResidualTower(features_extractor.features_dim, None, **tower_kwargs)
         self.mu = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
         self.log_std = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        names = ("features_extractor", "features_dim", "tower_kwargs", "normalizer")
-        return {**data, **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in ("features_extractor", "tower_kwargs", "normalizer")}
+        return {**super()._get_constructor_parameters(), **own}
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         normalized = obs if self.normalizer is None else self.normalizer(obs)
@@ -158,10 +145,7 @@ class ContrastiveCritic(BaseModel):
         normalizer: RunningNorm | None = None,
     ):
         super().__init__(
-            observation_space,
-            action_space,
-            features_extractor=features_extractor,
-            normalize_images=normalize_images,
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
         self.goal_features_extractor = goal_features_extractor
         self.repr_dim = repr_dim
@@ -174,9 +158,8 @@ class ContrastiveCritic(BaseModel):
         self.g_encoder = ResidualTower(goal_features_extractor.features_dim, repr_dim, **tower_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
         names = ("features_extractor", "goal_features_extractor", "repr_dim", "energy", "tower_kwargs", "normalizer")
-        return {**data, **{name: getattr(self, name) for name in names}}
+        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         normalized = obs if self.normalizer is None else self.normalizer(obs)
@@ -265,25 +248,17 @@ class DeepCRLPolicy(CheckedPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         **sac_kwargs: Any,
     ):
-        check_policy_kwargs(
-            dict(
-                features_extractor_class=features_extractor_class,
-                features_extractor_kwargs=features_extractor_kwargs,
-                optimizer_class=optimizer_class,
-                optimizer_kwargs=optimizer_kwargs,
-            )
-        )
         if features_extractor_class in (FlattenExtractor, NatureCNN):
             raise ValueError(
                 f"`features_extractor_class={features_extractor_class.__name__}` does not know Dict observations: "
                 "use `CombinedExtractor` or a class of your own"
             )
-        check_bool(normalize_images, "normalize_images")
+        check_choice(normalize_images, (True, False), "normalize_images")
         super().__init__(
             observation_space,
             action_space,
-            features_extractor_class,
-            features_extractor_kwargs,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
             squash_output=True,
@@ -303,7 +278,7 @@ class DeepCRLPolicy(CheckedPolicy):
                 "does not use: its networks are residual towers, set by `depth` and `width`, with one critic and no gSDE"
             )
 
-        self.normalize_observations = check_bool(normalize_observations, "normalize_observations")
+        self.normalize_observations = check_choice(normalize_observations, (True, False), "normalize_observations")
         self.depth = depth
         self.actor_depth = actor_depth
         self.critic_depth = critic_depth
@@ -316,43 +291,35 @@ class DeepCRLPolicy(CheckedPolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        optimizer_kwargs = dict(self.optimizer_kwargs)
+        optimizer_kwargs = self.optimizer_kwargs
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in optimizer_kwargs:
             # One kernel for all parameters
-            optimizer_kwargs.setdefault("fused", True)
+            optimizer_kwargs = {"fused": True, **optimizer_kwargs}
         self.actor = self.make_actor()
         self.critic = self.make_critic()
         for network in (self.actor, self.critic):
             network.optimizer = self.optimizer_class(network.parameters(), lr=lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data |= {name: getattr(self, name) for name in ("depth", "actor_depth", "critic_depth", "repr_dim", "energy")}
-        data["normalize_observations"] = self.normalize_observations
-        data.update(
-            **self.tower_kwargs,
-            lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
-            optimizer_class=self.optimizer_class,
-            optimizer_kwargs=self.optimizer_kwargs,
-            features_extractor_class=self.features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
-        )
-        return data
+        names = ["depth", "actor_depth", "critic_depth", "repr_dim", "energy", "optimizer_class", "optimizer_kwargs"]
+        names += ["features_extractor_class", "features_extractor_kwargs", "normalize_observations"]
+        data = {name: getattr(self, name) for name in names}
+        # dummy lr schedule, not needed for loading policy alone
+        data["lr_schedule"] = self._dummy_schedule
+        return {**super()._get_constructor_parameters(), **data, **self.tower_kwargs}
 
-    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+    def make_actor(self) -> Actor:
         """Make an actor."""
-        actor_kwargs = dict(
-            observation_space=self.observation_space,
-            action_space=self.action_space,
-            tower_kwargs={"depth": self.actor_depth or self.depth, **self.tower_kwargs},
-            normalize_images=self.normalize_images,
-            normalizer=RunningNorm(self.observation_space) if self.normalize_observations else None,
-        )
-        return Actor(**self._update_features_extractor(actor_kwargs, features_extractor)).to(self.device)
+        tower_kwargs = {"depth": self.actor_depth or self.depth, **self.tower_kwargs}
+        actor_args = (self.observation_space, self.action_space, self.make_features_extractor(), tower_kwargs)
+        normalizer = RunningNorm(self.observation_space) if self.normalize_observations else None
+        return Actor(*actor_args, self.normalize_images, normalizer).to(self.device)  # type: ignore[arg-type]
 
     def make_critic(self) -> ContrastiveCritic:
-        """Make a critic, with features extractors of its own for state and goal and the normalization of the actor."""
-        state_space, goal_space = split_observation_space(self.observation_space)
+        """Make a critic, with features extractors of its own for state and goal, and the normalization of the actor."""
+        # The achieved goal belongs to the state: some envs give the position of the robot nowhere else (AntMaze)
+        state_space = spaces.Dict({key: space for key, space in self.observation_space.spaces.items() if key != GOAL_KEY})
+        goal_space = spaces.Dict({GOAL_KEY: self.observation_space.spaces[GOAL_KEY]})
         return ContrastiveCritic(
             self.observation_space,
             self.action_space,  # type: ignore[arg-type]
@@ -390,12 +357,6 @@ class DeepCRLPolicy(CheckedPolicy):
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can neither be copied nor pickled
         return {**super().__getstate__(), "_graphed_actors": None}
-
-    def set_training_mode(self, mode: bool) -> None:
-        """Put the policy in either training or evaluation mode, which affects batch normalization and dropout."""
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-        self.training = mode
 
 
 MultiInputPolicy = DeepCRLPolicy
