@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import mujoco
 import numpy as np
 
@@ -5,6 +7,12 @@ from sb3_deepcrl.envs.robot import DISABLED_SOLVER_PARTS, Robot, State, gymnasiu
 
 # Torque limit of the motors as a share of their gear, Gymnasium's ctrlrange
 CTRL_LIMIT = 0.4
+# In the released code's physics the rotation of each joint is damped (constraint_ang_damping of its humanoid.xml, in Nms) and
+# without a spring, each link has the same moment of inertia (spring_inertia_scale, in kg m^2), and there is one gear for the 11
+# motors of trunk and legs and another one for the 6 of the arms. With Gymnasium's, random actions throw the humanoid down three
+# times sooner, and hardly move it.
+JOINT_DAMPING, LINK_INERTIA = 30.0, 1.0
+GEARS = [350.0] * 11 + [100.0] * 6
 # The released code steps the humanoid at 0.015 s in mazes, but at 0.03 s on the open field
 FIELD_FRAME_SKIP = 10
 # MuJoCo's bodies that have no joint of their own: rigid parts of their parents, which already stand for them
@@ -13,16 +21,17 @@ WELDED = ("right_foot", "left_foot")
 
 class Humanoid(Robot):
     """
-    Gymnasium's humanoid with the contacts, integrator and thresholds of the paper's humanoid tasks.
+    Gymnasium's humanoid with the joints, motors, inertia, contacts, integrator and thresholds of the paper's humanoid tasks.
 
     Observation (246): position xyz, quaternion, 17 joint angles, linear and angular velocity, 17 joint velocities,
     MuJoCo's center-of-mass based inertia (10) and velocity (6) of each of the 11 moving bodies, actuator forces on all
-    23 degrees of freedom. Inertia and velocity rows are those of the last physics step, one time step before the rest, as in
-    Gymnasium's humanoid. Nothing in it depends on the goal: the released code's 268 numbers also hold the goal's position.
+    23 degrees of freedom as shares of their limits. Inertia and velocity rows are those of the last physics step, one time step
+    before the rest, as in Gymnasium's humanoid. Nothing in it depends on the goal: the released code's 268 numbers also hold
+    the goal's position.
     Action (17): motor torque as a share of its limit. Goal (3): x, y and z of the torso, with z fixed at 1.25 m.
     A control step in a maze is 0.015 s: 5 Euler steps of 0.003 s; on the open field it is twice as long.
 
-    Bodies touch floor and walls but not each other. The motors have Gymnasium's gears.
+    Bodies touch floor and walls but not each other.
     """
 
     name = "humanoid"
@@ -40,6 +49,10 @@ class Humanoid(Robot):
     radius = 0.4
     follow_body = "torso"
     follow_distance = 5.0
+    #: Whether joints, gears and moments of inertia are those of Gymnasium's model
+    gymnasium_physics: ClassVar[bool] = False
+    #: Whether actuator forces are observed in Nm. They then outweigh all the rest, as in the released code
+    forces_in_nm: ClassVar[bool] = False
 
     def __init__(self, on_field: bool = False):
         super().__init__(on_field)
@@ -53,7 +66,7 @@ class Humanoid(Robot):
         # A motor drives one joint, so the actuator force on that degree of freedom is its gear times its control
         driven = [model.joint(model.actuator_trnid[k, 0]).dofadr[0] for k in range(model.nu)]
         self._force_columns = 223 + np.array(driven)
-        self.gear = model.actuator_gear[:, 0].copy()
+        self._force_scale = model.actuator_gear[:, 0] if self.forces_in_nm else 1 / CTRL_LIMIT
 
     def make_spec(self) -> mujoco.MjSpec:
         spec = gymnasium_spec("humanoid.xml")
@@ -65,6 +78,8 @@ class Humanoid(Robot):
             geom.contype, geom.conaffinity = (0, 1) if geom.name == "floor" else (1, 0)
             geom.condim = 3
             geom.margin = 0
+        if not self.gymnasium_physics:
+            _set_physics(spec)
         return spec
 
     def home(self) -> np.ndarray:
@@ -83,8 +98,35 @@ class Humanoid(Robot):
         for place, bodies in self._runs:
             inertia[:, place] = state["cinert"][:, bodies]
             velocity[:, place] = state["cvel"][:, bodies]
-        observation[:, self._force_columns] = self.gear * state["ctrl"]
+        observation[:, self._force_columns] = self._force_scale * state["ctrl"]
         return observation
 
     def control(self, actions: np.ndarray) -> np.ndarray:
         return CTRL_LIMIT * actions
+
+
+class GymnasiumHumanoid(Humanoid):
+    """The humanoid with the joints, gears and moments of inertia of Gymnasium's model."""
+
+    name = "humanoid_gymnasium"
+    gymnasium_physics = True
+
+
+class UnscaledHumanoid(Humanoid):
+    """The humanoid with actuator forces in Nm in its observation."""
+
+    name = "humanoid_unscaled"
+    forces_in_nm = True
+
+
+def _set_physics(spec: mujoco.MjSpec) -> None:
+    model = spec.compile()
+    for motor, gear in zip(spec.actuators, GEARS, strict=True):
+        joint = spec.joint(motor.target)
+        motor.gear[0], joint.damping, joint.stiffness = gear, [JOINT_DAMPING, 0, 0], [0, 0, 0]
+    # Gymnasium's model takes inertia from shapes even where a body has its own
+    spec.compiler.inertiafromgeom = int(mujoco.mjtInertiaFromGeom.mjINERTIAFROMGEOM_AUTO)
+    for body in spec.bodies:
+        if body.id > 0 and body.name not in WELDED:
+            body.explicitinertial, body.inertia, body.iquat = True, [LINK_INERTIA] * 3, [1, 0, 0, 0]
+            body.mass, body.ipos = model.body_mass[body.id], model.body_ipos[body.id]
