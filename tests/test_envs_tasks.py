@@ -16,6 +16,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from benchmarks.envs import RELEASED, behavior, seeded_simulation
 from sb3_deepcrl import envs
 from sb3_deepcrl.envs import BatchVecEnv, GoalEnv, register_envs
 from sb3_deepcrl.envs.registration import ENV_TABLE
@@ -183,8 +184,8 @@ ARM_SOLVER = ("IMPLICITFAST", 6, 12, 0.002)
 
 @pytest.mark.parametrize("env_id, solver, torques, damping", [
     ("PointUMaze-v0", ("EULER", 4, 50, 0.025, 1), [16] * 2, 4),
-    ("AntU4Maze-v0", ANT_SOLVER, [150] * 8, 1),
-    ("AntGoal-v0", ANT_SOLVER, [150] * 8, 1),
+    ("AntU4Maze-v0", ANT_SOLVER, [150] * 8, 10),
+    ("AntGoal-v0", ANT_SOLVER, [150] * 8, 10),
     ("HumanoidUMaze-v0", HUMANOID_SOLVER, HUMANOID_TORQUES, 30),
     ("HumanoidGoal-v0", HUMANOID_SOLVER, HUMANOID_TORQUES, 30),
     ("ArmPushEasy-v0", (*ARM_SOLVER, 1), None, None),
@@ -278,6 +279,7 @@ def test_masses():
     ant = gym.make("AntU4Maze-v0").unwrapped.task.model
     links = np.bincount(ant.body_weldid, weights=ant.body_mass)
     np.testing.assert_allclose(links[links > 0], np.ones(9))
+    np.testing.assert_array_equal(ant.body_inertia[ant.body_dofnum > 0], np.ones((9, 3)))
     assert gym.make("HumanoidGoal-v0").unwrapped.task.model.body_mass.sum() == pytest.approx(42.1, abs=0.05)
 
 
@@ -493,7 +495,7 @@ def test_start_noise():
     assert np.abs(flat).max(axis=0).min() > 0.095
     np.testing.assert_allclose(np.linalg.norm(observation[:, 3:7], axis=1), 1, atol=1e-6)
     assert np.abs(noise[:, 3:7]).max() > 0.05
-    # The lowest foot stands on the floor where the noise pushed it through, which is nearly everywhere, and hangs above it elsewhere
+    # The lowest foot stands on the floor where the noise pushed it through, as nearly everywhere, and hangs above it elsewhere
     feet = [simulation.task.model.geom(f"foot_{k}").id for k in range(1, 5)]
     heights = np.array([simulation.data(i).geom_xpos[feet, 2].min() - 0.08 for i in range(500)])
     lifted = heights < 1e-9
@@ -622,6 +624,23 @@ def test_falling_terminates():
     while not env.step(np.zeros(17, dtype=np.float32))[2]:
         shorter += 1
     assert shorter < steps
+
+
+@pytest.mark.parametrize("env_id", ["AntGoal-v0", "AntUMaze-v0", "HumanoidGoal-v0", "HumanoidUMaze-v0"])
+def test_robots_move_like_those_of_the_released_code(env_id):
+    steps, fallen, distance, velocity = behavior(env_id, "random")
+    expected = RELEASED[env_id, "random"]
+    assert (steps, distance, velocity) == pytest.approx((expected[0], *expected[2:]), rel=0.2)
+    assert fallen == pytest.approx(expected[1], abs=3)
+    assert behavior(env_id, "idle")[0] == pytest.approx(RELEASED[env_id, "idle"][0], rel=0.2)
+
+
+@pytest.mark.parametrize("env_id", [env_id for env_id, kwargs in ENV_TABLE.items() if kwargs["robot"] == "ant"])
+def test_no_idle_ant_dies(env_id):
+    """With feet in the floor, every sixth was thrown out of its healthy range."""
+    simulation = seeded_simulation(env_id, 256, 1)
+    for _ in range(60):
+        assert not simulation.step(np.zeros((256, 8))).terminated.any()
 
 
 def test_time_limit():

@@ -3,20 +3,17 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 
-from sb3_deepcrl.envs.robot import DISABLED_SOLVER_PARTS, Robot, State, gymnasium_spec
+from sb3_deepcrl.envs.robot import DISABLED_SOLVER_PARTS, Robot, State, gymnasium_spec, set_link_inertia
 
 # Torque limit of the motors as a share of their gear, Gymnasium's ctrlrange
 CTRL_LIMIT = 0.4
-# In the released code's physics the rotation of each joint is damped (constraint_ang_damping of its humanoid.xml, in Nms) and
-# without a spring, each link has the same moment of inertia (spring_inertia_scale, in kg m^2), and there is one gear for the 11
-# motors of trunk and legs and another one for the 6 of the arms. With Gymnasium's, random actions throw the humanoid down three
-# times sooner, and hardly move it.
-JOINT_DAMPING, LINK_INERTIA = 30.0, 1.0
+# The released code's physics damps the rotation of each joint (constraint_ang_damping of its humanoid.xml, in Nms) and has no
+# springs; 11 motors move trunk and legs, 6 the arms. With Gymnasium's joints, gears and inertia random actions throw the
+# humanoid down three times sooner, and hardly move it.
+JOINT_DAMPING = 30.0
 GEARS = [350.0] * 11 + [100.0] * 6
 # The released code steps the humanoid at 0.015 s in mazes, but at 0.03 s on the open field
 FIELD_FRAME_SKIP = 10
-# MuJoCo's bodies that have no joint of their own: rigid parts of their parents, which already stand for them
-WELDED = ("right_foot", "left_foot")
 
 
 class Humanoid(Robot):
@@ -25,9 +22,9 @@ class Humanoid(Robot):
 
     Observation (246): position xyz, quaternion, 17 joint angles, linear and angular velocity, 17 joint velocities,
     MuJoCo's center-of-mass based inertia (10) and velocity (6) of each of the 11 moving bodies, actuator forces on all
-    23 degrees of freedom as shares of their limits. Inertia and velocity rows are those of the last physics step, one time step
-    before the rest, as in Gymnasium's humanoid. Nothing in it depends on the goal: the released code's 268 numbers also hold
-    the goal's position.
+    23 degrees of freedom as shares of their limits. Inertia and velocity rows are those of the last physics step, one time
+    step before the rest, as in Gymnasium's humanoid. Nothing in it depends on the goal: the released code's 268 numbers also
+    hold the goal's position.
     Action (17): motor torque as a share of its limit. Goal (3): x, y and z of the torso, with z fixed at 1.25 m.
     A control step in a maze is 0.015 s: 5 Euler steps of 0.003 s; on the open field it is twice as long.
 
@@ -59,7 +56,8 @@ class Humanoid(Robot):
         if on_field:
             self.frame_skip = FIELD_FRAME_SKIP
         model = self.make_spec().compile()
-        self.bodies = [i for i in range(1, model.nbody) if model.body(i).name not in WELDED]
+        # The feet have no joint: they are rigid parts of the shins, which stand for them
+        self.bodies = np.flatnonzero(model.body_dofnum).tolist()
         # The same as runs of neighbors, which are copied faster than single bodies: place in the observation, and bodies
         runs = np.split(np.arange(11), np.flatnonzero(np.diff(self.bodies) > 1) + 1)
         self._runs = [(slice(r[0], r[-1] + 1), slice(self.bodies[r[0]], self.bodies[r[-1]] + 1)) for r in runs]
@@ -79,7 +77,10 @@ class Humanoid(Robot):
             geom.condim = 3
             geom.margin = 0
         if not self.gymnasium_physics:
-            _set_physics(spec)
+            for motor, gear in zip(spec.actuators, GEARS, strict=True):
+                joint = spec.joint(motor.target)
+                motor.gear[0], joint.damping, joint.stiffness = gear, [JOINT_DAMPING, 0, 0], [0, 0, 0]
+            set_link_inertia(spec)
         return spec
 
     def home(self) -> np.ndarray:
@@ -117,16 +118,3 @@ class UnscaledHumanoid(Humanoid):
 
     name = "humanoid_unscaled"
     forces_in_nm = True
-
-
-def _set_physics(spec: mujoco.MjSpec) -> None:
-    model = spec.compile()
-    for motor, gear in zip(spec.actuators, GEARS, strict=True):
-        joint = spec.joint(motor.target)
-        motor.gear[0], joint.damping, joint.stiffness = gear, [JOINT_DAMPING, 0, 0], [0, 0, 0]
-    # Gymnasium's model takes inertia from shapes even where a body has its own
-    spec.compiler.inertiafromgeom = int(mujoco.mjtInertiaFromGeom.mjINERTIAFROMGEOM_AUTO)
-    for body in spec.bodies:
-        if body.id > 0 and body.name not in WELDED:
-            body.explicitinertial, body.inertia, body.iquat = True, [LINK_INERTIA] * 3, [1, 0, 0, 0]
-            body.mass, body.ipos = model.body_mass[body.id], model.body_ipos[body.id]

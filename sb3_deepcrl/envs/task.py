@@ -28,8 +28,8 @@ class GoalTask:
     The law of a goal-reaching task, written once for any number of environments: model, spaces, start, goal, success,
     termination and reward. ``GoalEnv`` and ``BatchVecEnv`` are its two faces.
 
-    :param robot: "point", "ant", "humanoid" or "arm". "humanoid_gymnasium" has the joints, gears and inertia of Gymnasium's model
-        instead of the released code's, "humanoid_unscaled" observes actuator forces in Nm, as the released code does
+    :param robot: "point", "ant", "humanoid" or "arm". "humanoid_gymnasium" has the joints, gears and inertia of Gymnasium's
+        model instead of the released code's, "humanoid_unscaled" observes actuator forces in Nm, as the released code does
     :param maze: Name of a maze, or a maze as text (one string a row, see ``layouts``). None puts the ant and the humanoid
         on an open field
     :param table: What the arm works on: "push_easy", "push_hard" or "binpick_hard". For the arm only
