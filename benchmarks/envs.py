@@ -14,11 +14,6 @@ With ``--stability`` nothing is timed: 1,000 episodes of random actions a robot 
 simulations are counted. None is expected::
 
     python benchmarks/envs.py --stability
-
-With ``--robots`` nothing is timed either: robots that act at random or not at all are set beside those of the paper's released
-code::
-
-    python benchmarks/envs.py --robots
 """
 
 import argparse
@@ -49,20 +44,6 @@ gym.register_envs(gymnasium_robotics)
 
 REFERENCE = "AntMaze_UMaze-v5"
 PACKAGES = ("mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "numpy")
-# Tasks whose robots are set beside those of the released code, and the env steps after which they are
-ROBOTS = {"AntGoal-v0": 100, "AntUMaze-v0": 100, "HumanoidGoal-v0": 300, "HumanoidUMaze-v0": 300}
-BEHAVIOR = ("steps up", "fallen within 60 steps (%)", "distance (m)", "joint velocity (rad/s)")
-# behavior() of 128 robots of the released code (commit 8516075 of scaling-crl with the physics of brax 0.10.1)
-RELEASED: dict[tuple[str, str], tuple[float, ...]] = {
-    ("AntGoal-v0", "random"): (100.0, 0.0, 1.44, 3.51),
-    ("AntGoal-v0", "idle"): (100.0, 0.0, 0.0772, 0.145),
-    ("AntUMaze-v0", "random"): (99.9, 0.0, 1.05, 3.50),
-    ("AntUMaze-v0", "idle"): (100.0, 0.0, 0.0772, 0.145),
-    ("HumanoidGoal-v0", "random"): (40.3, 97.7, 0.510, 1.43),
-    ("HumanoidGoal-v0", "idle"): (54.0, 100.0, 0.793, 0.109),
-    ("HumanoidUMaze-v0", "random"): (88.8, 0.8, 0.566, 1.20),
-    ("HumanoidUMaze-v0", "idle"): (107.0, 0.0, 0.769, 0.115),
-}
 # Steps between two snapshots of running episodes that the ceiling is measured on
 SNAPSHOT_EVERY, N_SNAPSHOTS = 5, 8
 
@@ -125,41 +106,13 @@ def measure(env_id: str, n_envs: int, arguments: argparse.Namespace) -> dict[str
     return rates
 
 
-def seeded_simulation(env_id: str, n_envs: int, n_threads: int) -> Simulation:
-    """Simulations in their first episode, with seeds from 0 on."""
-    simulation = Simulation(GoalTask(**gym.spec(env_id).kwargs), n_envs, n_threads)
+def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[int, int, int, int]:
+    """Number of episodes, env steps, warnings of MuJoCo and diverged simulations; each episode is run to its end."""
+    spec = gym.spec(env_id)
+    simulation = Simulation(GoalTask(**spec.kwargs), n_envs, n_threads)
     for i in range(n_envs):
         simulation.seed(i, np.random.default_rng(i))
     simulation.reset(np.arange(n_envs))
-    return simulation
-
-
-def behavior(env_id: str, actions: str, n_robots: int = 256) -> tuple[float, ...]:
-    """
-    Means of the quantities named in ``BEHAVIOR``, of robots with "random" actions, uniform in [-1, 1], or "idle", each up to its
-    fall or for ``ROBOTS[env_id]`` steps. The distance is that from the start at the end, the joint velocity a root mean square.
-    """
-    simulation, rng = seeded_simulation(env_id, n_robots, 1), np.random.default_rng(0)
-    qpos, qvel = simulation.batch.bind("qpos"), simulation.batch.bind("qvel")
-    start, up = qpos[:, :2].copy(), np.ones(n_robots, dtype=bool)
-    steps, distance, squares = np.zeros(n_robots), np.zeros(n_robots), []
-    for _ in range(ROBOTS[env_id]):
-        force = rng.uniform(-1, 1, (n_robots, simulation.task.robot.action_dim))
-        terminated = simulation.step(force if actions == "random" else 0 * force).terminated
-        steps += up
-        distance[up] = np.linalg.norm(qpos[up, :2] - start[up], axis=1)
-        up &= ~terminated
-        squares.append(qvel[up, 6:] ** 2)
-        if not up.any():
-            break
-    early = 100 * (~up & (steps <= 60)).mean()
-    return steps.mean(), early, distance.mean(), np.concatenate(squares).mean() ** 0.5
-
-
-def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[int, int, int, int]:
-    """Number of episodes, env steps, warnings of MuJoCo and diverged simulations; each episode is run to its end."""
-    simulation = seeded_simulation(env_id, n_envs, n_threads)
-    max_episode_steps = gym.spec(env_id).max_episode_steps
     rng = np.random.default_rng(n_envs)
     # The first episodes to end are the short ones, so each environment runs the same number of episodes
     left = np.full(n_envs, -(-episodes // n_envs))
@@ -172,7 +125,7 @@ def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[
         steps += int(running.sum())
         # Counted here, as the reset clears the warnings
         n_warnings += int(simulation.batch.warning[running, :, 1].sum())
-        done = result.terminated | result.diverged | (lengths == max_episode_steps)
+        done = result.terminated | result.diverged | (lengths == spec.max_episode_steps)
         finished += int((done & running).sum())
         left -= done & running
         lengths[done] = 0
@@ -228,7 +181,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="time of one measurement")
     parser.add_argument("--stability", nargs="?", type=int, const=1000, metavar="EPISODES", help="count warnings instead")
-    parser.add_argument("--robots", action="store_true", help="set robots beside those of the released code instead")
     parser.add_argument("--output", type=Path, help="file for the tables (they are always printed)")
     arguments = parser.parse_args()
     if arguments.stability is not None:
@@ -236,15 +188,6 @@ def main() -> None:
         for env_id in arguments.env_ids:
             counts = stability(env_id, arguments.compare_envs, arguments.n_threads, arguments.stability)
             print(f"| {env_id} | {' | '.join(f'{count:,}' for count in counts)} |", flush=True)
-        return
-    if arguments.robots:
-        print(f"| env | actions | {' | '.join(BEHAVIOR)} |\n|---|---|{'---:|' * len(BEHAVIOR)}")
-        for env_id, actions in RELEASED:
-            pairs = zip(behavior(env_id, actions), RELEASED[env_id, actions], strict=True)
-            print(
-                f"| {env_id} | {actions} | {' | '.join(f'{ours:.3g} ({released:.3g})' for ours, released in pairs)} |",
-                flush=True,
-            )
         return
     if arguments.compare_envs not in arguments.n_envs:
         parser.error(f"--compare-envs {arguments.compare_envs} must be one of --n-envs {arguments.n_envs}")

@@ -81,6 +81,8 @@ class Humanoid(Robot):
                 joint = spec.joint(motor.target)
                 motor.gear[0], joint.damping, joint.stiffness = gear, [JOINT_DAMPING, 0, 0], [0, 0, 0]
             set_link_inertia(spec)
+            # With such inertia damping may as well be explicit, which is faster
+            spec.option.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_EULERDAMP)
         return spec
 
     def home(self) -> np.ndarray:
