@@ -32,8 +32,8 @@ RELEASED = {
 
 def behavior(env_id: str, actions: str, n_robots: int = 256) -> tuple[float, ...]:
     """
-    Means of ``MEASURES`` over the first episodes of robots whose actions are "random", uniform in [-1, 1], or "idle". An episode
-    ends with the fall or after ``MAX_STEPS``; the distance is the one from the start then, the velocity a root mean square.
+    Means of ``MEASURES`` over the first episodes of robots whose actions are "random", uniform in [-1, 1], or "idle". An
+    episode ends with the fall or after ``MAX_STEPS``. The distance is that from the start, the velocity a root mean square.
     """
     simulation, rng = Simulation(GoalTask(**gym.spec(env_id).kwargs), n_robots, 1), np.random.default_rng(0)
     for i in range(n_robots):
