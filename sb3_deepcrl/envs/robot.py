@@ -36,8 +36,7 @@ class Robot(ABC):
     goal_dim: ClassVar[int]
     #: Coordinates that all goals share, behind x and y, in meters
     goal_tail: ClassVar[tuple[float, ...]] = ()
-    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``. They may not depend on where the
-    #: robot starts.
+    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``
     derived_fields: ClassVar[tuple[str, ...]] = ()
     #: Up to which stage of MuJoCo they are computed at the new state after a step. With none they are those of the last
     #: physics step, which starts one time step earlier, as in Gymnasium's environments, and cost nothing.
