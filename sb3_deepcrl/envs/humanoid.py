@@ -64,7 +64,7 @@ class Humanoid(Robot):
         # A motor drives one joint, so the actuator force on that degree of freedom is its gear times its control
         driven = [model.joint(model.actuator_trnid[k, 0]).dofadr[0] for k in range(model.nu)]
         self._force_columns = 223 + np.array(driven)
-        self._force_scale = model.actuator_gear[:, 0] if self.forces_in_nm else 1 / CTRL_LIMIT
+        self._force_scale = model.actuator_gear[:, 0].copy() if self.forces_in_nm else 1 / CTRL_LIMIT
 
     def make_spec(self) -> mujoco.MjSpec:
         spec = gymnasium_spec("humanoid.xml")
