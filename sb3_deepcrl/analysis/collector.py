@@ -179,7 +179,7 @@ class CollectorStudy(Study):
             "eval_env": self.eval_env,
             "eval_freq": self.eval_freq,
             "n_eval_episodes": self.n_eval_episodes,
-            "env_kwargs": self.env_kwargs,
+            "env_kwargs": self.all_eval_env_kwargs,
         }
         callback = [{f"{Learners.__module__}.{Learners.__name__}": arguments}]
         return {f"collector depth {depth}": self.make_run(depth=depth, callback=callback) for depth in self._depths}

@@ -133,10 +133,10 @@ class RepresentationStudy(ComparisonOfDepths):
     def _choose(self, seed: int) -> _Choice:
         found: list[_Choice] = []
         for env_id in dict.fromkeys((self.eval_env, self.env)):
-            maze = MazeMap.find(make_env(env_id, self.env_kwargs))
+            maze = MazeMap.find(make_env(env_id, self.all_eval_env_kwargs))
             for depth in sorted(self.depths, reverse=True):
                 model = load_model(self.seeds_of(self.make_run(depth=depth))[seed], self.runs)
-                episodes = play_episodes(model, env_id, self.n_eval_episodes, self.env_kwargs)
+                episodes = play_episodes(model, env_id, self.n_eval_episodes, self.all_eval_env_kwargs)
                 found.append(_Choice(env_id, depth, _choose_way(episodes, maze), maze))
                 if found[-1].way.successes.any():
                     return found[-1]

@@ -96,7 +96,7 @@ class StitchingStudy(ComparisonOfDepths):
 
     def _read_maze(self, env_id: str) -> tuple[Layout, int | None]:
         """The layout of a maze, and the largest distance between start and goal in cells, None without a limit."""
-        with make_env(env_id, self.env_kwargs) as made:
+        with make_env(env_id, self.env_kwargs if env_id == self.env else self.all_eval_env_kwargs) as made:
             env = made.unwrapped
         if not isinstance(env, GoalEnv) or not isinstance(env.task.scene, Maze):
             raise ValueError(f"The study needs a maze of this package, got {env_id!r}: use PointUMazeStitch-v0, for instance")
@@ -105,7 +105,7 @@ class StitchingStudy(ComparisonOfDepths):
     def report(self, results: Results) -> Report:
         def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
             for distance in self._distances:
-                means = evaluate_distance(model, self.eval_env, distance, self.n_eval_episodes, self.env_kwargs)
+                means = evaluate_distance(model, self.eval_env, distance, self.n_eval_episodes, self.all_eval_env_kwargs)
                 yield {"trained": distance <= self._trained, "distance": distance, **means}
 
         rows = self.measure_models(measure)

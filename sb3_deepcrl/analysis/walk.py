@@ -145,7 +145,7 @@ class WalkStudy(ComparisonOfDepths):
 
     def report(self, results: Results) -> Report:
         def measure(depth: int, seed: int, model: DeepCRL) -> list[dict[str, Any]]:
-            episodes = walk_episodes(model, self.eval_env, self.n_eval_episodes, self.env_kwargs)
+            episodes = walk_episodes(model, self.eval_env, self.n_eval_episodes, self.all_eval_env_kwargs)
             return [{"episode": number, **episode} for number, episode in enumerate(episodes)]
 
         rows = self.measure_models(measure)
