@@ -248,6 +248,8 @@ def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[],
         device=args.device,
         **settings,
     )
+    # As for a long learn(), which compiles
+    model._setup_acceleration(10**6)
     model.policy.set_training_mode(True)
     observations = {
         key: th.randn(size.batch_size, *space.shape, device=args.device)
