@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL, uncompile_blocks
 from sb3_deepcrl.common import compilation, cuda_graphs
-from sb3_deepcrl.common.compilation import compile_blocks, set_precision, tf32_products
+from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products
 from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
 from sb3_deepcrl.common.losses import info_nce, rowwise_energy
 from sb3_deepcrl.common.torch_layers import ResidualTower, residual_towers
@@ -1084,6 +1084,26 @@ def test_tf32_is_for_products_of_an_update_but_those_of_the_loss(monkeypatch):
         assert th.backends.cuda.matmul.fp32_precision == "ieee"
     assert th.backends.cuda.matmul.fp32_precision == "tf32"
     th.set_float32_matmul_precision("highest")
+
+
+def test_parameters_are_cast_once_for_an_update():
+    """As on GPUs: the same updates as those of autocast, and neither parameters nor their optimizers notice."""
+    plain, cast = (make_model(precision="bfloat16", compile=False).learn(40) for _ in range(2))
+    cast._runner._cast = CastParameters(cast._runner.towers)
+    observations, actions = plain.replay_buffer.sample_contrastive(16)
+    parameters = list(cast.policy.parameters())
+    seen = []
+    cast.critic.sa_encoder.blocks[1].branch[3].register_forward_hook(lambda layer, *_: seen.append(layer.weight))
+    for model in (plain, cast):
+        th.manual_seed(0)
+        for _ in range(3):
+            model._runner.run(observations, actions)
+    assert {weight.dtype for weight in seen} == {th.bfloat16} and len({*map(id, seen)}) == 1
+    assert all(one is other for one, other in zip(parameters, cast.policy.parameters(), strict=True))
+    for actual, wanted in zip(parameters, plain.policy.parameters(), strict=True):
+        assert actual.dtype == th.float32 and actual.grad is not None
+        th.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(actual.grad, wanted.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_precision_of_a_model(tmp_path):

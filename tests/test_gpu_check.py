@@ -46,39 +46,35 @@ def test_sections_run_on_a_cpu(gpu_check, capsys, name, n_rows):
     assert th.get_float32_matmul_precision() == "highest"
 
 
-def test_report_keeps_what_there_is(gpu_check, monkeypatch, tmp_path):
+def test_report_keeps_what_there_is(gpu_check, monkeypatch, capsys, tmp_path):
     """A section that takes too long, or fails, is told of, and those before and after it are there."""
-    script = tmp_path / "check.py"
-    source = (BENCHMARKS / "gpu_check.py").read_text()
-    ending = source.index('if __name__ == "__main__":')
-    script.write_text(
-        source[:ending]
-        + f"""
-def good(gpu):
-    'First.'
-    yield dict(number=1.23456)
 
-def slow(gpu):
-    'Second.'
-    yield dict(number=2.0)
-    time.sleep(60)
+    def good(gpu):
+        """First."""
 
-def broken(gpu):
-    'Third.'
-    yield dict(number=3.0)
-    raise ValueError("no good")
+    def slow(gpu):
+        """Second."""
 
-SECTIONS = {{good: 60, slow: 12, broken: 60}}
-sys.argv[1:] = sys.argv[1:] or ["--device", "cpu", "--output", {str(tmp_path / "gpu.md")!r}]
-main()
-"""
+    def broken(gpu):
+        """Third."""
+        yield dict(number=3.0)
+        raise ValueError("no good")
+
+    # In place of the script, which takes longer to start
+    (tmp_path / "worker.py").write_text(
+        "import sys, time\nprint('{\"number\": 1.23456}', flush=True)\nif sys.argv[-1] == 'slow': time.sleep(60)"
     )
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
-    import subprocess
-
-    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=120)
+    monkeypatch.setattr(gpu_check, "__file__", str(tmp_path / "worker.py"))
+    monkeypatch.setattr(gpu_check, "SECTIONS", {slow: 5, good: 60, broken: 60})
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--output", str(tmp_path / "gpu.md")])
+    gpu_check.main()
     report = (tmp_path / "gpu.md").read_text()
-    first, second, third = (report.split(f"## {name}")[1] for name in ("good", "slow", "broken"))
-    assert "no GPU" in report.splitlines()[2] and "| 1.235 |" in first
-    assert "| 2 |" in second and "Ended early: TimeoutExpired" in second
-    assert "| 3 |" in third and "ValueError: no good" in third
+    second, first = (report.split(f"## {name}")[1].split("##")[0] for name in ("slow", "good"))
+    assert "no GPU" in report.splitlines()[2] and report.strip() == capsys.readouterr().out.strip()
+    assert "| 1.235 |" in second and "Ended early: TimeoutExpired" in second
+    assert "| 1.235 |" in first and "Ended early" not in first
+    gpu_check.run_section("broken", "cpu")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"number": 3.0},
+        {"failed": "ValueError: no good"},
+    ]

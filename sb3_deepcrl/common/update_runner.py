@@ -8,7 +8,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_deepcrl.common.compilation import compile_blocks, set_precision, tf32_products, uncompile_blocks
+from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products, uncompile_blocks
 from sb3_deepcrl.common.cuda_graphs import Branch, GraphedFunction, can_capture, cuda_graph_backend, prepare_optimizer
 from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, load_kernel, threads_of_kernel
@@ -46,6 +46,7 @@ class UpdateRunner:
         self.branches = (Branch(), Branch())
         self._is_compiled = False
         self._tf32 = False
+        self._cast: CastParameters | None = None
         # How the graphs were captured
         self._settings: tuple[Hashable, ...] = ()
         # What the kernel steps, by optimizer
@@ -78,6 +79,9 @@ class UpdateRunner:
                 f'`cuda_graph=True` needs a GPU, but the device is {device}: leave it at "auto", which is off there'
             )
         self._tf32 = set_precision(self.policy, precision, device)
+        # The kernel for CPUs casts them by itself
+        is_low = device.type == "cuda" and self.towers[0].autocast_dtype is not None
+        self._cast = CastParameters(self.towers) if is_low else None
         for tower in self.towers:
             tower.checkpoint_activations = checkpoint_activations
         if n_updates is None:
@@ -114,7 +118,8 @@ class UpdateRunner:
     def update_minibatch(self, minibatch: dict[str, th.Tensor]) -> th.Tensor:
         """The update, with the actions among the observations."""
         observations = dict(minibatch)
-        return self.update(observations, observations.pop(ACTION_KEY))
+        with nullcontext() if self._cast is None else self._cast.in_place():
+            return self.update(observations, observations.pop(ACTION_KEY))
 
     def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
         """
@@ -136,7 +141,7 @@ class UpdateRunner:
                     if flat is not None:
                         self._flat[optimizer] = flat
                         stack.enter_context(flat.in_place())
-            return self.update(observations, actions)
+            return self.update_minibatch({**observations, ACTION_KEY: actions})
 
     def _run_graph(self, graph: GraphedFunction, minibatch: dict[str, th.Tensor], key: Hashable) -> th.Tensor:
         try:
@@ -170,6 +175,8 @@ class UpdateRunner:
         else:
             optimizer.zero_grad()
             loss.backward()
+            if self._cast is not None:
+                self._cast.give_gradients()
 
     def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor | None = None) -> None:
         """Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed."""
