@@ -188,7 +188,7 @@ def capture_failure(gpu: bool) -> Rows:
     """A function that reads a value is not captured: it runs as it is, with random numbers, and the next one is captured."""
 
     class NoBackend:
-        device, warm_up = th.device("cpu"), nullcontext
+        device, n_failures, warm_up = th.device("cpu"), 0, nullcontext
 
         def capture(self, function: Callable[[], th.Tensor]) -> Any:
             raise RuntimeError("there is no GPU")

@@ -98,8 +98,9 @@ def compile_blocks(module: nn.Module) -> bool:
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
     for block in blocks:
         # What nn.Module.compile() would put there
-        compiled = th.compile(block._call_impl, backend=lean_inductor)
-        block._compiled_call_impl = functools.partial(_call_compiled, block, compiled)
+        if block._compiled_call_impl is None:
+            compiled = th.compile(block._call_impl, backend=lean_inductor)
+            block._compiled_call_impl = functools.partial(_call_compiled, block, compiled)
     return True
 
 
@@ -146,10 +147,10 @@ class CastParameters:
 
     def __init__(self, towers: Sequence[ResidualTower]):
         layers = [layer for tower in towers for part in (tower.stem, tower.blocks) for layer in part.modules()]
-        dense = [layer._parameters for layer in layers if type(layer) is nn.Linear]
+        dense: list[dict[str, Any]] = [layer._parameters for layer in layers if type(layer) is nn.Linear]
         self.slots = [(of, name) for of in dense for name, parameter in of.items() if parameter is not None]
         self.parameters: list[Any] = [of[name] for of, name in self.slots]
-        self.copies = [nn.Parameter(parameter.detach().bfloat16()) for parameter in self.parameters]
+        self.copies: list[Any] = [nn.Parameter(parameter.detach().bfloat16()) for parameter in self.parameters]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -9,7 +9,14 @@ from typing import Any
 import torch as th
 
 from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products, uncompile_blocks
-from sb3_deepcrl.common.cuda_graphs import Branch, GraphedFunction, can_capture, cuda_graph_backend, prepare_optimizer
+from sb3_deepcrl.common.cuda_graphs import (
+    BRANCHES,
+    Branch,
+    GraphedFunction,
+    can_capture,
+    cuda_graph_backend,
+    prepare_optimizer,
+)
 from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, load_kernel, threads_of_kernel
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice
@@ -43,11 +50,11 @@ class UpdateRunner:
         self.towers = residual_towers(policy)
         self.graph: GraphedFunction | None = None
         #: What the update may do beside the rest, in a graph
-        self.branches = (Branch(), Branch())
+        self.branches = BRANCHES
         self._is_compiled = False
         self._tf32 = False
         self._cast: CastParameters | None = None
-        # How the graphs were captured
+        # With which the graphs, and what is in them, were made
         self._settings: tuple[Hashable, ...] = ()
         # What the kernel steps, by optimizer
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
@@ -79,9 +86,6 @@ class UpdateRunner:
                 f'`cuda_graph=True` needs a GPU, but the device is {device}: leave it at "auto", which is off there'
             )
         self._tf32 = set_precision(self.policy, precision, device)
-        # The kernel for CPUs casts them by itself
-        is_low = device.type == "cuda" and self.towers[0].autocast_dtype is not None
-        self._cast = CastParameters(self.towers) if is_low else None
         for tower in self.towers:
             tower.checkpoint_activations = checkpoint_activations
         if n_updates is None:
@@ -96,6 +100,9 @@ class UpdateRunner:
         settings = (device, cuda_graph, precision, checkpoint_activations, self._is_compiled)
         if settings != self._settings:
             self._settings = settings
+            # The kernel for CPUs casts them by itself
+            is_low = device.type == "cuda" and self.towers[0].autocast_dtype is not None
+            self._cast = CastParameters(self.towers) if is_low else None
             self._set_up_graphs(device, cuda_graph)
 
     def _set_up_graphs(self, device: th.device, cuda_graph: bool | str) -> None:
@@ -104,7 +111,6 @@ class UpdateRunner:
         self.graph = None
         if backend is not None and can_capture(self.optimizers(), required):
             self.graph = GraphedFunction(self.update_minibatch, backend, required=required)
-            self.branches = backend.branches
         self.policy.graph_actor(backend, required)
         self.prepare_optimizers()
 
