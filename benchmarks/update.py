@@ -214,6 +214,8 @@ def make_update(mode: str, size: Size, device: str, env: VecEnv) -> Callable[[],
     if mode == "inductor":
         compilation.load_kernel = lambda: None
     model = DeepCRL("MultiInputPolicy", env, **size._asdict(), buffer_size=1000, device=device, **settings)
+    # As for a long learn(), which compiles
+    model._setup_acceleration(10**6)
     model.policy.set_training_mode(True)
     observations = {
         key: th.randn(size.batch_size, *space.shape, device=device) for key, space in model.observation_space.spaces.items()

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_deepcrl.common.utils import check_class, check_number
+from sb3_deepcrl.common.utils import check_choice, check_class, check_number
 
 # Keyword arguments that only HerReplayBuffer knows
 HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
@@ -95,7 +95,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     :param handle_timeout_termination: Whether ``dones`` of the samples are false where the episode ended by timeout
     :param gamma: Parameter of the geometric law, between 0 (the next state) and 1 (uniform over the future)
     :param on_device: Whether to keep states and actions on ``device`` too, so that minibatches are gathered there. What was
-        added since the last sample is copied there at once. Same law, same file; worth it on a GPU with memory to spare.
+        added since the last sample is copied there at once. Same law, same file. ``"auto"`` does it on a GPU if it takes at
+        most half of the memory that is free at the first sample.
     :raises ValueError: if an argument is out of its range
     """
 
@@ -116,7 +117,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         gamma: float = 0.99,
-        on_device: bool = False,
+        on_device: bool | str = "auto",
     ):
         # Skip the parent, which would allocate observations and next observations
         super(ReplayBuffer, self).__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -153,7 +154,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         # Whether `add` has begun and not ended: it was interrupted
         self._adding = False
         self._env_indices = np.arange(n_envs)
-        self.on_device = on_device
+        self.on_device = check_choice(on_device, (True, False, "auto"), "on_device")
         self._forget_copies()
 
     def _forget_copies(self) -> None:
@@ -387,11 +388,16 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             self._device_copy = {key: th.tensor(values, device=self.device).flatten(0, 1) for key, values in storage.items()}
         elif self._written:
             slots = np.unique(np.concatenate(self._written))
-            on_device = th.as_tensor(slots, device=self.device)
+            on_device = self._move(slots)
             for key, values in storage.items():
-                copy[key][on_device] = th.as_tensor(self._take(values, slots), device=self.device)
+                copy[key][on_device] = self._move(self._take(values, slots))
         self._written = []
         return self._device_copy
+
+    def _move(self, values: np.ndarray) -> th.Tensor:
+        """Values on the device, for which nobody waits: a GPU reads pinned memory while the host goes on."""
+        tensor = th.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def _sample_steps(self, horizon: np.ndarray) -> np.ndarray:
         """
@@ -413,9 +419,12 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self, indices: np.ndarray, goal_indices: np.ndarray, env: VecNormalize | None
     ) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """Observations with the achieved goals of other states as desired ones, and actions."""
+        if self.on_device == "auto":
+            n_bytes = sum(values.nbytes for values in (*self._observations.values(), self._actions))
+            self.on_device = self.device.type == "cuda" and n_bytes <= th.cuda.mem_get_info(self.device)[0] / 2
         if self.on_device:
             copy = self._update_device_copy()
-            rows, goal_rows = (th.as_tensor(i, device=self.device) for i in (indices, goal_indices))
+            rows, goal_rows = self._move(indices), self._move(goal_indices)
             on_device = {key: copy[key][rows] for key in self._observations if key != "desired_goal"}
             on_device["desired_goal"] = copy["achieved_goal"][goal_rows]
             return self._normalize_on_device(on_device, env), copy["action"][rows]
@@ -423,8 +432,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         obs["desired_goal"] = self._take(self._observations["achieved_goal"], goal_indices)
         normalized = self._normalize_obs(obs, env)
         assert isinstance(normalized, dict)
-        observations = {key: self.to_torch(value, copy=False) for key, value in normalized.items()}
-        return observations, self.to_torch(self._take(self._actions, indices), copy=False)
+        observations = {key: self._move(value) for key, value in normalized.items()}
+        return observations, self._move(self._take(self._actions, indices))
 
     def _normalize_on_device(self, obs: dict[str, th.Tensor], env: VecNormalize | None) -> dict[str, th.Tensor]:
         """What ``VecNormalize.normalize_obs`` does, without moving the observations."""
