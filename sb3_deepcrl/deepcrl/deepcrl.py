@@ -53,6 +53,7 @@ from sb3_deepcrl.deepcrl.policies import (
     MultiInputPolicy,
     check_observation_space,
 )
+from sb3_deepcrl.deepcrl.tensor_rollout import collect_tensors
 from sb3_deepcrl.env_ids import find_spec
 
 SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
@@ -87,8 +88,7 @@ class DeepCRL(OffPolicyAlgorithm):
         like ``(5, "step")`` or ``(2, "episode")``. 1 if only ``gradient_steps`` is given.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``). Set to ``-1`` means to do as
         many gradient steps as steps done in the environment during the rollout. 1 if only ``train_freq`` is given.
-    :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
-        Cf common.noise for the different action noise type.
+    :param action_noise: the action noise type (None by default), cf ``common.noise`` of Stable-Baselines3
     :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it
         (``HerReplayBuffer`` is replaced by it with a warning)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -218,8 +218,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
         self.target_entropy = target_entropy
         self.log_ent_coef = None  # type: th.Tensor | None
-        # Entropy coefficient / Entropy temperature
-        # Inverse of the reward scale
+        # Entropy coefficient / Entropy temperature: inverse of the reward scale
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.ent_coef_optimizer: th.optim.Adam | None = None
@@ -376,7 +375,8 @@ class DeepCRL(OffPolicyAlgorithm):
         continue_training = False
         try:
             with keep_normalization(self._vec_normalize_env):
-                rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
+                rollout = collect_tensors(self, env, callback, train_freq, *args, **kwargs)
+                rollout = rollout or super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
             if not continue_training:
