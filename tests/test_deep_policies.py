@@ -269,7 +269,7 @@ def test_more_critics():
         (PPO, dict(norm=dict(pi="none")), "`norm` must be one value or a dict with the keys 'pi' and 'vf'"),
         (DQN, dict(depth=dict(qf=4)), "`depth` must be one value as this policy has a single network"),
         (TD3, dict(width=dict(pi=8, qf=2.5)), r"`width\['qf'\]` must be a positive integer, got 2.5"),
-        (DDPG, dict(norm="batch"), '`norm` must be "layer" or "none", got \'batch\''),
+        (DDPG, dict(norm="batch"), '`norm` must be "layer", "none", or a class.*got \'batch\''),
         (A2C, dict(residual_scale=-1), "`residual_scale` must be a positive number.*got -1"),
         (SAC, dict(activation_fn="relu"), "`activation_fn` must be the class of an activation.*got 'relu'"),
         (PPO, dict(activation_fn=dict(pi=nn.ReLU, vf=nn.ReLU())), r"`activation_fn` must be the class.*got ReLU\(\)"),

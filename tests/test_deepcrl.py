@@ -1,7 +1,6 @@
 import contextlib
 import copy
 import csv
-import io
 import subprocess
 import sys
 import warnings
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from rich.console import Console
 from stable_baselines3 import SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -654,7 +652,7 @@ def test_vec_env_that_returns_rewards_and_dones_in_another_form(convert):
 
     results = []
     for form in (lambda values: values, convert):
-        display = TrainingDisplay(console=Console(file=io.StringIO()))
+        display = TrainingDisplay()
         env = make_env(form)
         env.seed(3)
         buffer = make_model(env).learn(60, callback=display).replay_buffer
@@ -911,7 +909,7 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(policy_kwargs=dict(activation_fn=th.nn.ReLU())), r"`activation_fn` must be the class.*got ReLU\(\)"),
         (dict(policy_kwargs=dict(activation_fn=th.relu)), r"`activation_fn` must be the class.*got <built-in"),
         (dict(policy_kwargs=dict(norm=lambda width: width)), r"`norm` must be.*got <function"),
-        (dict(policy_kwargs=dict(residual="no")), r"`residual` must be True or False, got 'no'"),
+        (dict(policy_kwargs=dict(residual="no")), r"`residual` must be one of True, False, got 'no'"),
         (dict(policy_kwargs=dict(residual_scale=float("inf"))), r"`residual_scale` must be a positive number.*got inf"),
         (dict(policy_kwargs=dict(optimizer_class="adam")), r"`optimizer_class` must be.*got 'adam'.*`th.optim.Adam`"),
         (dict(policy_kwargs=dict(optimizer_class=th.nn.Linear)), r"`optimizer_class` must be Optimizer.*Linear"),
@@ -920,7 +918,7 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(policy_kwargs=dict(features_extractor_class="flat")), r"`features_extractor_class` must be.*got 'flat'"),
         (dict(policy_kwargs=dict(features_extractor_class=FlattenExtractor)), r"FlattenExtractor` does not know Dict"),
         (dict(policy_kwargs=dict(features_extractor_kwargs=[1])), r"`features_extractor_kwargs` must be a dict.*got \[1\]"),
-        (dict(policy_kwargs=dict(normalize_images="no")), r"`normalize_images` must be True or False, got 'no'"),
+        (dict(policy_kwargs=dict(normalize_images="no")), r"`normalize_images` must be one of True, False, got 'no'"),
         (dict(contrastive_loss="fwd"), r"`contrastive_loss` must be one of.*got 'fwd'"),
         (dict(transitions_per_update=0), r"`transitions_per_update` must be a positive integer, got 0"),
         (dict(gamma=1.5), r"`gamma` must be between 0 and 1, got 1.5"),
@@ -928,7 +926,7 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(random_goals=-0.5), r"`random_goals` must be between 0 and 1, got -0.5"),
         (dict(logsumexp_coef=-1.0), r"`logsumexp_coef` must not be negative, got -1.0"),
         (dict(logsumexp_coef=float("nan")), r"`logsumexp_coef` must be a number, got nan"),
-        (dict(checkpoint_activations="no"), r"`checkpoint_activations` must be True or False, got 'no'"),
+        (dict(checkpoint_activations="no"), r"`checkpoint_activations` must be one of True, False, got 'no'"),
         (dict(buffer_size=1e6), r"`buffer_size` must be a positive integer, got 1000000.0: use 1000000"),
         (dict(buffer_size=0), r"`buffer_size` must be a positive integer, got 0"),
         (dict(batch_size="64"), r"`batch_size` must be a positive integer, got '64'"),

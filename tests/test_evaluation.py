@@ -270,9 +270,17 @@ def test_printed_evaluation_says_which_success(capsys):
     assert rest == []
 
 
-def test_training_display():
-    console = Console(file=io.StringIO(), width=160, force_interactive=True, force_terminal=True)
-    display = TrainingDisplay(console=console)
+@pytest.fixture
+def console(monkeypatch):
+    console = Console(file=io.StringIO(), width=40)
+    monkeypatch.setattr("sb3_deepcrl.common.callbacks.get_console", lambda: console)
+    return console
+
+
+def test_training_display(monkeypatch):
+    console = Console(file=io.StringIO(), width=160, highlight=False, force_interactive=True, force_terminal=True)
+    monkeypatch.setattr("sb3_deepcrl.common.callbacks.get_console", lambda: console)
+    display = TrainingDisplay()
     model = make_model(make_vec_env(ScriptedEnv, 2)).learn(96, callback=display)
     assert list(display.successes) == [True] * len(display.successes) != []
     # Once more does no harm, and before the start neither
@@ -286,9 +294,8 @@ def test_training_display():
     assert f"(chance {100 / model.batch_size:.2g} %)" in text
 
 
-def test_display_in_a_log_file(monkeypatch):
-    console = Console(file=io.StringIO(), width=40)
-    display = TrainingDisplay(console=console)
+def test_display_in_a_log_file(monkeypatch, console):
+    display = TrainingDisplay()
     model = make_model(make_vec_env(ScriptedEnv, 2), train_freq=1, gradient_steps=1, compile=False)
     model.learn(96, callback=display)
     display.stop()
@@ -312,8 +319,7 @@ def test_display_in_place_of_the_tables(tmp_path, capsys):
     assert len(list(tmp_path.glob("DeepCRL_*/events.out.tfevents.*"))) == 2
 
 
-def test_display_of_another_algorithm():
-    console = Console(file=io.StringIO())
-    SAC("MultiInputPolicy", make_vec_env(ScriptedEnv, 2)).learn(40, callback=TrainingDisplay(console=console))
+def test_display_of_another_algorithm(console):
+    SAC("MultiInputPolicy", make_vec_env(ScriptedEnv, 2)).learn(40, callback=TrainingDisplay())
     lines = console.file.getvalue().splitlines()
     assert "success at any step 100 %, time at goal 30 %, updates 0, steps/s " in lines[-1]

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"there is no run of {args.env} in {args.folder}")
         print(f"Value over the maze: {draw_run(run, args.goal, args.output)}")
     except Exception as error:
-        advice = how_to_write(error, [args.folder, args.output])
-        if advice is None and not is_for_user(error):
+        message = str(error) if is_for_user(error) else how_to_write(error, [args.folder, args.output])
+        if message is None:
             raise
-        parser.exit(2, f"{parser.prog}: error: {error}{f': {advice}' if advice else ''}\n")
+        parser.exit(2, f"{parser.prog}: error: {message}\n")

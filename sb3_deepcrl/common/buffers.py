@@ -133,8 +133,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.buffer_size = max(buffer_size // n_envs, 1)
         n_slots = self.n_slots
         assert isinstance(self.obs_shape, dict)
+        dtypes = {key: np.dtype(space.dtype) for key, space in observation_space.items()}
         self._observations = {
-            key: np.zeros((n_slots, n_envs, *shape), dtype=self._storage_dtype(observation_space[key]))
+            key: np.zeros((n_slots, n_envs, *shape), dtype=np.float32 if dtypes[key].kind == "f" else dtypes[key])
             for key, shape in self.obs_shape.items()
         }
         self._actions = np.zeros((n_slots, n_envs, self.action_dim), dtype=self._maybe_cast_dtype(action_space.dtype))
@@ -198,11 +199,6 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         padded[: len(values)] = values
         return padded
 
-    @staticmethod
-    def _storage_dtype(space: spaces.Space) -> np.dtype:
-        dtype = np.dtype(space.dtype)
-        return np.dtype(np.float32) if dtype.kind == "f" else dtype
-
     @property
     def n_slots(self) -> int:
         """Number of slots of each env: two more, for the last state of an episode and for the first one of the next."""
@@ -214,12 +210,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         return sum(values[0, 0].nbytes for values in self._observations.values())
 
     def warn_of_copies(self, batch_size: int) -> bool:
-        """
-        Warn if rows of a minibatch must be the same transition.
-
-        :param batch_size: Number of transitions in a minibatch
-        :return: Whether it was necessary
-        """
+        """Warn if rows of a minibatch must be the same transition. Gives whether it was necessary."""
         n_transitions = (self.buffer_size if self.full else self.pos) * self.n_envs
         if n_transitions < batch_size:
             warnings.warn(
@@ -261,10 +252,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     def reset(self) -> None:
         """Forget all transitions."""
         super().reset()
-        self.remaining[:] = 0
-        self.head[:] = 0
-        self.episode_steps[:] = 0
         self.n_used = 0
+        for values in (self.remaining, self.head, self.episode_steps):
+            values[:] = 0
         self._forget_copies()
 
     def add(  # type: ignore[override]
@@ -302,8 +292,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
                 stored = self._observations[key][self.head, envs]
                 jumped |= (stored != value.astype(stored.dtype)).reshape(self.n_envs, -1).any(axis=1)
         self._adding = True
-        if self._copies_in_order:
-            self._copies_in_order = {}
+        self._copies_in_order = {}
         # An episode that is longer than the buffer would overwrite itself
         too_long = self.episode_steps >= self.buffer_size
         self._end_episodes(np.flatnonzero((jumped & (self.episode_steps > 0)) | too_long), truncated=True)
@@ -459,22 +448,18 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         check_number(self.gamma, "gamma", maximum=1.0)
         remaining = self.remaining.reshape(-1)
         indices = np.random.randint(self.n_used * self.n_envs, size=batch_size)
-        horizon = remaining[indices].astype(np.int64)
-        # Few slots hold no transition (about one an episode): draw again where one was hit
-        rejected = np.flatnonzero(horizon == 0)
         n_draws = 1
-        while len(rejected) > 0:
+        # Few slots hold no transition (about one an episode): draw again where one was hit
+        while len(rejected := np.flatnonzero(remaining[indices] == 0)) > 0:
             if n_draws < MAX_DRAWS:
                 indices[rejected] = np.random.randint(self.n_used * self.n_envs, size=len(rejected))
-            else:
-                stored = np.flatnonzero(remaining)
-                if len(stored) == 0:
-                    raise ValueError(EMPTY)
+            elif len(stored := np.flatnonzero(remaining)) > 0:
                 indices[rejected] = np.random.choice(stored, size=len(rejected))
+            else:
+                raise ValueError(EMPTY)
             n_draws += 1
-            horizon[rejected] = remaining[indices[rejected]]
-            rejected = rejected[horizon[rejected] == 0]
 
+        horizon = remaining[indices].astype(np.int64)
         running = np.flatnonzero(horizon == RUNNING)
         slots, envs = np.divmod(indices[running], self.n_envs)
         horizon[running] = (self.head[envs] - slots) % self.n_slots
@@ -544,10 +529,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         normalized = dict(obs)
         for key in env.norm_obs_keys or ():
             statistics = env.obs_rms[key]  # type: ignore[index]
-            mean, std = (
-                th.as_tensor(value, dtype=th.float32, device=self.device)
-                for value in (statistics.mean, np.sqrt(statistics.var + env.epsilon))
-            )
+            moments = (statistics.mean, np.sqrt(statistics.var + env.epsilon))
+            mean, std = (th.as_tensor(value, dtype=th.float32, device=self.device) for value in moments)
             normalized[key] = ((obs[key] - mean) / std).clamp(-env.clip_obs, env.clip_obs)
         return normalized
 

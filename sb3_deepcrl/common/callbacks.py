@@ -3,6 +3,7 @@ import math
 import os
 import sys
 import time
+import zipfile
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +12,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from rich import get_console
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import HumanOutputFormat
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -29,27 +29,24 @@ GOAL_MEASURES = ("success_any", "success_last", "time_at_goal", "time_at_goal_fr
 
 class TrainingDisplay(BaseCallback):
     """
-    Live display of a goal-conditioned training: success at any step and time at goal of the last training episodes,
+    Live display of a goal-conditioned training: success at any step and time at goal of the last 50 training episodes,
     categorical accuracy, steps per second and time left. Where there is no terminal, such as in a log file, it is a line every
     minute and for every tenth of the steps.
 
     Success is read from ``info["is_success"]`` or ``info["success"]``.
 
-    :param stats_window_size: Number of episodes to average over
-    :param console: Where to show it, the standard output by default
     :param replaces_tables: Whether it takes the place of the tables on the standard output. Other outputs of the logger stay.
     """
 
-    def __init__(self, stats_window_size: int = 50, console: Console | None = None, replaces_tables: bool = False):
+    def __init__(self, replaces_tables: bool = False):
         super().__init__()
-        self.console = console or get_console()
         self.replaces_tables = replaces_tables
         # One entry an episode: whether the goal was reached, and the fraction of steps at the goal
-        self.successes: deque[bool] = deque(maxlen=stats_window_size)
-        self.times_at_goal: deque[float] = deque(maxlen=stats_window_size)
+        self.successes: deque[bool] = deque(maxlen=50)
+        self.times_at_goal: deque[float] = deque(maxlen=50)
         self.accuracy: float | None = None
+        self._progress: Progress | None = None
         self._live: Live | None = None
-        self._is_shown = False
         # Where there is no terminal: steps and time of the last line
         self._last_line = 0, 0.0
 
@@ -65,27 +62,18 @@ class TrainingDisplay(BaseCallback):
         self._steps_at_goal = np.zeros(self.training_env.num_envs)
         self._episode_steps = np.zeros(self.training_env.num_envs)
         self._start_time, self._start_timesteps = time.monotonic(), self.num_timesteps
-        self._progress = Progress(
-            TextColumn("env steps"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TaskProgressColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._task = self._progress.add_task("", total=self.locals["total_timesteps"], completed=self.num_timesteps)
-        if self.console.is_interactive or self.console.is_jupyter:
-            self._live = Live(self._render(), console=self.console, refresh_per_second=4)
+        columns = ("env steps", BarColumn(bar_width=None), MofNCompleteColumn(), TaskProgressColumn(), "left")
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=get_console())
+        self._progress.add_task("", total=self.locals["total_timesteps"], completed=self.num_timesteps)
+        if self._progress.console.is_interactive or self._progress.console.is_jupyter:
+            self._live = Live(console=self._progress.console)
             self._live.start()
-        self._is_shown = True
         self._show(is_due=True)
 
-    def _measures(self) -> dict[str, str]:
+    def _measures(self) -> str:
         def percent(values: deque) -> str:
             return f"{100 * np.mean(values):.0f} %" if values else "-"
 
-        elapsed = max(time.monotonic() - self._start_time, 1e-9)
         measures = {"success at any step": percent(self.successes), "time at goal": percent(self.times_at_goal)}
         # Other algorithms have none
         if hasattr(self.model, "contrastive_loss"):
@@ -93,18 +81,11 @@ class TrainingDisplay(BaseCallback):
             chance = 100 / self.model.batch_size  # type: ignore[attr-defined]
             accuracy = "-" if self.accuracy is None else f"{100 * self.accuracy:.0f} % (chance {chance:.2g} %)"
             measures["categorical accuracy"] = accuracy
-        return {
-            **measures,
-            "updates": f"{self.model._n_updates:,}",
-            "steps/s": f"{(self.num_timesteps - self._start_timesteps) / elapsed:.0f}",
-        }
-
-    def _render(self) -> Group:
-        table = Table.grid(padding=(0, 3))
-        measures = self._measures()
-        table.add_row(*measures, style="dim")
-        table.add_row(*measures.values())
-        return Group(table, self._progress)
+        # There is no public name of the number of updates
+        measures["updates"] = f"{self.model._n_updates:,}"
+        elapsed = max(time.monotonic() - self._start_time, 1e-9)
+        measures["steps/s"] = f"{(self.num_timesteps - self._start_timesteps) / elapsed:.0f}"
+        return ", ".join(f"{name} {value}" for name, value in measures.items())
 
     def _show(self, is_due: bool = False) -> None:
         """Show the measures; where there is no terminal, as a line if it is due or the last one was a while ago."""
@@ -112,16 +93,17 @@ class TrainingDisplay(BaseCallback):
         self.accuracy = self.logger.name_to_value.get("train/categorical_accuracy", self.accuracy)
         total = self.locals["total_timesteps"]
         done = min(self.num_timesteps, total)
-        self._progress.update(self._task, completed=done)
+        assert self._progress is not None
+        task = self._progress.tasks[0]
+        self._progress.update(task.id, completed=done)
         if self._live is not None:
-            self._live.update(self._render())
+            self._live.update(Group(self._measures(), self._progress))
         elif is_due or done >= self._last_line[0] + 0.1 * total or time.monotonic() > self._last_line[1] + 60:
             self._last_line = done, time.monotonic()
-            remaining = self._progress.tasks[0].time_remaining
-            left = "-" if remaining is None else timedelta(seconds=round(remaining))
-            measures = ", ".join(f"{name} {value}" for name, value in self._measures().items())
+            left = "-" if task.time_remaining is None else timedelta(seconds=round(task.time_remaining))
+            text = f"{done:,}/{total:,} env steps, {self._measures()}, left {left}"
             # Where nobody reads it any more, rich would end the program without an error
-            print(f"{done:,}/{total:,} env steps, {measures}, left {left}", file=self.console.file, flush=True)
+            print(text, file=self._progress.console.file, flush=True)
 
     def _on_rollout_start(self) -> None:
         self._show()
@@ -132,21 +114,18 @@ class TrainingDisplay(BaseCallback):
         self._episode_steps += 1
         # VecEnvs of simulators return them as numbers, lists or tensors
         dones = np.asarray(self.locals["dones"], dtype=bool).reshape(-1)
-        for index in np.flatnonzero(dones):
-            self.successes.append(bool(self._steps_at_goal[index] > 0))
-            self.times_at_goal.append(self._steps_at_goal[index] / self._episode_steps[index])
-        self._steps_at_goal[dones] = 0
-        self._episode_steps[dones] = 0
+        self.successes.extend(self._steps_at_goal[dones] > 0)
+        self.times_at_goal.extend(self._steps_at_goal[dones] / self._episode_steps[dones])
+        self._steps_at_goal[dones] = self._episode_steps[dones] = 0
         return True
 
     def stop(self) -> None:
         """Leave the terminal as it was. Called at the end of the training, and to be called when it was interrupted."""
-        if not self._is_shown:
-            return
-        self._show(is_due=True)
-        if self._live is not None:
-            self._live.stop()
-        self._live, self._is_shown = None, False
+        if self._progress is not None:
+            self._show(is_due=True)
+            if self._live is not None:
+                self._live.stop()
+            self._progress = self._live = None
 
     def _on_training_end(self) -> None:
         self.stop()
@@ -181,7 +160,6 @@ class ResumableEvalCallback(EvalCallback):
     def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, resume: bool = False, **kwargs: Any):
         super().__init__(eval_env, *args, **kwargs)
         self.resume = resume
-        self.evaluations_path = None if self.log_path is None else Path(f"{self.log_path}.npz")
         # One entry an evaluation of what Stable-Baselines3 does not record
         self.evaluations_measures: dict[str, list[Any]] = {}
         self._training_measures = dict.fromkeys(TRAINING_MEASURES, math.nan)
@@ -196,8 +174,8 @@ class ResumableEvalCallback(EvalCallback):
         super()._init_callback()
         if self.resume:
             self.n_calls = self.model.num_timesteps // self.training_env.num_envs
-            if self.evaluations_path is not None and self.evaluations_path.is_file():
-                self._continue(self.evaluations_path)
+            if self.log_path is not None and (path := Path(f"{self.log_path}.npz")).is_file():
+                self._continue(path)
 
     def _continue(self, path: Path) -> None:
         with np.load(path) as file:
@@ -216,14 +194,15 @@ class ResumableEvalCallback(EvalCallback):
         if self.best_model_save_path is None or os.path.isfile(os.path.join(self.best_model_save_path, "best_model.zip")):
             self.best_mean_reward = float(arrays["results"].mean(axis=1).max())
         is_done = arrays["timesteps"] <= self.model.num_timesteps
-        lists = {name: values[is_done].tolist() for name, values in arrays.items()}
+        arrays = {name: values[is_done] for name, values in arrays.items()}
+        self._write_evaluations(arrays)
+        lists = {name: values.tolist() for name, values in arrays.items()}
         self.evaluations_timesteps = lists.pop("timesteps")
         self.evaluations_results = lists.pop("results")
         self.evaluations_length = lists.pop("ep_lengths")
         self.evaluations_successes = lists.pop("successes", [])
         self.evaluations_measures = lists
-        self._seconds = lists["seconds"][-1] if lists["seconds"] else 0.0
-        self._write_evaluations(path)
+        self._seconds = max(lists["seconds"], default=0.0)
 
     def _on_training_start(self) -> None:
         super()._on_training_start()
@@ -243,19 +222,20 @@ class ResumableEvalCallback(EvalCallback):
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
             return True
         self._seconds += time.process_time() - self._clock
-        n_evaluations = len(self.evaluations_timesteps)
-        log_path = self.log_path
+        # The parent's own file would lack the other measures, and be broken if the process is killed while it is written
+        log_path, file = self.log_path, io.BytesIO()
         if log_path is not None:
-            # The parent's own file would lack the other measures, and be broken if the process is killed while it is written
-            self.log_path = io.BytesIO()  # type: ignore[assignment]
+            self.log_path = file  # type: ignore[assignment]
         try:
             return self._evaluate()
         finally:
             self.log_path = log_path
-            if self.evaluations_path is not None and len(self.evaluations_timesteps) > n_evaluations:
+            # Not if the evaluation was interrupted
+            if zipfile.is_zipfile(file):
                 for name, value in self._measures().items():
                     self.evaluations_measures.setdefault(name, []).append(value)
-                self._write_evaluations(self.evaluations_path)
+                file.seek(0)
+                self._write_evaluations({**np.load(file), **self.evaluations_measures})
             self._clock = time.process_time()
 
     def _evaluate(self) -> bool:
@@ -263,20 +243,11 @@ class ResumableEvalCallback(EvalCallback):
 
     def _measures(self) -> dict[str, Any]:
         """What to save of the evaluation that was just done."""
-        # There is no public name of the number of updates
         return {"n_updates": self.model._n_updates, "seconds": self._seconds, **self._training_measures}
 
-    def _write_evaluations(self, path: Path) -> None:
-        arrays: dict[str, list[Any]] = {
-            "timesteps": self.evaluations_timesteps,
-            "results": self.evaluations_results,
-            "ep_lengths": self.evaluations_length,
-            **self.evaluations_measures,
-        }
-        if self.evaluations_successes:
-            arrays["successes"] = self.evaluations_successes
-        with atomic_path(path, ".npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+    def _write_evaluations(self, arrays: dict[str, Any]) -> None:
+        with atomic_path(self.log_path, ".npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
 
 
 class GoalEvalCallback(ResumableEvalCallback):
@@ -295,7 +266,6 @@ class GoalEvalCallback(ResumableEvalCallback):
     def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, **kwargs: Any):
         super().__init__(eval_env, *args, **kwargs)
         self.last_means: dict[str, float] = {}
-        self._recorder = GoalEpisodeRecorder(self.eval_env)
 
     def _evaluate(self) -> bool:
         # An evaluation that was interrupted leaves nothing behind

@@ -7,8 +7,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from sb3_deepcrl.common.utils import check_actions
-
 
 @dataclass
 class GoalEpisode:
@@ -47,6 +45,10 @@ def mean_of_episodes(episodes: list[GoalEpisode]) -> dict[str, float]:
     return {name: float(np.mean([getattr(episode, name) for episode in episodes])) for name in names}
 
 
+def _distance(achieved_goal: Any, desired_goal: Any) -> float:
+    return float(np.linalg.norm(np.asarray(achieved_goal, dtype=np.float64) - np.asarray(desired_goal, dtype=np.float64)))
+
+
 class GoalEpisodeRecorder:
     """
     Callback for :func:`~stable_baselines3.common.evaluation.evaluate_policy` that records one :class:`GoalEpisode` for
@@ -56,17 +58,10 @@ class GoalEpisodeRecorder:
     """
 
     def __init__(self, env: VecEnv):
-        self.env = env
         self.vec_normalize = unwrap_vec_normalize(env)
         self.episodes: list[GoalEpisode] = []
-        self._successes: list[list[bool]] = [[] for _ in range(env.num_envs)]
-        self._distances: list[list[float]] = [[] for _ in range(env.num_envs)]
-        self._rewards: list[float] = [0.0] * env.num_envs
-
-    @staticmethod
-    def _distance(achieved_goal: Any, desired_goal: Any) -> float:
-        achieved, desired = (np.asarray(goal, dtype=np.float64) for goal in (achieved_goal, desired_goal))
-        return float(np.linalg.norm(achieved - desired))
+        # Successes, distances and rewards of the running episode of each env
+        self._running: list[tuple[list[bool], list[float], list[float]]] = [([], [], []) for _ in range(env.num_envs)]
 
     def __call__(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         """
@@ -75,15 +70,17 @@ class GoalEpisodeRecorder:
         :raises ValueError: if the info dict tells nothing about success, or if the action is NaN or infinite
         """
         index, info, done = locals_["i"], locals_["info"], bool(locals_["done"])
-        check_actions(locals_["actions"][index], locals_["observations"], locals_["model"])
+        if not np.isfinite(action := locals_["actions"][index]).all():
+            raise ValueError(f"The policy gives actions that are NaN or infinite, {action}: check its weights and the env")
         success = info.get("is_success", info.get("success"))
         if success is None:
             raise ValueError(
                 "The info dict of the evaluation env has neither `is_success` nor `success`, "
                 f"only {sorted(info)}: wrap the env so that `step` reports one of them"
             )
-        successes, distances = self._successes[index], self._distances[index]
+        successes, distances, rewards = self._running[index]
         successes.append(bool(success))
+        rewards.append(float(locals_["reward"]))
         # The goal that was pursued in this step: the next one may be another
         goal = locals_["observations"]["desired_goal"][index]
         last = info.get("terminal_observation")
@@ -92,21 +89,20 @@ class GoalEpisodeRecorder:
             distances = distances or [np.nan]
         elif self.vec_normalize is None:
             achieved = last["achieved_goal"] if done else locals_["new_observations"]["achieved_goal"][index]
-            distances.append(self._distance(achieved, goal))
+            distances.append(_distance(achieved, goal))
         elif not done:
             # What VecNormalize gave may be clipped
             original = self.vec_normalize.get_original_obs()
-            distances.append(self._distance(original["achieved_goal"][index], original["desired_goal"][index]))
+            distances.append(_distance(original["achieved_goal"][index], original["desired_goal"][index]))
         elif not distances:
             # Of the last observation there is only the normalized one: do without it unless it is all there is
             original = self.vec_normalize.unnormalize_obs(last)
-            distances.append(self._distance(original["achieved_goal"], original["desired_goal"]))
-        self._rewards[index] += float(locals_["reward"])
+            distances.append(_distance(original["achieved_goal"], original["desired_goal"]))
         if done:
             self.episodes.append(
                 GoalEpisode(
                     env_index=index,
-                    episode_reward=float(info["episode"]["r"]) if "episode" in info else self._rewards[index],
+                    episode_reward=float(info["episode"]["r"]) if "episode" in info else sum(rewards),
                     episode_length=len(successes),
                     success_any=any(successes),
                     success_last=successes[-1],
@@ -115,7 +111,7 @@ class GoalEpisodeRecorder:
                     mean_distance=float(np.mean(distances)),
                 )
             )
-            self._successes[index], self._distances[index], self._rewards[index] = [], [], 0.0
+            self._running[index] = [], [], []
 
 
 def evaluate_goals(

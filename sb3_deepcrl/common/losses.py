@@ -112,13 +112,7 @@ class _ContrastiveLoss(th.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: th.Tensor,
-        y: th.Tensor,
-        energy: str,
-        contrastive_loss: str,
-        logsumexp_coef: float,
-        fused: bool,
+        ctx: Any, x: th.Tensor, y: th.Tensor, energy: str, contrastive_loss: str, logsumexp_coef: float, fused: bool
     ) -> Any:
         needed = any(ctx.needs_input_grad[:2])
         is_known = energy == "norm" and contrastive_loss == "forward" and not is_traced(x, y)
@@ -144,22 +138,20 @@ def _contrast(
     n = len(x)
     logits, gradients_of = _pairwise(x, y, energy)
     positive, row_logsumexp = logits.diagonal().clone(), logits.logsumexp(dim=1, keepdim=True)
-    # Weights of the two directions
-    rows, columns = {"forward": (1.0, 0.0), "backward": (0.0, 1.0), "symmetric": (0.5, 0.5)}[contrastive_loss]
-    directions = [(rows, row_logsumexp)] if rows else []
-    if columns:
-        directions.append((columns, logits.logsumexp(dim=0, keepdim=True)))
+    directions = [] if contrastive_loss == "backward" else [row_logsumexp]
+    if contrastive_loss != "forward":
+        directions.append(logits.logsumexp(dim=0, keepdim=True))
     loss = -positive.mean()
-    for weight, logsumexp in directions:
-        loss = loss + weight * (logsumexp + logsumexp_coef * logsumexp.square()).mean()
+    for logsumexp in directions:
+        loss = loss + (logsumexp + logsumexp_coef * logsumexp.square()).mean() / len(directions)
     correct = logits.argmax(dim=1) == th.arange(n, device=x.device)
     negative = (logits.sum() - positive.sum()) / (n * (n - 1))
     outcome = th.stack([loss, correct.to(x.dtype).mean(), positive.mean(), negative, row_logsumexp.mean()])
     if not needed:
         return (outcome,)
     softmaxes = (
-        (logits - logsumexp).exp_().mul_((1.0 + 2.0 * logsumexp_coef * logsumexp) * (weight / n))
-        for weight, logsumexp in directions
+        (logits - logsumexp).exp_().mul_((1.0 + 2.0 * logsumexp_coef * logsumexp) / (n * len(directions)))
+        for logsumexp in directions
     )
     gradient = functools.reduce(th.Tensor.add_, softmaxes)
     gradient.diagonal().sub_(1.0 / n)
@@ -188,8 +180,7 @@ def info_nce(
     :param contrastive_loss: One of ``CONTRASTIVE_LOSSES``
     :param logsumexp_coef: Coefficient of the penalty
     :param fused: Whether the common case (``"norm"``, ``"forward"``) runs as one function in C++, on a CPU that has it
-    :return: The loss, a scalar that can be differentiated once, and metrics without gradient: fraction of rows whose largest
-        logit is the positive, mean logit of the positives and of the negatives, mean log-sum-exp over a row
+    :return: The loss, a scalar that can be differentiated once, and metrics without gradient
     :raises ValueError: if there is no such energy or loss
     """
     check_choice(energy, ENERGIES, "energy")

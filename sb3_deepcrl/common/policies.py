@@ -1,13 +1,34 @@
-import numpy as np
-from stable_baselines3.common.policies import BasePolicy
+from collections.abc import Mapping
+from typing import Any
 
-from sb3_deepcrl.common.utils import check_actions
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+from sb3_deepcrl.common.utils import check_class, check_dict
 
 
 class CheckedPolicy(BasePolicy):
     """
-    Policy whose actions are numbers. To be put before the policy of Stable-Baselines3 in the list of bases.
+    Policy whose arguments are checked, and whose actions are numbers. To be put before the policy of Stable-Baselines3 in the
+    list of bases.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        for name, base, example in (
+            ("features_extractor_class", BaseFeaturesExtractor, "CombinedExtractor"),
+            ("optimizer_class", th.optim.Optimizer, "th.optim.Adam"),
+        ):
+            check_class(kwargs.get(name, base), base, name, f"pass the class, such as `{example}`")
+        for name in ("features_extractor_kwargs", "optimizer_kwargs"):
+            check_dict(kwargs.get(name), name)
+        if "lr" in (kwargs.get("optimizer_kwargs") or {}):
+            raise ValueError(
+                f"`optimizer_kwargs` has `lr={kwargs['optimizer_kwargs']['lr']!r}`, but the learning rate follows a schedule: "
+                "give it as `learning_rate`"
+            )
+        super().__init__(*args, **kwargs)
 
     def predict(
         self,
@@ -22,5 +43,20 @@ class CheckedPolicy(BasePolicy):
         :raises ValueError: if an action is NaN or infinite, telling whether weights or observation are at fault
         """
         actions, state = super().predict(observation, state, episode_start, deterministic)
-        check_actions(actions, observation, self)
-        return actions, state
+        if np.isfinite(actions).all():
+            return actions, state
+        # The critic has no part in them
+        faults = [
+            f"the weights `{name}` are not finite, since training diverged (load an earlier checkpoint, lower `learning_rate`)"
+            for name, values in getattr(self, "actor", self).named_parameters()
+            if not th.isfinite(values).all()
+        ][:1]
+        for key, value in observation.items() if isinstance(observation, Mapping) else [("observation", observation)]:
+            if not np.isfinite(value).all():
+                where = tuple(np.argwhere(~np.isfinite(value))[0].tolist())
+                faults.append(f"`{key}` of the observation is {value[where]} at {where} (check the env with `VecCheckNan`)")
+        reason = " and ".join(faults) or (
+            "its weights and the observation are finite, so that numbers on the way are too large (normalize the "
+            "observations, e.g. with `VecNormalize`)"
+        )
+        raise ValueError(f"The policy gives actions that are NaN or infinite: {reason}")

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_bool, check_depth, check_positive_int
+from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice, check_depth, check_positive_int
 
 # Name of a normalization, or what makes the module from the number of features
 Norm = str | Callable[[int], nn.Module]
+# Epsilon of the reference code (Flax), PyTorch's default is 1e-5
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": partial(nn.LayerNorm, eps=1e-6), "none": nn.Identity}
 
 
 def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
@@ -26,7 +29,7 @@ def lecun_uniform_(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def _make_module(make: Callable[..., Any], args: tuple[Any, ...], wanted: str) -> nn.Module:
+def _make_module(make: Any, args: tuple[Any, ...], wanted: str) -> nn.Module:
     """Make what the user chose, a class or a function, with an error if it makes no module of these arguments."""
     module, reason = None, None
     try:
@@ -38,26 +41,14 @@ def _make_module(make: Callable[..., Any], args: tuple[Any, ...], wanted: str) -
     return module
 
 
-def make_activation(activation_fn: Callable[[], nn.Module]) -> nn.Module:
-    """Make an activation of its class, or of another function without arguments."""
-    return _make_module(activation_fn, (), "`activation_fn` must be the class of an activation, such as `th.nn.ReLU`")
-
-
-def _make_norm(norm: Norm, width: int) -> nn.Module:
-    """Make a normalization of so many features."""
-    if callable(norm):
-        return _make_module(norm, (width,), '`norm` must be "layer", "none", or a class such as `th.nn.RMSNorm`')
-    if norm == "layer":
-        # Epsilon of the reference code (Flax), PyTorch's default is 1e-5
-        return nn.LayerNorm(width, eps=1e-6)
-    if norm == "none":
-        return nn.Identity()
-    raise ValueError(f'`norm` must be "layer" or "none", got {norm!r}')
-
-
 def _dense_layer(in_dim: int, width: int, activation_fn: type[nn.Module], norm: Norm) -> list[nn.Module]:
     """One layer of the tower: Dense, normalization, activation."""
-    return [lecun_uniform_(nn.Linear(in_dim, width)), _make_norm(norm, width), make_activation(activation_fn)]
+    make_norm = NORMS.get(norm, norm) if isinstance(norm, str) else norm
+    return [
+        lecun_uniform_(nn.Linear(in_dim, width)),
+        _make_module(make_norm, (width,), '`norm` must be "layer", "none", or a class such as `th.nn.RMSNorm`'),
+        _make_module(activation_fn, (), "`activation_fn` must be the class of an activation, such as `th.nn.ReLU`"),
+    ]
 
 
 class ResidualBlock(nn.Module):
@@ -98,9 +89,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: th.Tensor) -> th.Tensor:
         """Features of the next block, of shape ``(batch_size, width)`` as those of this one."""
         branch = (self._unfused_branch(x) if th.compiler.is_compiling() else self.branch(x)).to(x.dtype)
-        if not self.residual:
-            return branch
-        return th.addcmul(x, branch, self.scale)
+        return th.addcmul(x, branch, self.scale) if self.residual else branch
 
     def _unfused_branch(self, x: th.Tensor) -> th.Tensor:
         """
@@ -119,10 +108,8 @@ class ResidualBlock(nn.Module):
 
 def _parse_residual_scale(residual_scale: float | str, n_blocks: int) -> tuple[float, bool]:
     """The (initial) factor of the residual branches, and whether it is learned."""
-    if residual_scale == "1/N":
-        return 1.0 / n_blocks, False
-    if residual_scale == "learnable":
-        return 1.0 / n_blocks, True
+    if residual_scale in ("1/N", "learnable"):
+        return 1.0 / n_blocks, residual_scale == "learnable"
     if isinstance(residual_scale, Real) and not isinstance(residual_scale, bool) and 0 < residual_scale < math.inf:
         return float(residual_scale), False
     raise ValueError(f'`residual_scale` must be a positive number, "1/N" or "learnable", got {residual_scale!r}')
@@ -164,7 +151,7 @@ class ResidualTower(nn.Module):
         super().__init__()
         n_blocks = check_depth(depth)
         check_positive_int(width, "width")
-        check_bool(residual, "residual")
+        check_choice(residual, (True, False), "residual")
         scale, learn_scale = _parse_residual_scale(residual_scale, n_blocks)
         self.output_dim = width if output_dim is None else output_dim
         self.stem = nn.Sequential(*_dense_layer(input_dim, width, activation_fn, norm))
@@ -188,12 +175,11 @@ class ResidualTower(nn.Module):
         with nullcontext() if self.autocast_dtype is None else th.autocast(x.device.type, self.autocast_dtype):
             features = self.stem(x).to(x.dtype)
             for block in self.blocks:
-                # There is nothing random in a block, and looking at the random state would wait for the device
-                features = (
-                    checkpoint(block, features, use_reentrant=False, preserve_rng_state=False)
-                    if checkpointed
-                    else block(features)
-                )
+                if checkpointed:
+                    # There is nothing random in a block, and looking at the random state would wait for the device
+                    features = checkpoint(block, features, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    features = block(features)
         return features
 
 

@@ -41,12 +41,9 @@ def is_watched(*modules: nn.Module) -> bool:
     Whether somebody wants to be called when one of these modules, without those in them, runs, or their parameters are more
     than numbers. There is no public name of the hooks.
     """
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return True
+    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
         return True
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -12,7 +12,7 @@ from sb3_deepcrl.common.compilation import compile_blocks, compile_pays, set_pre
 from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer
 from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, threads_of_kernel
-from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_bool, check_switch
+from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice
 
 # Name of the actions in a minibatch, next to those of the observations
 ACTION_KEY = "__action__"
@@ -51,9 +51,9 @@ class UpdateRunner:
         Choose how networks and updates run, as the arguments of :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL` say.
         ``compile="auto"`` depends on the number of updates ahead.
         """
-        check_switch(compile, "compile")
-        check_switch(cuda_graph, "cuda_graph")
-        check_bool(checkpoint_activations, "checkpoint_activations")
+        check_choice(compile, (True, False, "auto"), "compile")
+        check_choice(cuda_graph, (True, False, "auto"), "cuda_graph")
+        check_choice(checkpoint_activations, (True, False), "checkpoint_activations")
         device = next(self.policy.parameters()).device
         set_precision(self.policy, precision, device)
         for tower in self.towers:

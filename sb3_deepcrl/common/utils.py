@@ -26,9 +26,6 @@ from types import FrameType
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
-import torch as th
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
@@ -47,15 +44,14 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
-def is_integer(value: Any) -> bool:
-    """Whether a value is an integer, of Python or NumPy."""
+def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_positive_int(value: int, name: str) -> int:
     """Check that a number is a positive integer."""
-    if not is_integer(value) or value < 1:
-        fix = f": use {int(value)}" if isinstance(value, float) and value >= 1 and float(value).is_integer() else ""
+    if not _is_integer(value) or value < 1:
+        fix = f": use {int(value)}" if isinstance(value, float) and value >= 1 and value % 1 == 0 else ""
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}{fix}")
     return value
 
@@ -69,35 +65,20 @@ def check_number(value: float, name: str, maximum: float = math.inf) -> float:
     return value
 
 
-def check_bool(value: bool, name: str) -> bool:
-    """Check that a value is True or False."""
-    if value not in (True, False):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}")
-    return value
-
-
-def check_switch(value: bool | str, name: str) -> bool | str:
-    """Check that a value is True, False or "auto"."""
-    if value not in (True, False, "auto") or not isinstance(value, (bool, str)):
-        raise ValueError(f'`{name}` must be True, False or "auto", got {value!r}')
-    return value
-
-
-def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
+def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
     """Check that a value is one of those that there are."""
-    if value not in choices:
+    # 1 is equal to True
+    if value not in choices or type(value) is int:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
 def check_depth(depth: int, name: str = "depth") -> int:
     """Check that a residual tower of this depth can be built. Gives the number of its blocks, ``depth / 4``."""
-    if not is_integer(depth) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
-        if isinstance(depth, Real) and depth > 0:
-            below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK
-            fix = f"use {below or LAYERS_PER_BLOCK}" + (f" or {below + LAYERS_PER_BLOCK}" if below else "")
-        else:
-            fix = "use 4, 8, 16, 64, ..."
+    if not _is_integer(depth) or depth < 1 or depth % LAYERS_PER_BLOCK != 0:
+        is_number = isinstance(depth, Real) and LAYERS_PER_BLOCK < depth < math.inf
+        below = int(depth // LAYERS_PER_BLOCK) * LAYERS_PER_BLOCK if is_number else 0
+        fix = f"use {below} or {below + LAYERS_PER_BLOCK}" if below else f"use {LAYERS_PER_BLOCK}"
         raise ValueError(
             f"`{name}` must be a positive multiple of {LAYERS_PER_BLOCK}, because a residual block holds "
             f"{LAYERS_PER_BLOCK} Dense layers, got {depth!r}: {fix}"
@@ -118,57 +99,12 @@ def check_dict(value: Any, name: str) -> None:
         raise ValueError(f"`{name}` must be a dict of keyword arguments, got {value!r}: use for instance `dict(name=value)`")
 
 
-def check_policy_kwargs(policy_kwargs: Mapping[str, Any]) -> None:
-    """Check the arguments that all policies have."""
-    extractor = policy_kwargs.get("features_extractor_class", BaseFeaturesExtractor)
-    check_class(extractor, BaseFeaturesExtractor, "features_extractor_class", "pass the class, such as `CombinedExtractor`")
-    optimizer = policy_kwargs.get("optimizer_class", th.optim.Optimizer)
-    check_class(optimizer, th.optim.Optimizer, "optimizer_class", "pass the class, such as `th.optim.Adam`")
-    for name in ("features_extractor_kwargs", "optimizer_kwargs"):
-        check_dict(policy_kwargs.get(name), name)
-    if "lr" in (policy_kwargs.get("optimizer_kwargs") or {}):
-        raise ValueError(
-            f"`optimizer_kwargs` has `lr={policy_kwargs['optimizer_kwargs']['lr']!r}`, but the learning rate follows a "
-            "schedule: give it as `learning_rate`"
-        )
-
-
 def processor() -> str:
     """Name of the processor."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def check_actions(actions: Any, observation: Any, policy: Any) -> None:
-    """
-    Check that the actions of a policy, of an algorithm that has one, or of anything else, are finite. The error tells whether
-    its weights or the observation (an array, or arrays by key) are at fault.
-    """
-    actions = np.asarray(actions)
-    if actions.dtype.kind != "f" or np.isfinite(actions).all():
-        return
-    policy = getattr(policy, "policy", policy)
-    # The critic has no part in them
-    network = getattr(policy, "actor", policy)
-    parameters = network.named_parameters() if isinstance(network, nn.Module) else ()
-    faults = [
-        f"the weights `{name}` are not finite, since training diverged (load an earlier checkpoint, lower `learning_rate`)"
-        for name, values in parameters
-        if not th.isfinite(values).all()
-    ][:1]
-    for key, value in observation.items() if isinstance(observation, Mapping) else [("observation", observation)]:
-        value = np.asarray(value)
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            where = tuple(np.argwhere(~np.isfinite(value))[0].tolist())
-            faults.append(f"`{key}` of the observation is {value[where]} at {where} (check the env, e.g. with `VecCheckNan`)")
-    reason = " and ".join(faults) or (
-        "its weights and the observation are finite, so that numbers on the way are too large (normalize the observations, "
-        "e.g. with `VecNormalize`)"
-    )
-    raise ValueError(f"The policy gives actions that are NaN or infinite: {reason}")
+    with contextlib.suppress(OSError):
+        if match := re.search(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return match[1]
+    return platform.processor() or platform.machine()
 
 
 def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
@@ -246,16 +182,15 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
     Handle the signals that stop a program. Those that are ignored, as SIGHUP is under ``nohup``, stay ignored, and nothing is
     changed outside of the main thread, which cannot handle signals.
     """
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS} if is_main_thread else {}
+    numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
     # None: handled by something else than Python
-    changed = {number: old for number, old in previous.items() if old not in (signal.SIG_IGN, None)}
-    for number in changed:
+    previous = {number: old for number in numbers if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
+    for number in previous:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, old in changed.items():
+        for number, old in previous.items():
             signal.signal(number, old)
 
 
@@ -333,16 +268,16 @@ def is_for_user(error: BaseException) -> bool:
 
 
 def how_to_write(error: BaseException, given: Iterable[Any]) -> str | None:
-    """What to do if a disk is full, or a path among what the user gave is no place to write to; None for other errors."""
+    """A full disk, or a path among what the user gave that is no place to write to, and what to do; None for other errors."""
     if not isinstance(error, OSError):
         return None
     if error.errno in NO_SPACE:
-        return "free some space or choose another disk (what was saved before is whole)"
+        return f"{error}: free some space or choose another disk (what was saved before is whole)"
     if error.errno in NOT_WRITABLE and isinstance(error.filename, str):
         path = pathlib.Path(error.filename).absolute()
         for place in (pathlib.Path(value).absolute() for value in given if value and isinstance(value, str | pathlib.Path)):
             if path.is_relative_to(place) or place.is_relative_to(path):
-                return f"choose another place than {place}"
+                return f"{error}: choose another place than {place}"
     return None
 
 

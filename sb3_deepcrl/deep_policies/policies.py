@@ -4,10 +4,8 @@ Deep residual policies for the algorithms of Stable-Baselines3: its own policies
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
@@ -20,14 +18,10 @@ from stable_baselines3.td3 import policies as td3
 from torch import nn
 
 from sb3_deepcrl.common.policies import CheckedPolicy
-from sb3_deepcrl.common.torch_layers import Norm, ResidualTower, make_activation
-from sb3_deepcrl.common.utils import check_depth, check_policy_kwargs, check_positive_int
+from sb3_deepcrl.common.torch_layers import Norm, ResidualTower, lecun_uniform_
+from sb3_deepcrl.common.utils import check_depth, check_positive_int
 
-CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "depth": check_depth,
-    "width": check_positive_int,
-    "activation_fn": lambda activation_fn, name: make_activation(activation_fn),
-}
+CHECKS: dict[str, Callable[[int, str], int]] = {"depth": check_depth, "width": check_positive_int}
 
 
 class DeepPolicy(CheckedPolicy):
@@ -81,15 +75,9 @@ class DeepPolicy(CheckedPolicy):
                 f"`policy_kwargs` has `net_arch={net_arch}`, which deep policies do not use: "
                 "their networks are residual towers, set by `depth` and `width`"
             )
-        check_policy_kwargs(kwargs)
         # Needed by `_build()`, which the policies of Stable-Baselines3 call at the end of their constructors
         self.tower_settings = dict(
-            depth=depth,
-            width=width,
-            activation_fn=activation_fn,
-            norm=norm,
-            residual=residual,
-            residual_scale=residual_scale,
+            depth=depth, width=width, activation_fn=activation_fn, norm=norm, residual=residual, residual_scale=residual_scale
         )
         self.tower_kwargs: dict[str, dict[str, Any]] = {name: {} for name in self.tower_names}
         for setting, value in self.tower_settings.items():
@@ -101,7 +89,6 @@ class DeepPolicy(CheckedPolicy):
             action_space,
             lr_schedule,
             net_arch=widths if len(widths) > 1 else widths[self.tower_names[0]],
-            activation_fn=self.tower_kwargs[self.tower_names[0]]["activation_fn"],
             **kwargs,
         )
         if isinstance(observation_space, spaces.Dict) and issubclass(self.features_extractor_class, FlattenExtractor):
@@ -220,19 +207,12 @@ class DeepActorCriticPolicy(DeepPolicy, ActorCriticPolicy):
         self._deepen("vf", self.mlp_extractor.value_net)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        # Everything but the towers is initialized as in the parent class
-        ortho_init, self.ortho_init = self.ortho_init, False
         super()._build(lr_schedule)
-        self.ortho_init = ortho_init
-        if ortho_init:
-            gains = {
-                self.pi_features_extractor: np.sqrt(2),
-                self.vf_features_extractor: np.sqrt(2),
-                self.action_net: 0.01,
-                self.value_net: 1,
-            }
-            for module, gain in gains.items():
-                module.apply(partial(self.init_weights, gain=gain))
+        if self.ortho_init:
+            # The towers too, by now
+            for layer in self.mlp_extractor.modules():
+                if isinstance(layer, nn.Linear):
+                    lecun_uniform_(layer)
 
 
 class DeepActorCriticCnnPolicy(DeepActorCriticPolicy, ActorCriticCnnPolicy):
@@ -256,11 +236,8 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
     :param observation_space: Observation space
     :param depth: Number of Dense layers inside the residual blocks, a positive multiple of 4
     :param width: Number of units of every layer, and number of features
-    :param activation_fn: Activation function
-    :param norm: Normalization after each Dense layer, ``"layer"`` or ``"none"``
-    :param residual: Whether the blocks add the identity
-    :param residual_scale: Factor of the residual branches, see :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
     :param normalized_image: Whether to assume that images are already normalized, see Stable-Baselines3's ``NatureCNN``
+    :param tower_kwargs: Other arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`, such as ``norm``
     """
 
     def __init__(
@@ -268,11 +245,8 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
         observation_space: spaces.Space,
         depth: int = 16,
         width: int = 256,
-        activation_fn: type[nn.Module] = nn.SiLU,
-        norm: Norm = "layer",
-        residual: bool = True,
-        residual_scale: float | str = "learnable",
         normalized_image: bool = False,
+        **tower_kwargs: Any,
     ):
         super().__init__(observation_space, features_dim=check_positive_int(width, "width"))
         self.extractor: BaseFeaturesExtractor
@@ -282,9 +256,7 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
             self.extractor = NatureCNN(observation_space, normalized_image=normalized_image)
         else:
             self.extractor = FlattenExtractor(observation_space)
-        self.tower = ResidualTower(
-            self.extractor.features_dim, None, depth, width, activation_fn, norm, residual, residual_scale
-        )
+        self.tower = ResidualTower(self.extractor.features_dim, None, depth, width, **tower_kwargs)
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:
         """Features of observations, shape ``(batch_size, width)``."""

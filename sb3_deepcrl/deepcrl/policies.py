@@ -16,7 +16,7 @@ from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
 from sb3_deepcrl.common.tower_kernel import apply_heads, has_kernel
-from sb3_deepcrl.common.utils import check_bool, check_choice, check_depth, check_policy_kwargs, check_positive_int
+from sb3_deepcrl.common.utils import check_choice, check_depth, check_positive_int
 
 # Range of the log standard deviation before squashing
 LOG_STD_MAX = 2
@@ -46,15 +46,6 @@ def check_observation_space(observation_space: spaces.Space | None) -> None:
         )
 
 
-def split_observation_space(observation_space: spaces.Dict) -> tuple[spaces.Dict, spaces.Dict]:
-    """
-    Split a goal-conditioned observation space into those of state and goal. The achieved goal belongs to the state: some envs
-    give the position of the robot nowhere else (AntMaze).
-    """
-    state = {key: space for key, space in observation_space.spaces.items() if key != GOAL_KEY}
-    return spaces.Dict(state), spaces.Dict({GOAL_KEY: observation_space.spaces[GOAL_KEY]})
-
-
 class Actor(CheckedPolicy):
     """
     Actor network (policy) for DeepCRL: a residual tower from state and goal to a squashed diagonal Gaussian.
@@ -62,7 +53,6 @@ class Actor(CheckedPolicy):
     :param observation_space: Observation space
     :param action_space: Action space
     :param features_extractor: Network to extract features of state and goal
-    :param features_dim: Number of features
     :param tower_kwargs: Keyword arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
     :param normalize_images: Whether to divide images by 255
     """
@@ -73,30 +63,27 @@ class Actor(CheckedPolicy):
         self,
         observation_space: spaces.Dict,
         action_space: spaces.Box,
-        features_extractor: nn.Module,
-        features_dim: int,
+        features_extractor: BaseFeaturesExtractor,
         tower_kwargs: dict[str, Any],
         normalize_images: bool = True,
     ):
         super().__init__(
             observation_space,
             action_space,
-            features_extractor=features_extractor,  # type: ignore[arg-type]
+            features_extractor=features_extractor,
             normalize_images=normalize_images,
             squash_output=True,
         )
-        self.features_dim = features_dim
         self.tower_kwargs = tower_kwargs
 
         action_dim = get_action_dim(self.action_space)
-        self.tower = ResidualTower(features_dim, None, **tower_kwargs)
+        self.tower = ResidualTower(features_extractor.features_dim, None, **tower_kwargs)
         self.mu = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
         self.log_std = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        names = ("features_extractor", "features_dim", "tower_kwargs")
-        return {**data, **{name: getattr(self, name) for name in names}}
+        own = dict(features_extractor=self.features_extractor, tower_kwargs=self.tower_kwargs)
+        return {**super()._get_constructor_parameters(), **own}
 
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``."""
@@ -148,10 +135,7 @@ class ContrastiveCritic(BaseModel):
         normalize_images: bool = True,
     ):
         super().__init__(
-            observation_space,
-            action_space,
-            features_extractor=features_extractor,
-            normalize_images=normalize_images,
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
         self.goal_features_extractor = goal_features_extractor
         self.repr_dim = repr_dim
@@ -163,9 +147,8 @@ class ContrastiveCritic(BaseModel):
         self.g_encoder = ResidualTower(goal_features_extractor.features_dim, repr_dim, **tower_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
         names = ("features_extractor", "goal_features_extractor", "repr_dim", "energy", "tower_kwargs")
-        return {**data, **{name: getattr(self, name) for name in names}}
+        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
 
     def extract_state_features(self, obs: dict[str, th.Tensor]) -> th.Tensor:
         """Features of the state, in which the desired goal has no part, shape ``(batch_size, features_dim)``."""
@@ -247,25 +230,17 @@ class DeepCRLPolicy(CheckedPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         **sac_kwargs: Any,
     ):
-        check_policy_kwargs(
-            dict(
-                features_extractor_class=features_extractor_class,
-                features_extractor_kwargs=features_extractor_kwargs,
-                optimizer_class=optimizer_class,
-                optimizer_kwargs=optimizer_kwargs,
-            )
-        )
         if features_extractor_class in (FlattenExtractor, NatureCNN):
             raise ValueError(
                 f"`features_extractor_class={features_extractor_class.__name__}` does not know Dict observations: "
                 "use `CombinedExtractor` or a class of your own"
             )
-        check_bool(normalize_images, "normalize_images")
+        check_choice(normalize_images, (True, False), "normalize_images")
         super().__init__(
             observation_space,
             action_space,
-            features_extractor_class,
-            features_extractor_kwargs,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
             squash_output=True,
@@ -297,40 +272,33 @@ class DeepCRLPolicy(CheckedPolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        optimizer_kwargs = dict(self.optimizer_kwargs)
+        optimizer_kwargs = self.optimizer_kwargs
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in optimizer_kwargs:
             # One kernel for all parameters
-            optimizer_kwargs.setdefault("fused", True)
+            optimizer_kwargs = {"fused": True, **optimizer_kwargs}
         self.actor, self.critic = self.make_actor(), self.make_critic()
         for network in (self.actor, self.critic):
             network.optimizer = self.optimizer_class(network.parameters(), lr=lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data |= {name: getattr(self, name) for name in ("depth", "actor_depth", "critic_depth", "repr_dim", "energy")}
-        data.update(
-            **self.tower_kwargs,
-            lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
-            optimizer_class=self.optimizer_class,
-            optimizer_kwargs=self.optimizer_kwargs,
-            features_extractor_class=self.features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
-        )
-        return data
+        names = ["depth", "actor_depth", "critic_depth", "repr_dim", "energy", "optimizer_class", "optimizer_kwargs"]
+        names += ["features_extractor_class", "features_extractor_kwargs"]
+        data = {name: getattr(self, name) for name in names}
+        # dummy lr schedule, not needed for loading policy alone
+        data["lr_schedule"] = self._dummy_schedule
+        return {**super()._get_constructor_parameters(), **data, **self.tower_kwargs}
 
-    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+    def make_actor(self) -> Actor:
         """Make an actor."""
-        actor_kwargs = dict(
-            observation_space=self.observation_space,
-            action_space=self.action_space,
-            tower_kwargs={"depth": self.actor_depth or self.depth, **self.tower_kwargs},
-            normalize_images=self.normalize_images,
-        )
-        return Actor(**self._update_features_extractor(actor_kwargs, features_extractor)).to(self.device)
+        tower_kwargs = {"depth": self.actor_depth or self.depth, **self.tower_kwargs}
+        actor_args = (self.observation_space, self.action_space, self.make_features_extractor(), tower_kwargs)
+        return Actor(*actor_args, normalize_images=self.normalize_images).to(self.device)  # type: ignore[arg-type]
 
     def make_critic(self) -> ContrastiveCritic:
         """Make a critic, with features extractors of its own for state and goal."""
-        state_space, goal_space = split_observation_space(self.observation_space)
+        # The achieved goal belongs to the state: some envs give the position of the robot nowhere else (AntMaze)
+        state_space = spaces.Dict({key: space for key, space in self.observation_space.spaces.items() if key != GOAL_KEY})
+        goal_space = spaces.Dict({GOAL_KEY: self.observation_space.spaces[GOAL_KEY]})
         return ContrastiveCritic(
             self.observation_space,
             self.action_space,  # type: ignore[arg-type]
@@ -367,12 +335,6 @@ class DeepCRLPolicy(CheckedPolicy):
     def __getstate__(self) -> dict[str, Any]:
         # Graphs can neither be copied nor pickled
         return {**super().__getstate__(), "_graphed_actors": None}
-
-    def set_training_mode(self, mode: bool) -> None:
-        """Put the policy in either training or evaluation mode, which affects batch normalization and dropout."""
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-        self.training = mode
 
 
 MultiInputPolicy = DeepCRLPolicy

@@ -166,9 +166,7 @@ def run(script: str, argv: Sequence[str]) -> None:
         if not numbers:
             raise
     except Exception as error:
-        message = describe_input_error(error)
-        if message is None and (advice := how_to_write(error, argv)) is not None:
-            message = f"{error}: {advice}"
+        message = describe_input_error(error) or how_to_write(error, argv)
         if message is None:
             raise
         sys.exit(f"sb3-deepcrl {script}: error: {message}")
