@@ -98,6 +98,7 @@ def assert_same(first, second):
 def test_same_transitions_in_both_loops(on_device, buffer_size):
     """Learning included, through several turns of the ring, and with episodes that are longer than it."""
     kwargs = dict(MODEL, buffer_size=buffer_size, replay_buffer_kwargs=dict(on_device=on_device))
+    kwargs["normalize_observations"] = buffer_size == 90
     models = []
     for env in (make_env(radius=0.2), Wrapped(make_env(radius=0.2))):
         models.append(DeepCRL("MultiInputPolicy", env, **kwargs))
@@ -120,7 +121,7 @@ def test_same_transitions_in_both_loops(on_device, buffer_size):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_not_a_number(on_device):
     """Nothing from the broken step on is stored or learned from, and the model goes on."""
-    kwargs = dict(MODEL, replay_buffer_kwargs=dict(on_device=on_device))
+    kwargs = dict(MODEL, replay_buffer_kwargs=dict(on_device=on_device), normalize_observations=True)
     models = []
     for env in (make_env(broken_at=33), Wrapped(make_env(broken_at=33))):
         model = DeepCRL("MultiInputPolicy", env, **kwargs)
@@ -130,7 +131,7 @@ def test_not_a_number(on_device):
         models.append(model)
     assert_same(stored(models[0]), stored(models[1]))
     for model in models:
-        assert model.replay_buffer.size() == 32
+        assert model.replay_buffer.size() == 32 and th.isfinite(model.actor.normalizer.mean).all()
         model.learn(60, reset_num_timesteps=False)
         assert all(np.isfinite(values).all() for values in model.replay_buffer.observations.values())
 
@@ -167,7 +168,7 @@ def test_interrupted_saved_and_continued(tmp_path):
 def test_callbacks_see_every_step_and_may_stop():
     class Recorder(BaseCallback):
         def _on_step(self):
-            assert isinstance(self.locals["dones"], th.Tensor) and len(self.locals["infos"]) == 3
+            assert isinstance(self.locals["new_obs"]["observation"], th.Tensor) and len(self.locals["infos"]) == 3
             return self.n_calls < 12
 
         def _on_rollout_end(self):
@@ -284,7 +285,7 @@ TOLERANCES = {
     "PointU4Maze-v0": (1e-6, 1e-4, 1e-3),
     "AntU4Maze-v0": (1e-6, 1e-4, 1e-3),
     "HumanoidUMaze-v0": (1e-5, 1e-1, 1.0),
-    "ArmBinpickHard-v0": (1e-6, 1e-4, 5.0),
+    "ArmBinpickHard-v0": (1e-6, 1e-2, 5.0),
 }
 
 
@@ -302,7 +303,8 @@ def start_from(vec_env, warp_env):
 ])  # fmt: skip
 def test_warp_does_what_the_batch_does(env_id):
     """One step at a time, 100 times, with resets: episodes are short, and the ant and the humanoid fall."""
-    envs = warp_env, batch_env = [make(env_id, 4, max_episode_steps=30) for make in (WarpVecEnv, BatchVecEnv)]
+    kwargs = dict(n_envs=4, max_episode_steps=30, goal="resample")
+    envs = warp_env, batch_env = [make(env_id, **kwargs) for make in (WarpVecEnv, BatchVecEnv)]
     first, second = (env.reset() for env in envs if env.seed(3))
     assert_same(first, second)
     rng, errors, n_ended = np.random.default_rng(0), [], 0
@@ -330,3 +332,88 @@ def test_warp_does_what_the_batch_does(env_id):
     assert n_ended >= 12
     median, most, worst = TOLERANCES[env_id]
     assert np.median(errors) < median and np.quantile(errors, 0.99) < most and np.max(errors) < worst
+
+
+@pytest.fixture(scope="module")
+def points():
+    """A few points in the smallest maze, whose kernels are compiled once."""
+    if not HAS_WARP:
+        pytest.skip("MuJoCo Warp is not installed")
+    with pytest.warns(UserWarning, match="BatchVecEnv does it many times as fast"):
+        return make_vec_env("PointUMaze-v0", 8, vec_env_cls=WarpVecEnv, env_kwargs=dict(max_episode_steps=20))
+
+
+def test_warp_trains_deepcrl_on_tensors(points):
+    model = DeepCRL("MultiInputPolicy", points, **MODEL, replay_buffer_kwargs=dict(on_device=True)).learn(600)
+    assert isinstance(model._last_obs, DeviceObs) and model._n_updates > 10
+    assert [info["l"] for info in model.ep_info_buffer] == [20] * 24 and model.replay_buffer.size() == 75
+    assert model.replay_buffer.timeouts.sum() == 24 and set(model.ep_success_buffer) <= {True, False}
+    # All states are within the maze, each next to the one before it
+    moved = model.replay_buffer.next_observations["achieved_goal"] - model.replay_buffer.observations["achieved_goal"]
+    assert 0.01 < np.abs(moved).max() < 0.5
+
+
+def test_warp_trains_sac_on_arrays(points):
+    model = SAC("MultiInputPolicy", points, learning_starts=50, batch_size=8, device="cpu").learn(300)
+    assert model._n_updates > 20 and model.ep_info_buffer[0]["l"] == 20
+
+
+def test_warp_starts_and_goals_follow_the_same_law(points):
+    """Where goals follow each other, by their frequencies; else they are the same ones, see above."""
+    batch = BatchVecEnv("PointUMaze-v0", 8, max_episode_steps=20)
+    points.set_attr("success_threshold", 100.0), batch.set_attr("success_threshold", 100.0)
+    chosen = []
+    for env in (points, batch):
+        env.seed(5)
+        goals = [env.reset()["desired_goal"]]
+        for _ in range(200):
+            goals.append(env.step(np.zeros((8, 2)))[0]["desired_goal"])
+        chosen.append(np.array(goals))
+    points.set_attr("success_threshold", 0.5)
+    # Each step reaches its goal and asks for another one
+    cells, counts = zip(*(np.unique(goals.reshape(-1, 2), axis=0, return_counts=True) for goals in chosen), strict=True)
+    np.testing.assert_array_equal(*cells)
+    assert (np.abs(counts[0] - counts[1]) < 6 * np.sqrt(counts[1])).all()
+    following = [np.abs(np.diff(goals, axis=0)).sum(axis=2) > 0 for goals in chosen]
+    assert all(moved[:19].all() for moved in following)
+
+
+def test_warp_is_seen_and_set_like_the_batch(points):
+    points.seed(0)
+    start = points.reset()
+    points.set_options({"start": [2.0, 2.0], "goal": [2.0, 6.0]})
+    assert (points.reset()["desired_goal"] == [2, 6]).all()
+    points.env_method("set_wrapper_attr", "goal", [6.0, 2.0], indices=3)
+    observation = points.step(np.zeros((8, 2), dtype=np.float32))[0]
+    assert observation["desired_goal"][[2, 3]].tolist() == [[2, 6], [6, 2]]
+    assert points.get_attr("goal", 3)[0].tolist() == [6, 2] and points.get_attr("_max_episode_steps", 0) == [20]
+    with pytest.raises(ValueError, match="is not finite"):
+        points.step(np.full((8, 2), np.nan, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"shape \(8, 3\), expected \(8, 2\)"):
+        points.step_tensors(th.zeros(8, 3))
+    assert points.n_diverged == 0 and start.keys() == observation.keys()
+
+
+@ON_THE_CPU
+def test_warp_truncates_what_diverged():
+    if not HAS_WARP:
+        pytest.skip("MuJoCo Warp is not installed")
+    env = WarpVecEnv("PointUMaze-v0", 3)
+    with pytest.raises(RuntimeError, match=r"Call reset\(\)"):
+        env.step_tensors(th.zeros(3, 2))
+    before = env.reset_tensors()
+    env.state["qvel"][1] = th.nan
+    step = env.step_tensors(th.zeros(3, 2))
+    assert step.truncated.tolist() == step.measures["diverged"].tolist() == [False, True, False]
+    assert th.equal(step.terminal_observation["observation"][1], before["observation"][1])
+    assert th.isfinite(step.observation["observation"]).all() and env.n_diverged == 1
+    assert not env.step_tensors(th.zeros(3, 2)).measures["diverged"].any()
+    env.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        env.step_tensors(th.zeros(3, 2))
+
+
+def test_warp_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco_warp", None)
+    with pytest.raises(ImportError, match=r"pip install 'sb3_deepcrl\[warp\]'"):
+        WarpVecEnv("PointUMaze-v0", 2)

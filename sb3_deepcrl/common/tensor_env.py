@@ -42,6 +42,22 @@ class DeviceObs(dict):
         return dict, (to_arrays(self),)
 
 
+class LazyArray:
+    """A tensor that becomes an array of NumPy when somebody reads it, so that nobody waits for the device for nothing."""
+
+    def __init__(self, tensor: th.Tensor):
+        self.tensor = tensor
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.tensor.numpy(force=True), dtype)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.asarray(self)[index]
+
+
 def to_arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Copy tensors to NumPy's arrays, by name. Arrays stay what they are."""
     return {name: value.numpy(force=True) if isinstance(value, th.Tensor) else value for name, value in values.items()}

@@ -96,8 +96,7 @@ class DeepCRL(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: must be False, the replay buffer always stores observations once
     :param n_steps: must be 1, there are no n-step returns in contrastive RL
-    :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
-        (and 'auto_0.1' for using 0.1 as initial value)
+    :param ent_coef: Entropy regularization coefficient, 'auto' to learn it ('auto_0.1' with 0.1 as initial value)
     :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
     :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the actions
         (SAC: minus the dimension)

@@ -1,20 +1,22 @@
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import RolloutReturn, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
-from sb3_deepcrl.common.tensor_env import DeviceObs, TensorVecEnv, to_arrays
+from sb3_deepcrl.common.tensor_env import DeviceObs, LazyArray, TensorVecEnv, to_arrays
+
+if TYPE_CHECKING:
+    from sb3_deepcrl.deepcrl.deepcrl import DeepCRL
 
 
 def collect_tensors(
-    model: OffPolicyAlgorithm,
+    model: "DeepCRL",
     env: VecEnv,
     callback: BaseCallback,
     train_freq: TrainFreq,
@@ -25,9 +27,9 @@ def collect_tensors(
 ) -> RolloutReturn | None:
     """
     Collect experiences on the device of an env that hands out tensors: what ``collect_rollouts`` of Stable-Baselines3 does,
-    but the statistics of its episodes are read once, at the end. In each step, callbacks see ``new_obs``, ``rewards`` and
-    ``dones`` as tensors, and empty ``infos``; at the end of the rollout ``episode_infos`` holds those of all episodes that
-    ended in it.
+    but the statistics of its episodes are read once, at the end. In each step, callbacks see ``new_obs`` as tensors, ``rewards``
+    and ``dones`` as what becomes an array when it is read, and empty ``infos``; at the end of the rollout ``episode_infos``
+    holds those of all episodes that ended in it.
 
     :return: None if Stable-Baselines3's loop has to do it: for other envs, under any wrapper (as ``VecNormalize``), with
         action noise, or if a rollout is counted in episodes
@@ -41,6 +43,7 @@ def collect_tensors(
     low, high = (th.as_tensor(bound, device=model.device) for bound in (model.action_space.low, model.action_space.high))
     infos: list[dict[str, Any]] = [{} for _ in range(env.num_envs)]
     records: list[th.Tensor] = []
+    normalizer = model.actor.normalizer
     continue_training = True
     callback.on_rollout_start()
     while len(records) < train_freq.frequency:
@@ -59,16 +62,24 @@ def collect_tensors(
         step = env.step_tensors(actions.to(env.device))
         records.append(env.count(step))
         model.num_timesteps += env.num_envs
-        new_obs, rewards, dones = step.observation, step.reward, step.terminated | step.truncated
+        new_obs, rewards, dones = step.observation, LazyArray(step.reward), LazyArray(step.terminated | step.truncated)
         callback.update_locals(locals())
         if not callback.on_step():
             continue_training = False
             break
+        if normalizer is not None:
+            normalizer.add(obs)
         replay_buffer.add_tensors(obs, buffer_actions, step.to(model.device))
         model._last_obs = DeviceObs(new_obs)  # type: ignore[assignment]
         model._update_current_progress_remaining(model.num_timesteps, model._total_timesteps)
         model._on_step()
-    replay_buffer.read_added()
+    try:
+        replay_buffer.read_added()
+    except ValueError:
+        # What is no number may be in its sums already
+        if normalizer is not None:
+            normalizer.forget_added()
+        raise
     steps = th.stack(records).numpy(force=True)
     episode_infos = [info for record in steps for _, info in env.finished_episodes(record)]
     for info in episode_infos:

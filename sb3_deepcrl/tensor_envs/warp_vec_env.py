@@ -56,7 +56,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
             import warp
 
             # Not a line for each of its modules
-            warp.config.quiet = True
+            warp.config.log_level = warp.LOG_WARNING
             import mujoco_warp
         except ImportError as error:
             raise ImportError(f"WarpVecEnv needs MuJoCo Warp: pip install 'sb3_deepcrl[warp]' ({error})") from error
