@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from rich.console import Console
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
-from sb3_deepcrl import DeepCRL
+from sb3_deepcrl import DeepCRL, evaluate_goals
+from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.common.tensor_env import DeviceObs
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.tensor_envs import GoalAdapter, WarpVecEnv
@@ -27,8 +29,8 @@ MODEL = dict(depth=4, width=8, batch_size=16, learning_starts=60, train_freq=5, 
 
 class TorchReach:
     """
-    Points on a plane, as a batched env of Isaac Lab and its kind has them: it writes into its own tensors, resets by itself and
-    keeps the last observations. Episodes of env i take 4 + i steps, or end within a radius of their goals.
+    Points on a plane, as a batched env of Isaac Lab and its kind has them: it writes into its own tensors, resets by itself
+    and keeps the last observations. Episodes of env i take 4 + i steps, or end within a radius of their goals.
     """
 
     device = "cpu"
@@ -263,9 +265,9 @@ def test_arrays_of_the_adapter():
     """What another algorithm sees: arrays, and infos only where an episode ended."""
     env, twin = make_env(), make_env()
     env.seed(1), twin.seed(1)
-    observation, tensors = env.reset(), twin.reset_tensors()
-    for n in range(1, 9):
-        observation, rewards, dones, infos = env.step(np.full((3, 2), 0.5, dtype=np.float32))
+    assert_same(env.reset(), twin.reset_tensors())
+    for _ in range(8):
+        observation, _, dones, infos = env.step(np.full((3, 2), 0.5, dtype=np.float32))
         step = twin.step_tensors(th.full((3, 2), 0.5))
         assert_same(observation, step.observation)
         assert all(bool(info) == done for info, done in zip(infos, dones, strict=True))
@@ -275,6 +277,24 @@ def test_arrays_of_the_adapter():
             assert infos[i]["is_success"] == step.measures["is_success"][i] and infos[i]["TimeLimit.truncated"]
     model = SAC("MultiInputPolicy", env, learning_starts=20, batch_size=8, device="cpu").learn(60)
     assert len(model.ep_info_buffer) > 5 and model._n_updates > 0
+
+
+@pytest.mark.parametrize("success_threshold, fraction", [(1e-9, 0.0), (100.0, 1.0)])
+def test_evaluation_counts_steps_at_the_goal(success_threshold, fraction):
+    env = make_env(success_threshold)
+    model = DeepCRL("MultiInputPolicy", env, **MODEL)
+    episodes = evaluate_goals(model, env, 6)
+    assert sorted(episode.episode_length for episode in episodes) == [4, 4, 5, 5, 6, 6]
+    assert all(episode.time_at_goal_fraction == fraction and episode.success_any == fraction for episode in episodes)
+    assert all(0 < episode.mean_distance < 10 for episode in episodes)
+
+
+def test_display_shows_what_the_episodes_tell(capsys):
+    """Of the loop on tensors, and of Stable-Baselines3's."""
+    for env in (make_env(100.0), Wrapped(make_env(100.0))):
+        display = TrainingDisplay(console=Console(file=sys.stdout))
+        DeepCRL("MultiInputPolicy", env, **MODEL).learn(60, callback=display)
+        assert list(display.times_at_goal) == [1.0] * len(display.successes) and len(display.successes) >= 9
 
 
 # --- MuJoCo Warp ------------------------------------------------------------------------------------------------------
@@ -325,7 +345,8 @@ def test_warp_does_what_the_batch_does(env_id):
             # The next start and goal are the same numbers
             for key in obs:
                 np.testing.assert_array_equal(obs[key][i], expected[0][key][i])
-            errors.append(np.abs(infos[i]["terminal_observation"]["observation"] - info["terminal_observation"]["observation"]))
+            last, expected_last = (each["terminal_observation"]["observation"] for each in (infos[i], info))
+            errors.append(np.abs(last - expected_last))
             assert infos[i]["episode"]["l"] == info["episode"]["l"]
             for name in info.keys() - {"episode", "terminal_observation", "distance"}:
                 assert infos[i][name] == info[name], name
@@ -339,7 +360,7 @@ def points():
     """A few points in the smallest maze, whose kernels are compiled once."""
     if not HAS_WARP:
         pytest.skip("MuJoCo Warp is not installed")
-    with pytest.warns(UserWarning, match="BatchVecEnv does it many times as fast"):
+    with pytest.warns(UserWarning, match="BatchVecEnv is the faster one"):
         return make_vec_env("PointUMaze-v0", 8, vec_env_cls=WarpVecEnv, env_kwargs=dict(max_episode_steps=20))
 
 

@@ -368,7 +368,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             rows = slots * self.n_envs + envs
             for key, stored in storage.items():
                 if key in values:
-                    stored[rows] = th.where(is_sound, values[key].reshape(-1, *stored.shape[1:]).to(stored.dtype), stored[rows])
+                    stored[rows] = th.where(
+                        is_sound, values[key].reshape(-1, *stored.shape[1:]).to(stored.dtype), stored[rows]
+                    )
         record = (is_sound.expand(self.n_envs), broken, done, timeout, step.reward, *finite)
         self._unread.append(th.stack([row.to(th.float32) for row in record]))
         n_steps = th.where(broken, 1, n_steps + 1) * ~done

@@ -29,10 +29,11 @@ class TensorStep(NamedTuple):
 
     def to(self, device: th.device) -> "TensorStep":
         """The same on another device."""
-        parts = [
-            {key: value.to(device) for key, value in part.items()} if isinstance(part, dict) else part.to(device) for part in self
-        ]
-        return TensorStep(*parts)
+        parts: dict[str, Any] = {}
+        for name, part in self._asdict().items():
+            is_tensor = isinstance(part, th.Tensor)
+            parts[name] = part.to(device) if is_tensor else {key: value.to(device) for key, value in part.items()}
+        return TensorStep(**parts)
 
 
 class DeviceObs(dict):
@@ -75,7 +76,7 @@ class TensorVecEnv(VecEnv):
     # Return, length and steps at the goal of the running episodes, shape (3, n_envs)
     _counters: th.Tensor | None = None
     _measure_names: tuple[str, ...] = ()
-    _start_time: float | None = None
+    _start_time = 0.0
 
     @abstractmethod
     def reset_tensors(self) -> TensorObs:
@@ -108,12 +109,14 @@ class TensorVecEnv(VecEnv):
         episodes = []
         for i in np.flatnonzero(record[0]).tolist():
             _, timeout, reward, length, time_at_goal, *measures = record[:, i].tolist()
-            info: dict[str, Any] = {"TimeLimit.truncated": bool(timeout), **dict(zip(self._measure_names, measures, strict=True))}
+            info: dict[str, Any] = {
+                "TimeLimit.truncated": bool(timeout),
+                **dict(zip(self._measure_names, measures, strict=True)),
+            }
             for name in ("is_success", "success"):
                 if name in info:
                     info[name] = bool(info[name])
                     info["time_at_goal"] = int(time_at_goal)
-            assert self._start_time is not None
             elapsed = round(time.time() - self._start_time, 6)
             info["episode"] = {"r": round(reward, 6), "l": int(length), "t": elapsed}
             episodes.append((i, info))
@@ -124,10 +127,10 @@ class TensorVecEnv(VecEnv):
         return to_arrays(self.reset_tensors())
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._actions = th.as_tensor(actions, dtype=th.float32, device=self.device)
+        self._tensor_actions = th.as_tensor(actions, dtype=th.float32, device=self.device)
 
     def step_wait(self) -> VecEnvStepReturn:
-        step = self.step_tensors(self._actions)
+        step = self.step_tensors(self._tensor_actions)
         record = self.count(step).numpy(force=True)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if episodes := self.finished_episodes(record):

@@ -1,22 +1,21 @@
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import RolloutReturn, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.common.tensor_env import DeviceObs, LazyArray, TensorVecEnv, to_arrays
-
-if TYPE_CHECKING:
-    from sb3_deepcrl.deepcrl.deepcrl import DeepCRL
 
 
 def collect_tensors(
-    model: "DeepCRL",
+    model: OffPolicyAlgorithm,
     env: VecEnv,
     callback: BaseCallback,
     train_freq: TrainFreq,
@@ -27,9 +26,9 @@ def collect_tensors(
 ) -> RolloutReturn | None:
     """
     Collect experiences on the device of an env that hands out tensors: what ``collect_rollouts`` of Stable-Baselines3 does,
-    but the statistics of its episodes are read once, at the end. In each step, callbacks see ``new_obs`` as tensors, ``rewards``
-    and ``dones`` as what becomes an array when it is read, and empty ``infos``; at the end of the rollout ``episode_infos``
-    holds those of all episodes that ended in it.
+    but the statistics of its episodes are read once, at the end. In each step, callbacks see ``new_obs`` as tensors,
+    ``rewards`` and ``dones`` as what becomes an array when it is read, and empty ``infos``; at the end of the rollout
+    ``episode_infos`` holds those of all episodes that ended in it.
 
     :return: None if Stable-Baselines3's loop has to do it: for other envs, under any wrapper (as ``VecNormalize``), with
         action noise, or if a rollout is counted in episodes
@@ -43,14 +42,15 @@ def collect_tensors(
     low, high = (th.as_tensor(bound, device=model.device) for bound in (model.action_space.low, model.action_space.high))
     infos: list[dict[str, Any]] = [{} for _ in range(env.num_envs)]
     records: list[th.Tensor] = []
-    normalizer = model.actor.normalizer
+    normalizer: RunningNorm | None = model.policy.actor.normalizer  # type: ignore[assignment, union-attr]
     continue_training = True
     callback.on_rollout_start()
     while len(records) < train_freq.frequency:
         obs = {key: th.as_tensor(value, device=model.device) for key, value in model._last_obs.items()}  # type: ignore[union-attr]
         if model.num_timesteps < learning_starts:
             actions, buffer_actions = (
-                th.as_tensor(values, device=model.device) for values in model._sample_action(learning_starts, None, env.num_envs)
+                th.as_tensor(values, device=model.device)
+                for values in model._sample_action(learning_starts, None, env.num_envs)
             )
         else:
             with th.no_grad():

@@ -49,11 +49,17 @@ class GoalAdapter(TensorVecEnv):
     ):
         self.env = env
         self.device = th.device(self._attribute("device"))
-        self._functions = {"observation": observation or _policy_observation, "achieved_goal": achieved, "desired_goal": desired}
+        self._functions = {
+            "observation": observation or _policy_observation,
+            "achieved_goal": achieved,
+            "desired_goal": desired,
+        }
         self.success_threshold = success_threshold
         num_envs = int(self._attribute("num_envs"))
         self._observation = self._goal_observation(self._first(env.reset()), num_envs)
-        space = {key: spaces.Box(-np.inf, np.inf, tuple(value.shape[1:]), np.float32) for key, value in self._observation.items()}
+        space: dict[str, spaces.Space] = {
+            key: spaces.Box(-np.inf, np.inf, tuple(value.shape[1:]), np.float32) for key, value in self._observation.items()
+        }
         super().__init__(num_envs, spaces.Dict(space), action_space or _bounded(self._attribute("single_action_space")))
 
     def _attribute(self, name: str) -> Any:
@@ -61,7 +67,9 @@ class GoalAdapter(TensorVecEnv):
         for env in (self.env, getattr(self.env, "unwrapped", None)):
             if hasattr(env, name):
                 return getattr(env, name)
-        raise ValueError(f"{self.env} has no attribute `{name}`: it is no batched env, or it has no such thing: pass `action_space=`, or wrap it")
+        raise ValueError(
+            f"{self.env} has no attribute `{name}`: it is no batched env, or it lacks that: pass `action_space=`, or wrap it"
+        )
 
     @staticmethod
     def _first(result: Any) -> Any:

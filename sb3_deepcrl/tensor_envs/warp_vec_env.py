@@ -64,8 +64,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
         self.device = th.device(device or ("cuda" if th.cuda.is_available() else "cpu"))
         if self.device.type == "cpu":
             warnings.warn(
-                "WarpVecEnv simulates on the CPU, as there is no GPU or device='cpu' was given: BatchVecEnv does it many times "
-                "as fast"
+                "WarpVecEnv simulates on the CPU, as there is no GPU or device='cpu' was given: BatchVecEnv is the faster one"
             )
         task, self._warp, self._mujoco_warp = self.task, warp, mujoco_warp
         warp.init()
@@ -146,7 +145,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
         return self._tensor(np.concatenate(parts, axis=1, dtype=np.float32, casting="same_kind"))
 
     def _refill(self) -> None:
-        """Draw resets in the place of those that were used. One that is used again would only be less random than it should."""
+        """Draw resets in the place of those that were used. One that is used twice is only less random than it should."""
         n_used = self._n_used.numpy(force=True)
         self._n_drawn = np.maximum(self._n_drawn, n_used)
         while len(indices := np.flatnonzero(self._n_drawn < n_used + N_RESETS)):
@@ -173,7 +172,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
 
     def _with_goals(self) -> TensorObs:
         achieved = self._observation[:, : self.task.robot.goal_dim].clone()
-        return {"observation": self._observation, "achieved_goal": achieved, "desired_goal": self._goals}
+        return {"observation": self._observation, "achieved_goal": achieved, "desired_goal": self._goals.clone()}
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
         task = self.task
@@ -220,18 +219,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
         """Goals after those that were reached: the law of ``Scene.next_goals``."""
         scene = self.task.scene
         if self._goal_table is None:
-            if isinstance(scene, Maze):
-                cells = np.ndindex(scene.layout.shape)
-                goals = [[] if scene.layout.is_wall(*cell) else scene.goals_from(cell) for cell in cells]
-            else:
-                # It does not depend on the last one
-                generator = self.simulation.generators[0]
-                goals = [scene.draw(np.array([generator.random(scene.n_uniform) for _ in range(N_GOALS)]))[1]]
-            counts = np.array([len(of_cell) for of_cell in goals])
-            table = np.zeros((len(goals), counts.max(), self.task.robot.goal_dim))
-            for row, of_cell in zip(table, goals, strict=True):
-                row[: len(of_cell)] = of_cell if len(of_cell) else row[:0]
-            self._goal_table = self._tensor(counts), self._tensor(table)
+            self._goal_table = self._make_goal_table()
         counts, table = self._goal_table
         cells = th.zeros_like(self._rows)
         if isinstance(scene, Maze):
@@ -242,8 +230,23 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
         choice = th.minimum((uniform * counts[cells]).long(), (counts[cells] - 1).clamp(min=0))
         return th.where((counts[cells] > 0)[:, None], table[cells, choice], self._goals)
 
+    def _make_goal_table(self) -> tuple[th.Tensor, th.Tensor]:
+        """Number of goals that may follow one in each cell of a maze, and the goals; without a maze there is one cell."""
+        scene = self.task.scene
+        if isinstance(scene, Maze):
+            goals = [[] if scene.layout.is_wall(*cell) else scene.goals_from(cell) for cell in np.ndindex(*scene.layout.shape)]
+        else:
+            generator = self.simulation.generators[0]
+            goals = [scene.draw(np.array([generator.random(scene.n_uniform) for _ in range(N_GOALS)]))[1]]
+        counts = np.array([len(of_cell) for of_cell in goals])
+        table = np.zeros((len(goals), counts.max(), self.task.robot.goal_dim))
+        for row, of_cell in zip(table, goals, strict=True):
+            if len(of_cell) > 0:
+                row[: len(of_cell)] = of_cell
+        return self._tensor(counts), self._tensor(table)
+
     def _check_overflow(self) -> None:
-        """Warn once if there was no room for contacts. A solver that stops at its number of iterations does so on the CPU too."""
+        """Warn once if there was no room for contacts. Solvers stop at their number of iterations on the CPU too."""
         kinds = self._mujoco_warp.OverflowType
         flags = kinds(int(np.bitwise_or.reduce(self._overflow.numpy(force=True)))) & ~(kinds.ITERATIONS | kinds.LS_ITERATIONS)
         if flags and not self._has_warned:
