@@ -407,6 +407,12 @@ def test_warp_is_seen_and_set_like_the_batch(points):
     points.env_method("set_wrapper_attr", "goal", [6.0, 2.0], indices=3)
     observation = points.step(np.zeros((8, 2), dtype=np.float32))[0]
     assert observation["desired_goal"][[2, 3]].tolist() == [[2, 6], [6, 2]]
+    # Resets that are drawn ahead do not change it
+    for n in range(2, 38):
+        if n == 25:
+            points.env_method("set_wrapper_attr", "goal", [6.0, 2.0], indices=3)
+        observation = points.step(np.zeros((8, 2), dtype=np.float32))[0]
+    assert observation["desired_goal"][3].tolist() == [6, 2]
     assert points.get_attr("goal", 3)[0].tolist() == [6, 2] and points.get_attr("_max_episode_steps", 0) == [20]
     with pytest.raises(ValueError, match="is not finite"):
         points.step(np.full((8, 2), np.nan, dtype=np.float32))

@@ -105,9 +105,11 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
                 with warp.ScopedCapture() as capture:
                     self._simulate()
             self._graph = capture.graph
+            # From here on everything is on the streams of PyTorch
+            warp.synchronize_device(warp.device_from_torch(self.device))
 
     def _tensor(self, values: np.ndarray) -> th.Tensor:
-        return th.as_tensor(values, dtype=th.float32 if values.dtype.kind == "f" else th.int64, device=self.device)
+        return th.tensor(values, dtype=th.float32 if values.dtype.kind == "f" else th.int64, device=self.device)
 
     def _on_device(self) -> AbstractContextManager:
         return self._warp.ScopedDevice(self._warp.device_from_torch(self.device))
@@ -165,7 +167,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
         )
         self.state["qpos"].copy_(qpos)
         self.state["qvel"].copy_(qvel)
-        self._warm_start.mul_(~done[:, None])
+        self._warm_start.masked_fill_(done[:, None], 0.0)
         self._goals = goals
         self._episode_steps = self._episode_steps * ~done
         return self._with_goals()
