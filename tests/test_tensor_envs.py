@@ -167,6 +167,28 @@ def test_interrupted_saved_and_continued(tmp_path):
         np.testing.assert_array_equal(values, model.replay_buffer.observations[name][:22])
 
 
+@pytest.mark.parametrize("call", range(7))
+def test_interrupted_while_storing(call, monkeypatch):
+    """Episodes that were running are dropped, and all others stay what they are."""
+    model = DeepCRL("MultiInputPolicy", make_env(), **MODEL, buffer_size=90, replay_buffer_kwargs=dict(on_device=True))
+    model.learn(150)
+    isfinite, calls = th.isfinite, iter(range(100))
+
+    def interrupted(tensor):
+        if next(calls) == 7 * 3 + call:
+            raise KeyboardInterrupt
+        return isfinite(tensor)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(th, "isfinite", interrupted)
+        model.learn(150, reset_num_timesteps=False)
+    model.learn(30, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    steps, next_steps = buffer.observations["observation"][..., 4], buffer.next_observations["observation"][..., 4]
+    np.testing.assert_array_equal(next_steps, steps + 1)
+    assert buffer.size() > 10
+
+
 def test_callbacks_see_every_step_and_may_stop():
     class Recorder(BaseCallback):
         def _on_step(self):

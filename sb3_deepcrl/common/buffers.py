@@ -368,9 +368,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             rows = slots * self.n_envs + envs
             for key, stored in storage.items():
                 if key in values:
-                    stored[rows] = th.where(
-                        is_sound, values[key].reshape(-1, *stored.shape[1:]).to(stored.dtype), stored[rows]
-                    )
+                    value = values[key].reshape(-1, *stored.shape[1:]).to(stored.dtype)
+                    stored[rows] = th.where(is_sound, value, stored[rows])
         record = (is_sound.expand(self.n_envs), broken, done, timeout, step.reward, *finite)
         self._unread.append(th.stack([row.to(th.float32) for row in record]))
         n_steps = th.where(broken, 1, n_steps + 1) * ~done
@@ -384,7 +383,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         records = th.stack(self._unread).numpy(force=True)
         names = [key for key in self._observations for _ in range(2)] + ["action"]
         with delayed_signals():
-            self._unread = []
+            # Whether the next one was interrupted is still to be known
+            was_adding, self._unread = self._adding, []
             for is_sound, broken, done, timeout, reward, *finite in records:
                 if not is_sound.all():
                     for name, values in zip(names, finite, strict=True):
@@ -392,6 +392,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
                 self._end_episodes(np.flatnonzero(broken), truncated=True)
                 self._start_next_step(reward, done, timeout if self.handle_timeout_termination else False)
                 self._end_step(done)
+            self._adding = was_adding
 
     def _fetch(self) -> None:
         """Bring the host up to date with what was added on the device."""
@@ -481,6 +482,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         storage = {**self._observations, "action": self._actions}
         copy = self._device_copy
         if not copy or copy["action"].device != th.empty(0, device=self.device).device:
+            self._fetch()
             self._device_copy = {key: th.tensor(values, device=self.device).flatten(0, 1) for key, values in storage.items()}
         elif self._written:
             slots = np.unique(np.concatenate(self._written))

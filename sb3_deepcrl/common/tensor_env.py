@@ -60,7 +60,7 @@ class LazyArray:
 
 
 def to_arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copy tensors to NumPy's arrays, by name. Arrays stay what they are."""
+    """Tensors as arrays of NumPy, by name. Arrays stay what they are."""
     return {name: value.numpy(force=True) if isinstance(value, th.Tensor) else value for name, value in values.items()}
 
 
