@@ -235,6 +235,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
     def _make_goal_table(self) -> tuple[th.Tensor, th.Tensor]:
         """Number of goals that may follow one in each cell of a maze, and the goals; without a maze there is one cell."""
         scene = self.task.scene
+        goals: list[Any]
         if isinstance(scene, Maze):
             goals = [[] if scene.layout.is_wall(*cell) else scene.goals_from(cell) for cell in np.ndindex(*scene.layout.shape)]
         else:
