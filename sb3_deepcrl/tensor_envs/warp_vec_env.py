@@ -15,7 +15,7 @@ from sb3_deepcrl.envs.batch_vec_env import BatchVecEnv, EnvView
 from sb3_deepcrl.envs.scenes import Maze
 from sb3_deepcrl.envs.simulation import MAX_OBSERVATION
 
-# Contacts and constraint rows of a world for which there is room, twice what random actions need
+# Contacts and constraint rows of a world for which there is room, twice what random actions need, by the robot's kind
 SIZES = {"point": (4, 16), "ant": (8, 48), "humanoid": (16, 64), "arm": (24, 128)}
 # With few worlds the contacts of one of them matter
 SPARE_CONTACTS = 64
@@ -68,7 +68,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
             )
         task, self._warp, self._mujoco_warp = self.task, warp, mujoco_warp
         warp.init()
-        n_contacts, n_rows = SIZES[task.robot.name]
+        n_contacts, n_rows = SIZES[task.robot.name.partition("_")[0]]
         with self._on_device():
             self._model = mujoco_warp.put_model(task.model)
             # It would print a line for each world whose solver reaches its number of iterations
