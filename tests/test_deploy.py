@@ -115,7 +115,7 @@ def test_export_is_float32_and_changes_nothing(tmp_path):
     found = run_file(export_policy(model, tmp_path / "policy"), observations)
     np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], before)
     model.precision = "float32"
-    model._setup_acceleration()
+    model._setup_acceleration(None)
     np.testing.assert_allclose(found, model.predict(observations, deterministic=True)[0], atol=1e-5)
 
 

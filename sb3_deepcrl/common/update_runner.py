@@ -138,7 +138,7 @@ class UpdateRunner:
             if self._tf32:
                 stack.enter_context(tf32_products(True))
             if self.graph is not None:
-                return self._run_graph(self.graph, {**observations, ACTION_KEY: actions}, key)
+                return self._run_graph(self.graph, {**observations, ACTION_KEY: actions}, (self.update, key))
             if has_kernel(*self.towers):
                 stack.enter_context(threads_of_kernel())
                 networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}

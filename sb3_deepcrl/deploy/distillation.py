@@ -11,7 +11,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
 
 from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import info_nce
@@ -126,9 +126,10 @@ class Distillation(BaseCallback):
         teacher.device = student.device
         teacher.policy.to(student.device)
         teacher.policy.set_training_mode(False)
-        teacher.cuda_graph = False
-        teacher.compile = bool(student._runner.is_compiled)
-        teacher._setup_acceleration()
+        teacher.compile, teacher.cuda_graph = student.compile, False
+        assert isinstance(student.train_freq, TrainFreq)
+        rollout = student.train_freq.frequency * student.n_envs
+        teacher._setup_acceleration(self.locals["total_timesteps"] * max(student.gradient_steps, 1) // rollout)
         if (vec_normalize := student.get_vec_normalize_env()) is not None:
             vec_normalize.training = False
             if self.statistics is not None:
