@@ -177,7 +177,7 @@ def atomic_path(path: Any, suffix: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """
     Handle the signals that stop a program. Those that are ignored, as SIGHUP is under ``nohup``, stay ignored, and nothing is
     changed outside of the main thread, which cannot handle signals.
@@ -211,13 +211,13 @@ def stopped_by_signals() -> Iterator[list[int]]:
             numbers.append(number)
             raise KeyboardInterrupt
 
-    with _handled(interrupt):
+    with handled(interrupt):
         yield numbers
 
 
 def uninterrupted() -> contextlib.AbstractContextManager[None]:
     """Context in which no signal stops the program, for what must come to its end, such as saving."""
-    return _handled(lambda number, frame: None)
+    return handled(lambda number, frame: None)
 
 
 def tell(text: str) -> None:

@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, replace_her_replay_buffer
 from sb3_deepcrl.common.cuda_graphs import graph_key, set_learning_rate
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
 from sb3_deepcrl.common.torch_layers import frozen
 from sb3_deepcrl.common.tower_kernel import has_kernel
@@ -262,7 +263,9 @@ class DeepCRL(OffPolicyAlgorithm):
             self.transitions_per_update = None
             self.train_freq = 1 if self.train_freq is None else self.train_freq
             self.gradient_steps = 1 if self.gradient_steps is None else self.gradient_steps
+        self._ranks = Ranks()
         super()._setup_model()
+        self._ranks.seed(self)
         assert self.replay_buffer is not None
         self.replay_buffer.gamma = self.gamma
         self._create_aliases()
@@ -285,7 +288,7 @@ class DeepCRL(OffPolicyAlgorithm):
         else:
             # Force conversion, this will also throw an error for unexpected string
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
-        self._runner = UpdateRunner(self._update, self.policy, self._optimizers)
+        self._runner = UpdateRunner(self._update, self.policy, self._optimizers, self._ranks)
         self._setup_acceleration(None)
 
     def _check_arguments(self) -> None:
@@ -339,9 +342,9 @@ class DeepCRL(OffPolicyAlgorithm):
         self._convert_train_freq()
         assert self.replay_buffer is not None and isinstance(self.train_freq, TrainFreq)
         frequency = check_positive_int(self.train_freq.frequency, "train_freq")
-        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // (frequency * self.n_envs))
+        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // (frequency * self._ranks.n_envs(self.n_envs)))
         if self.env is not None:
-            check_buffer_size(self.buffer_size, self.env)
+            check_buffer_size(self.replay_buffer.buffer_size * self.n_envs, self.env)
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
@@ -367,7 +370,7 @@ class DeepCRL(OffPolicyAlgorithm):
         does not depend on how a training is divided.
         """
         frequency, n_short = train_freq.frequency, 0
-        n_left = math.ceil((self._total_timesteps - self.num_timesteps) / env.num_envs)
+        n_left = math.ceil((self._total_timesteps - self.num_timesteps) / self._ranks.n_envs(env.num_envs))
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
             # Another number of envs, or the user, may have made rollouts shorter since
             n_wanted = frequency + min(self._missing_steps, frequency - 1)
@@ -377,7 +380,7 @@ class DeepCRL(OffPolicyAlgorithm):
         continue_training = False
         try:
             with keep_normalization(self._vec_normalize_env):
-                rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
+                rollout = self._ranks.whole(super().collect_rollouts(env, callback, train_freq, *args, **kwargs))
             continue_training = rollout.continue_training
         finally:
             if not continue_training:
@@ -410,7 +413,7 @@ class DeepCRL(OffPolicyAlgorithm):
         """
         if batch_size < 2:
             raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
-        if gradient_steps < 1:
+        if gradient_steps < 1 or not self._ranks.begin_updates(self):
             return
         assert self.replay_buffer is not None
         # Switch to train mode (this affects batch norm / dropout)
@@ -423,6 +426,7 @@ class DeepCRL(OffPolicyAlgorithm):
             set_learning_rate(optimizer, schedule(self._current_progress_remaining))
         self._warned_of_copies = self._warned_of_copies or self.replay_buffer.warn_of_copies(batch_size)
         self.replay_buffer.gamma = self.gamma
+        batch_size = self._ranks.split(batch_size)
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         key = None if self._runner.graph is None else self._graph_key()
         metrics: list[th.Tensor] = []
@@ -439,7 +443,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
         # The only time in each call that the host waits for the device
-        for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
+        for name, value in zip(names, self._ranks.mean(th.stack(metrics).mean(dim=0)).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
 
     def _warn_of_clipped_goals(self, goals: th.Tensor) -> None:
@@ -469,7 +473,7 @@ class DeepCRL(OffPolicyAlgorithm):
         state_features = self.critic.extract_state_features(observations)
         goal_branch, critic_branch = self._runner.fork()
         with goal_branch.beside():
-            goal_repr = self.critic.encode_goal(observations)
+            goal_repr = self._ranks.gather(self.critic.encode_goal(observations))
 
         # The critic is differentiated with respect to the actions only. Encoding policy and data actions in one pass would not
         # pay, as the latter need the gradients of the parameters too.
@@ -503,7 +507,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor
     ) -> tuple[th.Tensor, ContrastiveMetrics]:
         """Compute the loss of the critic (equation 2 of the paper with the penalty of its table 7) and its metrics."""
-        state_action_repr = self.critic.encode_state_action(state_features, actions)
+        state_action_repr = self._ranks.gather(self.critic.encode_state_action(state_features, actions))
         settings = (self.critic.energy, self.contrastive_loss, self.logsumexp_coef)
         with self._runner.float32_products():
             return info_nce(state_action_repr, goal_repr, *settings, fused=has_kernel(self.critic.g_encoder))
@@ -515,9 +519,9 @@ class DeepCRL(OffPolicyAlgorithm):
         batch_size = len(goal_repr)
         n_random = int(self.random_goals * batch_size)
         # The rows are in random order: take the goal of the next one
-        order = th.arange(batch_size, device=goal_repr.device)
+        order = th.arange(batch_size, device=goal_repr.device)[self._ranks.rows]
         order = th.where(order < n_random, (order + 1) % batch_size, order)
-        goals = observations[GOAL_KEY].index_select(0, order)
+        goals = self._ranks.gather(observations[GOAL_KEY]).index_select(0, order)
         actions_pi, log_prob = self.actor.action_log_prob({**observations, GOAL_KEY: goals})
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
         state_action_repr = self.critic.encode_state_action(state_features, actions_pi)
@@ -534,7 +538,9 @@ class DeepCRL(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfDeepCRL:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        with self._ranks.training(self, callback, progress_bar) as callback:
+            progress_bar = progress_bar and self._ranks.size == 1
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -576,25 +582,30 @@ class DeepCRL(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
+        if self._ranks.rank > 0:
+            return
         # If it is interrupted, the previous file stays as it was
         with atomic_path(path, ".zip") as file:
             super().save(file, exclude, include)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        with atomic_path(path, ".pkl") as file:
-            super().save_replay_buffer(file)
+        assert self.replay_buffer is not None
+        if (replay_buffer := self._ranks.gather_buffer(self.replay_buffer)) is not None:
+            with atomic_path(path, ".pkl") as file:
+                save_to_pkl(file, replay_buffer, self.verbose)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         # No env is needed. If it is no buffer for this model, the one in use is kept.
         loaded = load_from_pkl(path, self.verbose)
         if not isinstance(loaded, ContrastiveReplayBuffer):
             raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
-        for name in ("n_envs", "observation_space", "action_space"):
+        for name in ("observation_space", "action_space"):
             found, wanted = getattr(loaded, name), getattr(self, name)
             if found != wanted:
                 raise ValueError(
                     f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}: load both alike"
                 )
+        loaded = self._ranks.split_buffer(loaded, self.n_envs)
         if truncate_last_traj:
             loaded.truncate_last_trajectory()
         # Update saved replay buffer device to match current setting
@@ -604,7 +615,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # The schedule follows from the learning rate, which `custom_objects` may replace
-        excluded = ["actor", "critic", "_runner", "lr_schedule"]
+        excluded = ["actor", "critic", "_runner", "_ranks", "lr_schedule"]
         if self.transitions_per_update is not None:
             # Chosen for the number of envs, which may be another one when the model is loaded
             excluded += ["train_freq", "gradient_steps"]
