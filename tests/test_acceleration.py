@@ -1184,7 +1184,10 @@ def fake(model: DeepCRL, device: str) -> None:
     model.ent_coef_optimizer = th.optim.Adam([model.log_ent_coef], fused=True)
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(precision="bfloat16"), dict(policy_kwargs=dict(energy="cosine"))])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, dict(precision="bfloat16"), dict(normalize_observations=True), dict(policy_kwargs=dict(energy="cosine"))],
+)
 def test_update_reads_no_value(kwargs):
     """With fake tensors, a read of a value (``item()``, a branch) raises: such a read would break a capture."""
     model = make_model(**kwargs).learn(40)

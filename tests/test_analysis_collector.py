@@ -21,8 +21,8 @@ def make_learners(folder: Path) -> Learners:
     return Learners([8, 4], str(folder), "PointUMazeEval-v0", eval_freq=40, n_eval_episodes=4, env_kwargs=EPISODES)
 
 
-def make_collector() -> DeepCRL:
-    return DeepCRL("MultiInputPolicy", make_envs("PointUMaze-v0", 4, EPISODES, seed=0), depth=4, seed=0, **KWARGS)
+def make_collector(**kwargs) -> DeepCRL:
+    return DeepCRL("MultiInputPolicy", make_envs("PointUMaze-v0", 4, EPISODES, seed=0), depth=4, seed=0, **KWARGS, **kwargs)
 
 
 def same(first: DeepCRL, second: DeepCRL) -> bool:
@@ -64,6 +64,14 @@ def test_learners_see_the_data_of_the_collector_as_often(tmp_path, monkeypatch):
     assert len(seen) == 3 * collector._n_updates and len({buffer for buffer, *_ in seen}) == 1
     # Minibatches of their own
     assert len({total for *_, total in seen}) == len(seen)
+
+
+def test_learners_normalize_as_the_collector(tmp_path):
+    collector, learners = make_collector(normalize_observations=True), make_learners(tmp_path)
+    collector.learn(160, callback=learners)
+    for learner in learners.learners.values():
+        assert th.equal(learner.actor.normalizer.mean, collector.actor.normalizer.mean)
+        assert learner.actor.normalizer.count == 160
 
 
 @pytest.mark.parametrize("n_collected", [80, 100])

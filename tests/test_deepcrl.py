@@ -919,6 +919,11 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(policy_kwargs=dict(features_extractor_class=FlattenExtractor)), r"FlattenExtractor` does not know Dict"),
         (dict(policy_kwargs=dict(features_extractor_kwargs=[1])), r"`features_extractor_kwargs` must be a dict.*got \[1\]"),
         (dict(policy_kwargs=dict(normalize_images="no")), r"`normalize_images` must be one of True, False, got 'no'"),
+        (dict(normalize_observations="auto"), r"`normalize_observations` must be one of True, False, got 'auto'"),
+        (
+            dict(normalize_observations=True, policy_kwargs=dict(normalize_observations=False)),
+            r"`normalize_observations=True` contradicts `policy_kwargs=.*: give it once",
+        ),
         (dict(contrastive_loss="fwd"), r"`contrastive_loss` must be one of.*got 'fwd'"),
         (dict(transitions_per_update=0), r"`transitions_per_update` must be a positive integer, got 0"),
         (dict(gamma=1.5), r"`gamma` must be between 0 and 1, got 1.5"),

@@ -103,9 +103,9 @@ def test_everything_is_restored(trained, tmp_path):
     assert steps == {trained._n_updates}
 
 
-@pytest.mark.parametrize("ent_coef", ["auto", 0.2])
-def test_continuing_after_load_is_the_same_as_never_having_stopped(tmp_path, ent_coef):
-    model = make_model(make_vec_env(GoalReachEnv, 2, seed=3), ent_coef=ent_coef, train_freq=5).learn(60)
+@pytest.mark.parametrize("kwargs", [{}, dict(ent_coef=0.2), dict(normalize_observations=True)])
+def test_continuing_after_load_is_the_same_as_never_having_stopped(tmp_path, kwargs):
+    model = make_model(make_vec_env(GoalReachEnv, 2, seed=3), train_freq=5, **kwargs).learn(60)
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
     loaded = DeepCRL.load(tmp_path / "model", env=make_vec_env(GoalReachEnv, 2))

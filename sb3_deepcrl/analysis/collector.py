@@ -135,9 +135,14 @@ class Learners(BaseCallback):
         self._catch_up()
 
     def _catch_up(self) -> None:
+        assert isinstance(self.model, DeepCRL)
+        statistics = self.model.actor.normalizer
         # Counters of Stable-Baselines3 that nothing public tells or sets
         for depth, learner in self.learners.items():
             learner._current_progress_remaining = self.model._current_progress_remaining
+            if statistics is not None and learner.actor.normalizer is not None:
+                # Those of what was collected
+                learner.actor.normalizer.load_state_dict(statistics.state_dict())
             with _own_random_numbers(self.model.seed or 0, depth, self.num_timesteps):
                 learner.train(self.model._n_updates - learner._n_updates, learner.batch_size)
             self.evaluations[depth].on_rollout_start()

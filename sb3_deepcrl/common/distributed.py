@@ -25,6 +25,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn, TrainFreq, TrainFrequencyUnit
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, arrange_envs
+from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.common.utils import handled, update_schedule
 
 # How long a rank waits for another one, which may evaluate or save
@@ -158,6 +159,11 @@ class Ranks:
         """Rows of all ranks, with gradients, shape ``(batch_size, ...)``."""
         return x if self.size == 1 else _Gather.apply(self, x)
 
+    def update_statistics(self, normalizer: RunningNorm | None) -> None:
+        """Update the statistics of observations after a rollout. With several ranks it waits until they meet."""
+        if self.size == 1 and normalizer is not None:
+            normalizer.update()
+
     def begin_updates(self, model: Any) -> bool:
         """Meet before updates. Gives whether there will be any, as another rank may have stopped."""
         if self.size == 1:
@@ -170,6 +176,8 @@ class Ranks:
             if not self._meets:
                 return False
         self._meets = False
+        if model.actor.normalizer is not None:
+            model.actor.normalizer.update(self.collect)
         return True
 
     def start_sum(self, gradients: list[th.Tensor]) -> Callable[[], None]:
@@ -231,7 +239,7 @@ class Ranks:
         return arrange_envs([buffer], [*envs, *[-1] * (n_envs - len(envs))])
 
     @contextmanager
-    def training(self, model: Any, callback: MaybeCallback, progress_bar: bool) -> Iterator[MaybeCallback]:
+    def training(self, model: Any, callback: MaybeCallback, progress_bar: bool) -> Iterator[tuple[MaybeCallback, bool]]:
         """
         Context in which all ranks train a model from the same state, until one of them stops. An error or a signal of
         one is that of all, and a signal waits until they meet, so that it finds none of them between the others.
@@ -239,17 +247,17 @@ class Ranks:
         :param model: The model
         :param callback: Callbacks of the training
         :param progress_bar: Whether there is a progress bar
-        :return: Context with the callbacks to train with
+        :return: Context with both, as the model takes them
         """
         if self.size == 1:
-            yield callback
+            yield callback, progress_bar
             return
         self._signals.clear()
         self._equalize(model)
         self._model, self._meets = model, True
         try:
             with handled(self._on_signal):
-                yield RankCallback(self, callback, progress_bar)
+                yield RankCallback(self, callback, progress_bar), False
                 while self._meets:
                     self.meet(STOP)
         except RankLostError:

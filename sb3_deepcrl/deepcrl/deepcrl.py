@@ -1,7 +1,6 @@
 import io
 import math
 import pathlib
-import warnings
 from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -30,6 +29,7 @@ from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, re
 from sb3_deepcrl.common.cuda_graphs import graph_key, set_learning_rate
 from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
+from sb3_deepcrl.common.running_norm import check_normalized_once, warn_of_clipped_goals
 from sb3_deepcrl.common.torch_layers import frozen
 from sb3_deepcrl.common.tower_kernel import has_kernel
 from sb3_deepcrl.common.update_runner import UpdateRunner
@@ -60,6 +60,8 @@ SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
 
 # A train() call holds no more sampled transitions than that at a time, in bytes
 MAX_SAMPLE_BYTES = 2**28
+# Arguments that are those of the policy
+SHORTCUTS = ("depth", "width", "normalize_observations")
 # What `_update` returns, in order, followed by "ent_coef_loss" where the coefficient is learned
 UPDATE_METRICS = ("actor_loss", "critic_loss", "ent_coef", "entropy", *ContrastiveMetrics._fields)
 
@@ -88,8 +90,7 @@ class DeepCRL(OffPolicyAlgorithm):
         like ``(5, "step")`` or ``(2, "episode")``. 1 if only ``gradient_steps`` is given.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``). Set to ``-1`` means to do as
         many gradient steps as steps done in the environment during the rollout. 1 if only ``train_freq`` is given.
-    :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
-        Cf common.noise for the different action noise type.
+    :param action_noise: the action noise type (None by default), cf ``common.noise`` of Stable-Baselines3
     :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it
         (``HerReplayBuffer`` is replaced by it with a warning)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -120,6 +121,8 @@ class DeepCRL(OffPolicyAlgorithm):
         and bfloat16 on CPUs that have it.
     :param checkpoint_activations: Whether to compute the inside of residual blocks again in the backward pass instead of
         keeping it: less memory, about one third more work
+    :param normalize_observations: Whether actor and critic normalize observations by running statistics of the model, see
+        :class:`~sb3_deepcrl.common.running_norm.RunningNorm` (short for ``policy_kwargs=dict(normalize_observations=...)``)
     :param use_sde: must be False, generalized State Dependent Exploration (gSDE) is not supported
     :param sde_sample_freq: not used, accepted for compatibility with SAC
     :param use_sde_at_warmup: not used, accepted for compatibility with SAC
@@ -177,6 +180,7 @@ class DeepCRL(OffPolicyAlgorithm):
         cuda_graph: bool | str = "auto",
         precision: str = "float32",
         checkpoint_activations: bool = False,
+        normalize_observations: bool = False,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -220,8 +224,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
         self.target_entropy = target_entropy
         self.log_ent_coef = None  # type: th.Tensor | None
-        # Entropy coefficient / Entropy temperature
-        # Inverse of the reward scale
+        # Entropy coefficient / Entropy temperature: inverse of the reward scale
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.ent_coef_optimizer: th.optim.Adam | None = None
@@ -229,8 +232,11 @@ class DeepCRL(OffPolicyAlgorithm):
         self.transitions_per_update: int | None = transitions_per_update
         check_dict(policy_kwargs, "policy_kwargs")
         self.depth, self.width = self.policy_kwargs.get("depth", depth), self.policy_kwargs.get("width", width)
+        self.normalize_observations = self.policy_kwargs.get("normalize_observations", normalize_observations)
         if depth not in (16, self.depth) or width not in (256, self.width):
             raise ValueError(f"`depth={depth}`, `width={width}` contradicts `policy_kwargs={policy_kwargs}`: give it once")
+        if normalize_observations not in (False, self.normalize_observations):
+            raise ValueError(f"`{normalize_observations=}` contradicts `policy_kwargs={policy_kwargs}`: give it once")
         self.contrastive_loss = contrastive_loss
         self.logsumexp_coef = logsumexp_coef
         self.random_goals = random_goals
@@ -251,7 +257,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self.policy_kwargs = {"depth": self.depth, "width": self.width, **self.policy_kwargs}
+        self.policy_kwargs = {**{name: getattr(self, name) for name in SHORTCUTS}, **self.policy_kwargs}
         self._check_arguments()
         self.replay_buffer_class, self.replay_buffer_kwargs = replace_her_replay_buffer(
             self.replay_buffer_class or ContrastiveReplayBuffer, self.replay_buffer_kwargs
@@ -339,6 +345,7 @@ class DeepCRL(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        check_normalized_once(self.normalize_observations, self._vec_normalize_env)
         self._convert_train_freq()
         assert self.replay_buffer is not None and isinstance(self.train_freq, TrainFreq)
         frequency = check_positive_int(self.train_freq.frequency, "train_freq")
@@ -383,6 +390,7 @@ class DeepCRL(OffPolicyAlgorithm):
                 rollout = self._ranks.whole(super().collect_rollouts(env, callback, train_freq, *args, **kwargs))
             continue_training = rollout.continue_training
         finally:
+            self._ranks.update_statistics(self.actor.normalizer)
             if not continue_training:
                 # The last transition was not stored: the envs went on without us, and have to be reset
                 self._last_obs = None
@@ -396,6 +404,8 @@ class DeepCRL(OffPolicyAlgorithm):
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
         # The replay buffer checks the last observation of an episode, but sees the first one of the next after an update
         check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())  # type: ignore[arg-type]
+        if self.actor.normalizer is not None:
+            self.actor.normalizer.add(self._last_obs)  # type: ignore[arg-type]
         super()._store_transition(replay_buffer, buffer_action, new_obs, *args)
 
     def dump_logs(self) -> None:
@@ -433,7 +443,9 @@ class DeepCRL(OffPolicyAlgorithm):
         while len(metrics) < gradient_steps:
             n_steps = min(steps_at_once, gradient_steps - len(metrics))
             observations, actions = self.replay_buffer.sample_contrastive(n_steps * batch_size, env=self._vec_normalize_env)
-            self._warn_of_clipped_goals(observations[GOAL_KEY])
+            if not self._checked_goals and self.n_envs + self._episode_num > 2:
+                # Its statistics need the goals of a few episodes
+                self._checked_goals = warn_of_clipped_goals(observations[GOAL_KEY], self._vec_normalize_env)
             for start in range(0, n_steps * batch_size, batch_size):
                 rows = slice(start, start + batch_size)
                 minibatch = {name: values[rows] for name, values in observations.items()}
@@ -445,20 +457,6 @@ class DeepCRL(OffPolicyAlgorithm):
         # The only time in each call that the host waits for the device
         for name, value in zip(names, self._ranks.mean(th.stack(metrics).mean(dim=0)).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
-
-    def _warn_of_clipped_goals(self, goals: th.Tensor) -> None:
-        """Warn once if the desired goal never changes: VecNormalize divides by nothing then, and clips all other goals."""
-        vec_normalize = self._vec_normalize_env
-        if self._checked_goals or vec_normalize is None or not vec_normalize.norm_obs:
-            return
-        # Its statistics need the goals of a few episodes
-        if GOAL_KEY in (vec_normalize.norm_obs_keys or ()) and self.n_envs + self._episode_num > 2:
-            self._checked_goals = True
-            if (goals.abs() >= vec_normalize.clip_obs).float().mean() > 0.5:
-                warnings.warn(
-                    "VecNormalize clips most of the relabeled goals, because the env's own `desired_goal` varies too little: "
-                    "exclude it, for instance with `VecNormalize(env, norm_obs_keys=['observation'])`"
-                )
 
     def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
@@ -538,8 +536,7 @@ class DeepCRL(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfDeepCRL:
-        with self._ranks.training(self, callback, progress_bar) as callback:
-            progress_bar = progress_bar and self._ranks.size == 1
+        with self._ranks.training(self, callback, progress_bar) as (callback, progress_bar):
             return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def set_parameters(
@@ -564,7 +561,7 @@ class DeepCRL(OffPolicyAlgorithm):
         Load the model from a zip-file, see :meth:`~stable_baselines3.common.base_class.BaseAlgorithm.load`.
         No env is needed for prediction. What says how the networks are built may be given again, but not changed.
         """
-        shortcuts = {name: kwargs.pop(name) for name in ("depth", "width") if name in kwargs}
+        shortcuts = {name: kwargs.pop(name) for name in SHORTCUTS if name in kwargs}
         asked, custom_objects = kwargs.pop("policy_kwargs", None), {"lr_schedule": None, **(custom_objects or {})}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         stored = {**model.policy._get_constructor_parameters(), **model.policy_kwargs}
@@ -582,11 +579,10 @@ class DeepCRL(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        if self._ranks.rank > 0:
-            return
         # If it is interrupted, the previous file stays as it was
-        with atomic_path(path, ".zip") as file:
-            super().save(file, exclude, include)
+        if self._ranks.rank == 0:
+            with atomic_path(path, ".zip") as file:
+                super().save(file, exclude, include)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         assert self.replay_buffer is not None
@@ -600,11 +596,8 @@ class DeepCRL(OffPolicyAlgorithm):
         if not isinstance(loaded, ContrastiveReplayBuffer):
             raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
         for name in ("observation_space", "action_space"):
-            found, wanted = getattr(loaded, name), getattr(self, name)
-            if found != wanted:
-                raise ValueError(
-                    f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}: load both alike"
-                )
+            if (found := getattr(loaded, name)) != (wanted := getattr(self, name)):
+                raise ValueError(f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}")
         loaded = self._ranks.split_buffer(loaded, self.n_envs)
         if truncate_last_traj:
             loaded.truncate_last_trajectory()

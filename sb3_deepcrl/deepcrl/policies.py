@@ -14,6 +14,7 @@ from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction
 from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
+from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_, set_training_mode
 from sb3_deepcrl.common.tower_kernel import apply_heads, has_kernel
 from sb3_deepcrl.common.utils import check_choice, check_depth, check_positive_int
@@ -55,6 +56,7 @@ class Actor(CheckedPolicy):
     :param features_extractor: Network to extract features of state and goal
     :param tower_kwargs: Keyword arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
     :param normalize_images: Whether to divide images by 255
+    :param normalizer: What normalizes the observations before anything else, if they are normalized
     """
 
     action_space: spaces.Box
@@ -66,6 +68,7 @@ class Actor(CheckedPolicy):
         features_extractor: BaseFeaturesExtractor,
         tower_kwargs: dict[str, Any],
         normalize_images: bool = True,
+        normalizer: RunningNorm | None = None,
     ):
         super().__init__(
             observation_space,
@@ -75,6 +78,7 @@ class Actor(CheckedPolicy):
             squash_output=True,
         )
         self.tower_kwargs = tower_kwargs
+        self.normalizer = normalizer
 
         action_dim = get_action_dim(self.action_space)
         self.tower = ResidualTower(features_extractor.features_dim, None, **tower_kwargs)
@@ -82,8 +86,12 @@ class Actor(CheckedPolicy):
         self.log_std = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = dict(features_extractor=self.features_extractor, tower_kwargs=self.tower_kwargs)
+        own = {name: getattr(self, name) for name in ("features_extractor", "tower_kwargs", "normalizer")}
         return {**super()._get_constructor_parameters(), **own}
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        normalized = obs if self.normalizer is None else self.normalizer(obs)
+        return super().extract_features(normalized, features_extractor)
 
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``."""
@@ -119,6 +127,7 @@ class ContrastiveCritic(BaseModel):
     :param energy: One of :data:`~sb3_deepcrl.common.losses.ENERGIES`
     :param tower_kwargs: Keyword arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
     :param normalize_images: Whether to divide images by 255
+    :param normalizer: What normalizes the observations before anything else, if they are normalized
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -133,6 +142,7 @@ class ContrastiveCritic(BaseModel):
         energy: str,
         tower_kwargs: dict[str, Any],
         normalize_images: bool = True,
+        normalizer: RunningNorm | None = None,
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
@@ -141,14 +151,19 @@ class ContrastiveCritic(BaseModel):
         self.repr_dim = repr_dim
         self.energy = energy
         self.tower_kwargs = tower_kwargs
+        self.normalizer = normalizer
 
         state_action_dim = features_extractor.features_dim + get_action_dim(self.action_space)
         self.sa_encoder = ResidualTower(state_action_dim, repr_dim, **tower_kwargs)
         self.g_encoder = ResidualTower(goal_features_extractor.features_dim, repr_dim, **tower_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        names = ("features_extractor", "goal_features_extractor", "repr_dim", "energy", "tower_kwargs")
+        names = ("features_extractor", "goal_features_extractor", "repr_dim", "energy", "tower_kwargs", "normalizer")
         return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        normalized = obs if self.normalizer is None else self.normalizer(obs)
+        return super().extract_features(normalized, features_extractor)
 
     def extract_state_features(self, obs: dict[str, th.Tensor]) -> th.Tensor:
         """Features of the state, in which the desired goal has no part, shape ``(batch_size, features_dim)``."""
@@ -197,6 +212,8 @@ class DeepCRLPolicy(CheckedPolicy):
         one for all but the desired goal and one for the desired goal.
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractors
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    :param normalize_observations: Whether actor and critic normalize their observations by running statistics, which they
+        share, see :class:`~sb3_deepcrl.common.running_norm.RunningNorm`
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer
     :param sac_kwargs: What only SAC's policies use (``net_arch``, ``n_critics``, ...): accepted with a warning
@@ -226,6 +243,7 @@ class DeepCRLPolicy(CheckedPolicy):
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
+        normalize_observations: bool = False,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         **sac_kwargs: Any,
@@ -260,6 +278,7 @@ class DeepCRLPolicy(CheckedPolicy):
                 "does not use: its networks are residual towers, set by `depth` and `width`, with one critic and no gSDE"
             )
 
+        self.normalize_observations = check_choice(normalize_observations, (True, False), "normalize_observations")
         self.depth = depth
         self.actor_depth = actor_depth
         self.critic_depth = critic_depth
@@ -276,13 +295,14 @@ class DeepCRLPolicy(CheckedPolicy):
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in optimizer_kwargs:
             # One kernel for all parameters
             optimizer_kwargs = {"fused": True, **optimizer_kwargs}
-        self.actor, self.critic = self.make_actor(), self.make_critic()
+        self.actor = self.make_actor()
+        self.critic = self.make_critic()
         for network in (self.actor, self.critic):
             network.optimizer = self.optimizer_class(network.parameters(), lr=lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ["depth", "actor_depth", "critic_depth", "repr_dim", "energy", "optimizer_class", "optimizer_kwargs"]
-        names += ["features_extractor_class", "features_extractor_kwargs"]
+        names += ["features_extractor_class", "features_extractor_kwargs", "normalize_observations"]
         data = {name: getattr(self, name) for name in names}
         # dummy lr schedule, not needed for loading policy alone
         data["lr_schedule"] = self._dummy_schedule
@@ -292,10 +312,11 @@ class DeepCRLPolicy(CheckedPolicy):
         """Make an actor."""
         tower_kwargs = {"depth": self.actor_depth or self.depth, **self.tower_kwargs}
         actor_args = (self.observation_space, self.action_space, self.make_features_extractor(), tower_kwargs)
-        return Actor(*actor_args, normalize_images=self.normalize_images).to(self.device)  # type: ignore[arg-type]
+        normalizer = RunningNorm(self.observation_space) if self.normalize_observations else None
+        return Actor(*actor_args, self.normalize_images, normalizer).to(self.device)  # type: ignore[arg-type]
 
     def make_critic(self) -> ContrastiveCritic:
-        """Make a critic, with features extractors of its own for state and goal."""
+        """Make a critic, with features extractors of its own for state and goal, and the normalization of the actor."""
         # The achieved goal belongs to the state: some envs give the position of the robot nowhere else (AntMaze)
         state_space = spaces.Dict({key: space for key, space in self.observation_space.spaces.items() if key != GOAL_KEY})
         goal_space = spaces.Dict({GOAL_KEY: self.observation_space.spaces[GOAL_KEY]})
@@ -308,6 +329,7 @@ class DeepCRLPolicy(CheckedPolicy):
             energy=self.energy,
             tower_kwargs={"depth": self.critic_depth or self.depth, **self.tower_kwargs},
             normalize_images=self.normalize_images,
+            normalizer=self.actor.normalizer,
         ).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
