@@ -494,8 +494,8 @@ def arrange_envs(buffers: Sequence[ContrastiveReplayBuffer], envs: Sequence[int]
     is_new = np.array(envs) < 0
 
     def arrange(arrays: list[np.ndarray]) -> np.ndarray:
-        of_all = np.concatenate([np.pad(values, [(0, n_used - len(values))] + [(0, 0)] * (values.ndim - 1)) for values in arrays], 1)
-        arranged = of_all.take(envs, axis=1)
+        padded = [np.pad(values, [(0, n_used - len(values))] + [(0, 0)] * (values.ndim - 1)) for values in arrays]
+        arranged = np.concatenate(padded, axis=1).take(envs, axis=1)
         arranged[:, is_new] = 0
         return arranged
 

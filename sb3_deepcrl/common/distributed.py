@@ -1,9 +1,9 @@
 """
 One training on several processes, GPUs or machines: the ranks of ``torch.distributed``, which ``torchrun`` starts.
 
-Each rank has envs, random numbers, a replay buffer and rows of each minibatch of its own. Representations are gathered, so that
-the goals of all ranks are candidates for all, and each rank computes the whole contrastive loss: its cost is nothing beside that
-of the networks. What flows back into the representations of a rank is then complete, and the gradients of the parameters
+Each rank has envs, random numbers, a replay buffer and rows of each minibatch of its own. Representations are gathered, so
+that the goals of all ranks are candidates for all, and each rank computes the whole contrastive loss, which costs nothing
+beside the networks. What flows back into the representations of a rank is then complete, and the gradients of the parameters
 are averaged. Rank 0 leads: it alone has callbacks, logs and files.
 """
 
@@ -376,8 +376,8 @@ class _ProgressBar(ProgressBarCallback):
 
 class RankCallback(CallbackList):
     """
-    Callback at whose steps all ranks meet. Rank 0 alone has the other callbacks. They see the ``infos`` and ``dones`` of the envs
-    of all ranks: of those of others, whether a goal was reached and, at the end of an episode, what ``Monitor`` tells.
+    Callback at whose steps all ranks meet. Rank 0 alone has the other callbacks. They see the ``infos`` and ``dones`` of the
+    envs of all ranks: of those of others, whether a goal was reached and, at the end of an episode, what ``Monitor`` tells.
 
     :param ranks: The ranks
     :param callback: Callbacks of the training

@@ -30,8 +30,7 @@ class UpdateRunner:
         :meth:`backward` and :meth:`step`. Nothing in it waits for the device or depends on a value.
     :param policy: Policy with ``actor`` and ``critic``, each with its ``optimizer``, and ``graph_actor``
     :param optimizers: Function that returns all optimizers of an update
-    :param ranks: The ranks that do the updates together. With several there is no CUDA graph of them: what they tell each other
-        is not captured.
+    :param ranks: The ranks that do the updates together. With several, updates are not captured in CUDA graphs.
     """
 
     def __init__(
@@ -191,8 +190,8 @@ class UpdateRunner:
 
     def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor | None = None) -> None:
         """
-        Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed. Where those of a loss come from
-        several ranks, :meth:`join` does the step: what is computed until then hides the way.
+        Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed. Where those of a loss come
+        from several ranks, :meth:`join` does the step, so that they travel while the rest of the update is computed.
         """
         if loss is not None:
             self.backward(optimizer, loss)

@@ -139,7 +139,7 @@ def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
 
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
     """The smallest ``train_freq`` and ``gradient_steps`` with which there is one update for so many transitions."""
-    divisor = math.gcd(n_envs, transitions_per_update)
+    divisor = math.gcd(n_envs, check_positive_int(transitions_per_update, "transitions_per_update"))
     # Stable-Baselines3 takes no integer of NumPy
     return {"train_freq": int(transitions_per_update) // divisor, "gradient_steps": n_envs // divisor}
 

@@ -263,8 +263,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self.replay_buffer_class or ContrastiveReplayBuffer, self.replay_buffer_kwargs
         )
         if self.train_freq is None and self.gradient_steps is None:
-            schedule = update_schedule(self.n_envs, check_positive_int(self.transitions_per_update, "transitions_per_update"))
-            self.train_freq, self.gradient_steps = schedule["train_freq"], schedule["gradient_steps"]
+            vars(self).update(update_schedule(self.n_envs, self.transitions_per_update))
         else:
             self.transitions_per_update = None
             self.train_freq = 1 if self.train_freq is None else self.train_freq
@@ -348,10 +347,10 @@ class DeepCRL(OffPolicyAlgorithm):
         check_normalized_once(self.normalize_observations, self._vec_normalize_env)
         self._convert_train_freq()
         assert self.replay_buffer is not None and isinstance(self.train_freq, TrainFreq)
-        frequency = check_positive_int(self.train_freq.frequency, "train_freq")
-        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // (frequency * self._ranks.n_envs(self.n_envs)))
+        n_steps = check_positive_int(self.train_freq.frequency, "train_freq") * self._ranks.n_envs(self.n_envs)
+        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // n_steps)
         if self.env is not None:
-            check_buffer_size(self.replay_buffer.buffer_size * self.n_envs, self.env)
+            check_buffer_size(self.buffer_size * self.n_envs // self._ranks.n_envs(self.n_envs), self.env)
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
