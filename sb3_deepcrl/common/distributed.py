@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from traceback import format_exception
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn, 
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, arrange_envs
 from sb3_deepcrl.common.running_norm import RunningNorm
-from sb3_deepcrl.common.utils import handled, update_schedule
+from sb3_deepcrl.common.utils import handled, is_for_user, update_schedule
 
 # How long a rank waits for another one, which may evaluate or save
 TIMEOUT = timedelta(minutes=30)
@@ -34,6 +35,8 @@ TIMEOUT = timedelta(minutes=30)
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What a rank asks for when all meet. The largest number is what happens.
 GO, STOP, SAVE, INTERRUPT, FAIL = range(5)
+# Where ranks leave word, if this module has connected them
+_store: dist.Store | None = None
 # What is the same on all ranks, besides parameters
 COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_missing_steps")
 
@@ -60,6 +63,7 @@ def connect() -> tuple[int, int]:
 
     :return: Number of this rank, and number of ranks
     """
+    global _store
     is_rank = all(name in os.environ for name in ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
     if is_rank and dist.is_available() and not dist.is_initialized():
         local_rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), th.cuda.device_count()
@@ -68,11 +72,22 @@ def connect() -> tuple[int, int]:
         # NCCL wants a GPU for each rank
         has_nccl = dist.is_nccl_available() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= n_gpus
         with _all_ranks():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=TIMEOUT)
+            _store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT, store=_store, rank=rank, world_size=size)
         atexit.register(dist.destroy_process_group)
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def comes_first(where: str) -> bool:
+    """Whether no other rank has come there yet, so that what all would say is said once."""
+    try:
+        return _store is None or _store.add(where, 1) == 1
+    except RuntimeError:
+        # It was kept by a process that is gone
+        return True
 
 
 class _Gather(th.autograd.Function):
@@ -105,9 +120,11 @@ class Ranks:
         self.env_counts: list[int] = []
         #: Rows of this rank in a minibatch, number of rows of all, and the fraction that is ours
         self.rows, self.batch_size, self.weight = slice(None), 0, 1.0
-        # The model in training, and whether other ranks wait for this one, or will: while it goes on, but not within updates
+        # The model in training, whether it goes on, so that the ranks meet again, and whether they are within updates
         self._model: Any = None
-        self._meets = False
+        self._meets = self._updates = False
+        #: Whether all ranks have come to the end of the training together
+        self.is_whole = True
         # Signals that have come and wait for all ranks, and whether they need not wait
         self._signals: list[int] = []
         self._is_interruptible = False
@@ -138,6 +155,12 @@ class Ranks:
     def n_envs(self, n_envs: int) -> int:
         """Number of envs of all ranks, of which this one has so many."""
         return n_envs if self.size == 1 else sum(self.env_counts)
+
+    def share(self, n_envs: int) -> range:
+        """Which envs of a training are ours, as evenly as it goes."""
+        if n_envs < self.size:
+            raise ValueError(f"`n_envs={n_envs}` cannot be split over {self.size} ranks: use at least {self.size} envs")
+        return range(n_envs * self.rank // self.size, n_envs * (self.rank + 1) // self.size)
 
     def part(self, total: int) -> slice:
         """What is ours of a whole that is divided as the envs are."""
@@ -170,12 +193,9 @@ class Ranks:
             return True
         if self._model is None:
             self._equalize(model)
-        else:
-            if self._meets:
-                self.meet()
-            if not self._meets:
-                return False
-        self._meets = False
+        elif self.meet_in_step() is None:
+            return False
+        self._updates = True
         if model.actor.normalizer is not None:
             model.actor.normalizer.update(self.collect)
         return True
@@ -202,7 +222,7 @@ class Ranks:
             values = values * self.weight
             with _all_ranks():
                 dist.all_reduce(values)
-            self._meets = self._model is not None
+            self._updates = False
         return values
 
     def whole(self, rollout: RolloutReturn) -> RolloutReturn:
@@ -254,22 +274,25 @@ class Ranks:
             return
         self._signals.clear()
         self._equalize(model)
-        self._model, self._meets = model, True
+        self._model, self._meets, self.is_whole = model, True, True
         try:
             with handled(self._on_signal):
                 yield RankCallback(self, callback, progress_bar), False
                 while self._meets:
                     self.meet(STOP)
         except RankLostError:
-            self._meets = False
+            self.is_whole = False
             raise
         except BaseException as error:
-            if self._meets:
+            if self._updates:
+                # The others are somewhere in there, and learn of it when this process ends
+                self.is_whole = False
+            elif self._meets:
                 # With the others at the place where they meet
                 self.meet(FAIL if isinstance(error, Exception) else INTERRUPT, error)
             raise
         finally:
-            self._model, self._meets = None, False
+            self._model, self._meets, self._updates = None, False, False
             if self._signals:
                 # As whoever handles it has it
                 signal.raise_signal(self._signals[0])
@@ -288,8 +311,8 @@ class Ranks:
         if self._is_interruptible:
             raise KeyboardInterrupt
 
-    def meet_in_step(self, episodes: np.ndarray) -> np.ndarray | None:
-        """Meet after a step. Gives what happened in the envs of all ranks, None if the training ends."""
+    def meet_in_step(self, episodes: np.ndarray | None = None) -> np.ndarray | None:
+        """Meet to go on. Gives what happened in the envs of all ranks, None if the training ends."""
         table = self.meet(episodes=episodes) if self._meets else None
         return table if self._meets else None
 
@@ -339,7 +362,9 @@ class Ranks:
             outcome = int(table[: self.size].max())
             self._meets = outcome in (GO, SAVE)
             if outcome == FAIL:
-                errors = self.collect(None if error is None else f"{type(error).__name__}: {error}")
+                # A bug with its traceback, which the other ranks do not have
+                text = None if error is None else str(error) if is_for_user(error) else "".join(format_exception(error))
+                errors = self.collect(text)
                 if error is None:
                     rank, text = next((rank, text) for rank, text in enumerate(errors) if text is not None)
                     raise RuntimeError(f"rank {rank}: {text}")
