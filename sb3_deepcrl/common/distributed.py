@@ -99,7 +99,7 @@ class _Gather(th.autograd.Function):
         # Parts may differ in size, which a sum does not mind
         gathered = x.new_zeros(ranks.batch_size, *x.shape[1:])
         gathered[ranks.rows] = x
-        with _all_ranks():
+        with ranks._reach():
             dist.all_reduce(gathered)
         return gathered
 
@@ -123,18 +123,27 @@ class Ranks:
         # The model in training, whether it goes on, so that the ranks meet again, and whether they are within updates
         self._model: Any = None
         self._meets = self._updates = False
-        #: Whether all ranks have come to the end of the training together
+        #: Whether all ranks are there, and have come to the end of the training together
         self.is_whole = True
         # Signals that have come and wait for all ranks, and whether they need not wait
         self._signals: list[int] = []
         self._is_interruptible = False
+
+    @contextmanager
+    def _reach(self) -> Iterator[None]:
+        try:
+            with _all_ranks():
+                yield
+        except RankLostError:
+            self.is_whole = self._meets = False
+            raise
 
     def broadcast(self, value: Any) -> Any:
         """What rank 0 has."""
         if self.size == 1:
             return value
         values = [value]
-        with _all_ranks():
+        with self._reach():
             dist.broadcast_object_list(values)
         return values[0]
 
@@ -142,7 +151,7 @@ class Ranks:
         """What each rank has."""
         values = [value] * self.size
         if self.size > 1:
-            with _all_ranks():
+            with self._reach():
                 dist.all_gather_object(values, value)
         return values
 
@@ -203,11 +212,11 @@ class Ranks:
     def start_sum(self, gradients: list[th.Tensor]) -> Callable[[], None]:
         """Start to add gradients over the ranks. What it returns waits until the sums are in their place."""
         total = gradients[0] if len(gradients) == 1 else th.cat([gradient.flatten() for gradient in gradients])
-        with _all_ranks():
+        with self._reach():
             work = dist.all_reduce(total, async_op=True)
 
         def finish() -> None:
-            with _all_ranks():
+            with self._reach():
                 work.wait()
             if len(gradients) > 1:
                 parts = total.split([gradient.numel() for gradient in gradients])
@@ -220,7 +229,7 @@ class Ranks:
         """Mean over the rows of all ranks, of which there are the means over ours. It ends the updates."""
         if self.size > 1:
             values = values * self.weight
-            with _all_ranks():
+            with self._reach():
                 dist.all_reduce(values)
             self._updates = False
         return values
@@ -240,7 +249,7 @@ class Ranks:
         if self._meets and self.rank == 0:
             self.meet(SAVE)
         buffers = [buffer] * self.size
-        with _all_ranks():
+        with self._reach():
             dist.gather_object(buffer, buffers if self.rank == 0 else None)
         self._is_interruptible = interruptible
         return arrange_envs(buffers, range(sum(each.n_envs for each in buffers))) if self.rank == 0 else None
@@ -274,15 +283,16 @@ class Ranks:
             return
         self._signals.clear()
         self._equalize(model)
+        buffer, n_transitions = model.replay_buffer, max(model.buffer_size // sum(self.env_counts), 1)
+        if buffer.n_used == 0 and buffer.buffer_size != n_transitions:
+            spaces = (model.observation_space, model.action_space, model.device, model.n_envs)
+            model.replay_buffer = type(buffer)(n_transitions * model.n_envs, *spaces, **model.replay_buffer_kwargs)
         self._model, self._meets, self.is_whole = model, True, True
         try:
             with handled(self._on_signal):
                 yield RankCallback(self, callback, progress_bar), False
                 while self._meets:
                     self.meet(STOP)
-        except RankLostError:
-            self.is_whole = False
-            raise
         except BaseException as error:
             if self._updates:
                 # The others are somewhere in there, and learn of it when this process ends
@@ -293,8 +303,8 @@ class Ranks:
             raise
         finally:
             self._model, self._meets, self._updates = None, False, False
-            if self._signals:
-                # As whoever handles it has it
+            if self._signals and self.is_whole:
+                # Now for whoever handles it
                 signal.raise_signal(self._signals[0])
 
     @contextmanager
@@ -317,7 +327,7 @@ class Ranks:
         return table if self._meets else None
 
     def _equalize(self, model: Any) -> None:
-        """Let all ranks begin alike, with the share of the replay buffer and the updates that their envs have."""
+        """Let all ranks begin alike."""
         self.env_counts = self.collect(model.n_envs)
         normalize = model._vec_normalize_env
         if normalize is not None and normalize.norm_obs and normalize.training:
@@ -329,15 +339,11 @@ class Ranks:
             vars(model).update(update_schedule(total, model.transitions_per_update))
         elif isinstance(model.train_freq, TrainFreq) and model.train_freq.unit == TrainFrequencyUnit.EPISODE:
             raise ValueError("`train_freq` in episodes needs a single rank, as they end at different steps: count it in steps")
-        buffer, n_transitions = model.replay_buffer, max(model.buffer_size // total, 1)
-        if buffer.n_used == 0 and buffer.buffer_size != n_transitions:
-            spaces = (model.observation_space, model.action_space, model.device, model.n_envs)
-            model.replay_buffer = type(buffer)(n_transitions * model.n_envs, *spaces, **model.replay_buffer_kwargs)
         if self.rank > 0:
             model.set_logger(Logger(folder=None, output_formats=[]))
         vars(model).update(self.broadcast({name: getattr(model, name) for name in COUNTERS}))
         tensors = [*model.policy.state_dict().values(), *([] if model.log_ent_coef is None else [model.log_ent_coef.detach()])]
-        with _all_ranks():
+        with self._reach():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
@@ -357,7 +363,7 @@ class Ranks:
             table[self.rank] = max(wish, INTERRUPT if self._signals else GO)
             if episodes is not None:
                 table[self.size :][self.part(sum(self.env_counts))] = episodes
-            with _all_ranks():
+            with self._reach():
                 dist.all_reduce(th.from_numpy(table))
             outcome = int(table[: self.size].max())
             self._meets = outcome in (GO, SAVE)
@@ -372,7 +378,7 @@ class Ranks:
                 raise KeyboardInterrupt
             if outcome != SAVE or wish == SAVE:
                 return table[self.size :]
-            with _all_ranks():
+            with self._reach():
                 # The answer to `gather_buffer` of rank 0
                 dist.gather_object(self._model.replay_buffer, None)
 

@@ -165,7 +165,7 @@ def run(script: str, argv: Sequence[str]) -> None:
     rank, _ = connect() if script == "train" else (0, 1)
     if rank > 0:
         # What it would say is said by the first one
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
     sys.argv = [f"sb3-deepcrl {script}", *argv]
     # What RL Zoo's scripts find under these names when they run: this process is theirs
