@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock as mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,10 @@ def measure_updates(rank: int, n_ranks: int, port: int, seconds: float, path: Pa
         observations = {key: th.randn(n_rows, *space.shape) for key, space in observation_spaces}
         actions = th.rand(n_rows, ACTION_DIM) * 2 - 1
         update = functools.partial(model._runner.run, observations, actions)
-        sent: list[th.Tensor] = []
-        all_reduce = dist.all_reduce
-        dist.all_reduce = lambda tensor, **kwargs: [sent.append(tensor.clone()), all_reduce(tensor, **kwargs)][1]
-        update()
-        dist.all_reduce = all_reduce
-        ways = [functools.partial(all_reduce, tensor) for tensor in sent]
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            update()
+        sent = [call.args[0].clone() for call in all_reduce.call_args_list]
+        ways = [functools.partial(dist.all_reduce, tensor) for tensor in sent]
         row = [depth, width, batch_size, n_ranks, median_ms(update, seconds)]
         row.append(median_ms(lambda ways=ways: [way() for way in ways], seconds / 4))  # type: ignore[misc]
         rows.append([*row, sum(tensor.nbytes for tensor in sent)])
@@ -108,8 +107,8 @@ def report_updates(args: argparse.Namespace) -> str:
     lines = [
         "# One update on several ranks",
         "",
-        f"One thread a rank on {os.cpu_count()} cores of {processor()}, gloo, torch {th.__version__}; the size is depth x width "
-        "x batch size of all ranks, with inputs of the humanoid tasks. What the ranks tell each other was measured alone, "
+        f"One thread a rank on {os.cpu_count()} cores of {processor()}, gloo, torch {th.__version__}; the size is depth x "
+        "width x batch size of all ranks, with inputs of the humanoid tasks. What the ranks tell each other was measured alone, "
         "too; in an update, the gradients of the actor travel while those of the critic are computed.",
         "",
         f"Printed by `python benchmarks/distributed.py {' '.join(sys.argv[1:])}`.",

@@ -146,10 +146,10 @@ def test_learn(ranks):
         pytest.skip("two ranks only")
     assert all(map(th.equal, found[0]["parameters"], found[1]["parameters"]))
     assert not np.array_equal(found[0]["observations"][:, 0], found[1]["observations"][:, 0])
-    n_updates = 330 // 16 - 1
-    assert found[0]["counts"][:4] == (330, n_updates, [5, 10], 33)
-    assert found[1]["counts"] == (330, n_updates, [], 0, 0)
-    assert found[0]["episodes"] == (33, 33, 33) and 0 < found[0]["counts"][4] < 330
+    one = make_model(5).learn(330)
+    assert found[0]["counts"][:4] == (330, one._n_updates, [5, 10], 30)
+    assert found[1]["counts"] == (330, one._n_updates, [], 0, 0)
+    assert found[0]["episodes"] == (30, 30, 30) and 0 < found[0]["counts"][4] < 330
     assert found[0]["stopped"] == 50
     assert all("NaN or infinity in `observation` of env 0" in each["nan"] for each in found)
     assert found[0]["nan"].startswith("RuntimeError: rank 1: ")

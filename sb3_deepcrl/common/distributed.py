@@ -8,11 +8,12 @@ are averaged. Rank 0 leads: it alone has callbacks, logs and files.
 """
 
 import atexit
+import contextlib
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from traceback import format_exception
 from typing import Any
@@ -31,6 +32,8 @@ from sb3_deepcrl.common.utils import handled, is_for_user, update_schedule
 
 # How long a rank waits for another one, which may evaluate or save
 TIMEOUT = timedelta(minutes=30)
+# How long a rank that ends waits for the others to end too
+SECONDS_TO_LEAVE = 5.0
 # What ``env://`` of torch.distributed needs
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What a rank asks for when all meet. The largest number is what happens.
@@ -45,7 +48,7 @@ class RankLostError(RuntimeError):
     """Another rank has ended or does not answer."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _all_ranks() -> Iterator[None]:
     try:
         yield
@@ -75,10 +78,21 @@ def connect() -> tuple[int, int]:
             _store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
             backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
             dist.init_process_group(backend, timeout=TIMEOUT, store=_store, rank=rank, world_size=size)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_disconnect)
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def _disconnect() -> None:
+    """End the connection when all ranks are done with it: one that leaves earlier would be missed by the others."""
+    deadline = time.monotonic() + SECONDS_TO_LEAVE
+    with contextlib.suppress(RuntimeError):
+        n_left = 0 if _store is None else _store.add("left", 1)
+        while _store is not None and n_left < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            n_left = _store.add("left", 0)
+    dist.destroy_process_group()
 
 
 def comes_first(where: str) -> bool:
@@ -129,7 +143,7 @@ class Ranks:
         self._signals: list[int] = []
         self._is_interruptible = False
 
-    @contextmanager
+    @contextlib.contextmanager
     def _reach(self) -> Iterator[None]:
         try:
             with _all_ranks():
@@ -267,7 +281,7 @@ class Ranks:
         envs = [*range(own.start, own.stop)]
         return arrange_envs([buffer], [*envs, *[-1] * (n_envs - len(envs))])
 
-    @contextmanager
+    @contextlib.contextmanager
     def training(self, model: Any, callback: MaybeCallback, progress_bar: bool) -> Iterator[tuple[MaybeCallback, bool]]:
         """
         Context in which all ranks train a model from the same state, until one of them stops. An error or a signal of
@@ -307,7 +321,7 @@ class Ranks:
                 # Now for whoever handles it
                 signal.raise_signal(self._signals[0])
 
-    @contextmanager
+    @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Context in which the others wait, so that a signal need not."""
         self._is_interruptible = self.rank == 0
