@@ -108,8 +108,8 @@ def report_updates(args: argparse.Namespace) -> str:
         "# One update on several ranks",
         "",
         f"One thread a rank on {os.cpu_count()} cores of {processor()}, gloo, torch {th.__version__}; the size is depth x "
-        "width x batch size of all ranks, with inputs of the humanoid tasks. What the ranks tell each other was measured alone, "
-        "too; in an update, the gradients of the actor travel while those of the critic are computed.",
+        "width x batch size of all ranks, with inputs of the humanoid tasks. What the ranks tell each other was measured "
+        "alone, too; in an update, the gradients of the actor travel while those of the critic are computed.",
         "",
         f"Printed by `python benchmarks/distributed.py {' '.join(sys.argv[1:])}`.",
         "",
@@ -137,7 +137,7 @@ def report_trainings(args: argparse.Namespace) -> str:
         "Success at any step over 50 evaluation episodes and the number of updates, by env steps, with the settings of "
         f"`zoo_configs/deepcrl.yml`. The numbers are those of seeds {', '.join(map(str, range(args.seeds)))}.",
         "",
-        f"Printed by `python benchmarks/distributed.py {' '.join(sys.argv[1:])}`: "
+        f"Printed by `python benchmarks/distributed.py learn --steps {args.steps} --seeds {args.seeds}`: "
         "`torchrun --nproc-per-node RANKS -m sb3_deepcrl.zoo train`.",
         "",
         "| env steps | updates | " + " | ".join(f"{n_ranks} rank{'s' * (n_ranks > 1)}" for n_ranks in args.ranks) + " |",

@@ -1,3 +1,4 @@
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL, uncompile_blocks
 from sb3_deepcrl.common import compilation, cuda_graphs
-from sb3_deepcrl.common.compilation import compile_blocks, set_precision, tf32_products
+from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products
 from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
 from sb3_deepcrl.common.losses import info_nce, rowwise_energy
 from sb3_deepcrl.common.torch_layers import ResidualTower, residual_towers
@@ -509,6 +510,7 @@ class StandInBackend:
     """Capturing does nothing but record, as on a GPU."""
 
     device = th.device("cpu")
+    n_failures = 0
 
     def __init__(self, example_output):
         self.example_output, self.graphs, self.n_warm_ups = example_output, [], 0
@@ -556,7 +558,7 @@ def test_graphed_function_goes_from_warm_up_to_replay():
     assert len(set(calls[3:])) == 1
 
 
-@pytest.mark.parametrize("change", ["shape", "dtype", "key", "invalidate"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "key", "invalidate", "failure"])
 def test_graphed_function_captures_anew(change):
     backend = StandInBackend(th.empty(()))
     graphed = GraphedFunction(lambda inputs: inputs["x"].sum().float(), backend)
@@ -567,13 +569,15 @@ def test_graphed_function_captures_anew(change):
     if change == "invalidate":
         graphed.invalidate()
         assert old.is_reset
+    if change == "failure":  # of the capture of another function
+        backend.n_failures += 1
     changed = {"shape": th.ones(5), "dtype": th.ones(4, dtype=th.float64)}.get(change, th.ones(4))
     for _ in range(5):
         result = graphed({"x": changed}, key="b" if change == "key" else "a")
     assert result.item() == len(changed)
     assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[1].n_replays) == (6, 2, 2)
     # Each of a few shapes has its own graph
-    assert old.is_reset == (change in ("key", "invalidate")) and old.n_replays == 2
+    assert old.is_reset == (change in ("key", "invalidate", "failure")) and old.n_replays == 2
     if not old.is_reset:
         for _ in range(4):
             graphed({"x": th.ones(4)}, key="a")
@@ -674,8 +678,7 @@ def test_a_failed_capture_leaves_no_trace(monkeypatch, in_function):
     model = make_model().learn(40)
     cuda = FakeCuda(monkeypatch)
     backend = CudaGraphBackend(th.device("cpu"))
-    model._runner.graph, model._runner.branches = GraphedFunction(model._runner.update_minibatch, backend), backend.branches
-    model._runner.graph.required = True
+    model._runner.graph = GraphedFunction(model._runner.update_minibatch, backend, required=True)
     observations, actions = model.replay_buffer.sample_contrastive(16)
     for _ in range(3):
         model._runner.run(observations, actions)
@@ -685,7 +688,8 @@ def test_a_failed_capture_leaves_no_trace(monkeypatch, in_function):
     with pytest.raises(RuntimeError, match="during capture"):
         model._runner.run(observations, actions)
     assert cuda.current is cuda.default and cuda.generators[1:] == ["clean"] and cuda.modes == ["thread_local"]
-    assert all(branch.stream is None for branch in backend.branches)
+    assert backend.n_failures == 1
+    assert all(branch.stream is None for branch in cuda_graphs.BRANCHES)
     assert all(parameter.grad is None for parameter in model.policy.parameters())
 
 
@@ -698,7 +702,6 @@ def test_branches_of_an_update(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     backend = CudaGraphBackend(th.device("cpu"))
     goals, critic = backend._side_streams
-    branched._runner.branches = backend.branches
     done = []
 
     def note(name):
@@ -718,7 +721,13 @@ def test_branches_of_an_update(monkeypatch):
     )
     th.manual_seed(0)
     with backend._branching():
+        # Whatever other threads do meanwhile, for instance another trial of a search
+        streams = []
+        thread = threading.Thread(target=lambda: streams.extend(branch.stream for branch in cuda_graphs.BRANCHES))
+        thread.start()
+        thread.join()
         actual = branched._runner.run(observations, actions)
+    assert streams == [None, None]
     assert [(name, where) for name, where, _ in done] == [
         ("goals", "goals"),
         ("actor", "main"),
@@ -965,6 +974,20 @@ def test_optimizers_change_between_captured_and_not():
     assert fresh.state[parameter]["step"].item() == 2
 
 
+def test_graphs_serve_several_calls_of_learn(monkeypatch):
+    """With all that they read, for instance copies of parameters; until something else is asked for."""
+    model = make_model(precision="bfloat16", compile=False)
+    runner, made = model._runner, []
+    monkeypatch.setattr(runner, "_set_up_graphs", lambda *args: made.append(args))
+    model.learn(40)
+    cast = runner._cast = CastParameters(runner.towers)
+    model.learn(20, reset_num_timesteps=False)
+    assert len(made) == 1 and runner._cast is cast
+    model.checkpoint_activations, runner._cast = True, None
+    model.learn(20, reset_num_timesteps=False)
+    assert len(made) == 2
+
+
 def test_update_keeps_nothing():
     """No tensor outlives an update but parameters, their gradients and the state of the optimizers."""
     import gc
@@ -1084,6 +1107,26 @@ def test_tf32_is_for_products_of_an_update_but_those_of_the_loss(monkeypatch):
         assert th.backends.cuda.matmul.fp32_precision == "ieee"
     assert th.backends.cuda.matmul.fp32_precision == "tf32"
     th.set_float32_matmul_precision("highest")
+
+
+def test_parameters_are_cast_once_for_an_update():
+    """As on GPUs: the same updates as those of autocast, and neither parameters nor their optimizers notice."""
+    plain, cast = (make_model(precision="bfloat16", compile=False).learn(40) for _ in range(2))
+    cast._runner._cast = CastParameters(cast._runner.towers)
+    observations, actions = plain.replay_buffer.sample_contrastive(16)
+    parameters = list(cast.policy.parameters())
+    seen = []
+    cast.critic.sa_encoder.blocks[1].branch[3].register_forward_hook(lambda layer, *_: seen.append(layer.weight))
+    for model in (plain, cast):
+        th.manual_seed(0)
+        for _ in range(3):
+            model._runner.run(observations, actions)
+    assert {weight.dtype for weight in seen} == {th.bfloat16} and len({*map(id, seen)}) == 1
+    assert all(one is other for one, other in zip(parameters, cast.policy.parameters(), strict=True))
+    for actual, wanted in zip(parameters, plain.policy.parameters(), strict=True):
+        assert actual.dtype == th.float32 and actual.grad is not None
+        th.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(actual.grad, wanted.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_precision_of_a_model(tmp_path):

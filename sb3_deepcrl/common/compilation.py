@@ -11,7 +11,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_deepcrl.common.torch_layers import ResidualBlock, residual_blocks, residual_towers
+from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, residual_blocks, residual_towers
 from sb3_deepcrl.common.tower_kernel import TowerKernel, describe_error, load_kernel, tower_kernels
 from sb3_deepcrl.common.tracing import is_traced, is_watched
 from sb3_deepcrl.common.utils import check_choice
@@ -98,8 +98,9 @@ def compile_blocks(module: nn.Module) -> bool:
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
     for block in blocks:
         # What nn.Module.compile() would put there
-        compiled = th.compile(block._call_impl, backend=lean_inductor)
-        block._compiled_call_impl = functools.partial(_call_compiled, block, compiled)
+        if block._compiled_call_impl is None:
+            compiled = th.compile(block._call_impl, backend=lean_inductor)
+            block._compiled_call_impl = functools.partial(_call_compiled, block, compiled)
     return True
 
 
@@ -134,6 +135,46 @@ def set_precision(module: nn.Module, precision: str, device: th.device) -> bool:
     for tower in residual_towers(module):
         tower.autocast_dtype = th.bfloat16 if low else None
     return on_gpu and precision in ("tf32", "auto")
+
+
+class CastParameters:
+    """
+    Parameters of all Dense layers inside of residual towers in bfloat16, cast at once for an update. By itself, autocast casts
+    each of them in each forward pass: on a GPU a kernel each, that takes as long as a matrix product.
+
+    :param towers: The towers
+    """
+
+    def __init__(self, towers: Sequence[ResidualTower]):
+        layers = [layer for tower in towers for part in (tower.stem, tower.blocks) for layer in part.modules()]
+        dense: list[dict[str, Any]] = [layer._parameters for layer in layers if type(layer) is nn.Linear]
+        self.slots = [(of, name) for of in dense for name, parameter in of.items() if parameter is not None]
+        self.parameters: list[Any] = [of[name] for of, name in self.slots]
+        self.copies: list[Any] = [nn.Parameter(parameter.detach().bfloat16()) for parameter in self.parameters]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Context of an update, in which the layers have the copies."""
+        self.parameters = [of[name] for of, name in self.slots]
+        with th.no_grad():
+            th._foreach_copy_(self.copies, self.parameters)
+        for (of, name), parameter, copy in zip(self.slots, self.parameters, self.copies, strict=True):
+            of[name] = copy.requires_grad_(parameter.requires_grad)
+        try:
+            yield
+        finally:
+            for (of, name), parameter in zip(self.slots, self.parameters, strict=True):
+                of[name] = parameter
+
+    def give_gradients(self) -> None:
+        """Move the gradients of the copies to the parameters."""
+        pairs = [(p, c) for p, c in zip(self.parameters, self.copies, strict=True) if c.grad is not None]
+        for parameter, _ in pairs:
+            parameter.grad = th.empty_like(parameter)
+        if pairs:
+            th._foreach_copy_([parameter.grad for parameter, _ in pairs], [copy.grad for _, copy in pairs])
+        for _, copy in pairs:
+            copy.grad = None
 
 
 @contextmanager

@@ -3,6 +3,7 @@ Updates and predictions as CUDA graphs, and optimizers whose steps can be captur
 """
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -87,7 +88,7 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
             group["lr"] = learning_rate
 
 
-class Branch:
+class Branch(threading.local):
     """
     A part of a function that does not depend on the rest of it, from :meth:`fork` to :meth:`join`. In a CUDA graph it runs
     beside the rest: kernels of small matrices leave most of a GPU idle. Elsewhere all is done in the order of the code.
@@ -96,8 +97,11 @@ class Branch:
     """
 
     def __init__(self) -> None:
-        #: Set while the function is captured
+        #: Set while this thread captures a function
         self.stream: th.cuda.Stream | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Branch":
+        return self
 
     def fork(self) -> None:
         """Let the branch start here."""
@@ -114,14 +118,20 @@ class Branch:
             th.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
+#: The branches that functions may have
+BRANCHES = (Branch(), Branch())
+
+
 class CudaGraphBackend:
     """CUDA graphs of PyTorch on one GPU, all captured on one stream. See :func:`cuda_graph_backend`."""
 
     def __init__(self, device: th.device):
         self.device = device
         self.stream, *self._side_streams = (th.cuda.Stream(device) for _ in range(3))
-        #: What a function may do beside the rest
-        self.branches = (Branch(), Branch())
+        #: Captures that failed, after which random numbers are those of another state: all graphs have to be made anew
+        self.n_failures = 0
+        # One thread at a time
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
         # Streams can neither be copied nor pickled, nor need to be
@@ -129,22 +139,24 @@ class CudaGraphBackend:
 
     @contextmanager
     def _branching(self) -> Iterator[None]:
-        for branch, stream in zip(self.branches, self._side_streams, strict=True):
-            branch.stream = stream
-        try:
-            yield
-        finally:
-            for branch in self.branches:
-                branch.stream = None
+        with self._lock:
+            for branch, stream in zip(BRANCHES, self._side_streams, strict=True):
+                branch.stream = stream
+            try:
+                yield
+            finally:
+                for branch in BRANCHES:
+                    branch.stream = None
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
         """Context in which a function runs as it will be captured: on the side stream, in order with the current one."""
         current = th.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with th.cuda.stream(self.stream), self._branching():
-            yield
-        current.wait_stream(self.stream)
+        with self._branching():
+            self.stream.wait_stream(current)
+            with th.cuda.stream(self.stream):
+                yield
+            current.wait_stream(self.stream)
 
     def capture(self, function: Callable[[], th.Tensor]) -> tuple[th.cuda.CUDAGraph, th.Tensor]:
         """
@@ -154,11 +166,12 @@ class CudaGraphBackend:
         graph, current = th.cuda.CUDAGraph(), th.cuda.current_stream(self.device)
         try:
             # Other threads may allocate memory meanwhile
-            with th.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"), self._branching():
+            with self._branching(), th.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 output = function()
         except BaseException:
             # If the end of the capture raises, PyTorch leaves its stream the current one, and up to version 2.11 a generator
             # that takes itself for captured, and refuses all random numbers
+            self.n_failures += 1
             th.cuda.set_stream(current)
             generator = th.cuda.default_generators[current.device.index]
             generator.graphsafe_set_state(generator.clone_state())
@@ -218,6 +231,7 @@ class GraphedFunction:
         if not self._can_be_captured or devices != {self.backend.device} or is_traced(*inputs.values()):
             # A graph of what runs elsewhere, for instance after `policy.to("cpu")`, would hold nothing
             return self.function(inputs)
+        key = (key, self.backend.n_failures)
         if key != self._key:
             self.invalidate()
             self._key = key

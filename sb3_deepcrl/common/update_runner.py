@@ -8,8 +8,15 @@ from typing import Any
 
 import torch as th
 
-from sb3_deepcrl.common.compilation import compile_blocks, set_precision, tf32_products, uncompile_blocks
-from sb3_deepcrl.common.cuda_graphs import Branch, GraphedFunction, can_capture, cuda_graph_backend, prepare_optimizer
+from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products, uncompile_blocks
+from sb3_deepcrl.common.cuda_graphs import (
+    BRANCHES,
+    Branch,
+    GraphedFunction,
+    can_capture,
+    cuda_graph_backend,
+    prepare_optimizer,
+)
 from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, load_kernel, threads_of_kernel
@@ -47,10 +54,11 @@ class UpdateRunner:
         self.towers = residual_towers(policy)
         self.graph: GraphedFunction | None = None
         #: What the update may do beside the rest, in a graph
-        self.branches = (Branch(), Branch())
+        self.branches = BRANCHES
         self._is_compiled = False
         self._tf32 = False
-        # How the graphs were captured
+        self._cast: CastParameters | None = None
+        # With which the graphs, and what is in them, were made
         self._settings: tuple[Hashable, ...] = ()
         # What the kernel steps, by optimizer
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
@@ -101,6 +109,9 @@ class UpdateRunner:
         settings = (device, cuda_graph, precision, checkpoint_activations, self._is_compiled)
         if settings != self._settings:
             self._settings = settings
+            # The kernel for CPUs casts them by itself
+            is_low = device.type == "cuda" and self.towers[0].autocast_dtype is not None
+            self._cast = CastParameters(self.towers) if is_low else None
             self._set_up_graphs(device, cuda_graph)
 
     def _set_up_graphs(self, device: th.device, cuda_graph: bool | str) -> None:
@@ -109,7 +120,6 @@ class UpdateRunner:
         self.graph = None
         if backend is not None and self.ranks.size == 1 and can_capture(self.optimizers(), required):
             self.graph = GraphedFunction(self.update_minibatch, backend, required=required)
-            self.branches = backend.branches
         self.policy.graph_actor(backend, required)
         self.prepare_optimizers()
 
@@ -123,7 +133,8 @@ class UpdateRunner:
     def update_minibatch(self, minibatch: dict[str, th.Tensor]) -> th.Tensor:
         """The update, with the actions among the observations."""
         observations = dict(minibatch)
-        return self.update(observations, observations.pop(ACTION_KEY))
+        with nullcontext() if self._cast is None else self._cast.in_place():
+            return self.update(observations, observations.pop(ACTION_KEY))
 
     def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
         """
@@ -145,7 +156,7 @@ class UpdateRunner:
                     if flat is not None:
                         self._flat[optimizer] = flat
                         stack.enter_context(flat.in_place())
-            return self.update(observations, actions)
+            return self.update_minibatch({**observations, ACTION_KEY: actions})
 
     def _run_graph(self, graph: GraphedFunction, minibatch: dict[str, th.Tensor], key: Hashable) -> th.Tensor:
         try:
@@ -184,6 +195,8 @@ class UpdateRunner:
         else:
             optimizer.zero_grad()
             loss.backward()
+            if self._cast is not None:
+                self._cast.give_gradients()
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.ranks.size > 1:
             self._sums[optimizer] = self.ranks.start_sum(gradients)

@@ -54,6 +54,7 @@ from sb3_deepcrl.deepcrl.policies import (
     MultiInputPolicy,
     check_observation_space,
 )
+from sb3_deepcrl.deepcrl.tensor_rollout import collect_tensors
 from sb3_deepcrl.env_ids import find_spec
 
 SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
@@ -96,8 +97,7 @@ class DeepCRL(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: must be False, the replay buffer always stores observations once
     :param n_steps: must be 1, there are no n-step returns in contrastive RL
-    :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
-        (and 'auto_0.1' for using 0.1 as initial value)
+    :param ent_coef: Entropy regularization coefficient, 'auto' to learn it ('auto_0.1' with 0.1 as initial value)
     :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
     :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the actions
         (SAC: minus the dimension)
@@ -386,7 +386,8 @@ class DeepCRL(OffPolicyAlgorithm):
         continue_training = False
         try:
             with keep_normalization(self._vec_normalize_env):
-                rollout = self._ranks.whole(super().collect_rollouts(env, callback, train_freq, *args, **kwargs))
+                rollout = collect_tensors(self, env, callback, train_freq, *args, **kwargs)
+                rollout = rollout or super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
             self._ranks.update_statistics(self.actor.normalizer)
@@ -398,7 +399,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self._missing_steps = n_short % frequency
             # If all of its steps were missing in the last learn(), their updates were done there
             return rollout._replace(continue_training=n_short < frequency)
-        return rollout
+        return self._ranks.whole(rollout)
 
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
         # The replay buffer checks the last observation of an episode, but sees the first one of the next after an update
@@ -600,7 +601,6 @@ class DeepCRL(OffPolicyAlgorithm):
         loaded = self._ranks.split_buffer(loaded, self.n_envs)
         if truncate_last_traj:
             loaded.truncate_last_trajectory()
-        # Update saved replay buffer device to match current setting
         loaded.device = self.device
         loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
         self.replay_buffer = loaded
