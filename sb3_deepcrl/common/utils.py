@@ -224,7 +224,7 @@ def uninterrupted() -> contextlib.AbstractContextManager[None]:
 def delayed_signals() -> Iterator[None]:
     """Context at the end of which the program is stopped, if a signal has come in between."""
     numbers: list[int] = []
-    with _handled(lambda number, frame: numbers.append(number)):
+    with handled(lambda number, frame: numbers.append(number)):
         yield
     for number in numbers[:1]:
         signal.raise_signal(number)
