@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL
@@ -28,7 +29,7 @@ class NanEnv(GoalReachEnv):
 
 def make_model(n_envs: int = 1, env_class: type = GoalReachEnv, **kwargs) -> DeepCRL:
     arguments = dict(depth=4, width=8, batch_size=BATCH_SIZE, learning_starts=20, seed=0, compile=False, device="cpu")
-    return DeepCRL("MultiInputPolicy", DummyVecEnv([env_class] * n_envs), **{**arguments, **kwargs})
+    return DeepCRL("MultiInputPolicy", DummyVecEnv([lambda: Monitor(env_class())] * n_envs), **{**arguments, **kwargs})
 
 
 def parameters_after_updates(energy: str, contrastive_loss: str, dtype: th.dtype = th.float64, **kwargs) -> list[th.Tensor]:
