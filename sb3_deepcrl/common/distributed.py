@@ -187,15 +187,18 @@ class Ranks:
 
     def part(self, total: int) -> slice:
         """What is ours of a whole that is divided as the envs are."""
-        bounds = [total * sum(self.env_counts[:rank]) // sum(self.env_counts) for rank in (self.rank, self.rank + 1)]
-        return slice(*bounds)
+        bounds = self._bounds(total)
+        return slice(bounds[self.rank], bounds[self.rank + 1])
+
+    def _bounds(self, total: int) -> list[int]:
+        return [total * sum(self.env_counts[:rank]) // sum(self.env_counts) for rank in range(self.size + 1)]
 
     def split(self, batch_size: int) -> int:
         """Split minibatches over the ranks. Gives the number of our rows."""
         if self.size == 1:
             return batch_size
-        if batch_size < sum(self.env_counts):
-            raise ValueError(f"`batch_size={batch_size}` cannot be split over {self.size} ranks: use at least one row an env")
+        if 0 in np.diff(self._bounds(batch_size)):
+            raise ValueError(f"`batch_size={batch_size}` leaves no row for one of {self.size} ranks: use a larger one")
         self.batch_size, self.rows = batch_size, self.part(batch_size)
         n_rows = self.rows.stop - self.rows.start
         self.weight = n_rows / batch_size

@@ -434,9 +434,9 @@ class DeepCRL(OffPolicyAlgorithm):
         for optimizer, learning_rate in zip(self._optimizers(), learning_rates, strict=False):
             schedule = self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
             set_learning_rate(optimizer, schedule(self._current_progress_remaining))
+        batch_size = self._ranks.split(batch_size)
         self._warned_of_copies = self._warned_of_copies or self.replay_buffer.warn_of_copies(batch_size)
         self.replay_buffer.gamma = self.gamma
-        batch_size = self._ranks.split(batch_size)
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
         key = None if self._runner.graph is None else self._graph_key()
         metrics: list[th.Tensor] = []
