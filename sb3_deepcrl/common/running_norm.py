@@ -2,9 +2,10 @@
 Running normalization of the observations of a goal-conditioned env, inside a policy.
 """
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch as th
@@ -100,11 +101,16 @@ class RunningNorm(nn.Module):
         """Forget what was added since the last update."""
         self._added = None
 
-    def update(self) -> None:
-        """Update the statistics with what was added since the last time."""
+    def update(self, collect: Callable[[Moments], list[Moments]] = lambda added: [added]) -> None:
+        """
+        Update the statistics with what was added since the last time.
+
+        :param collect: Function that gives, from what was added here, what was added on all ranks
+        """
         if self._added is not None:
-            added, self._added = [values.to(self.mean.device) for values in self._added], None
-            updated = _combine((self.count, self.mean, self.var), (added[0], added[1], added[2]))
+            added = functools.reduce(_combine, collect(self._added))
+            updated = _combine((self.count, self.mean, self.var), tuple(values.to(self.mean.device) for values in added))  # type: ignore[arg-type]
+            self._added = None
             for statistics, values in zip((self.count, self.mean, self.var), updated, strict=True):
                 statistics.copy_(values)
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, replace_her_replay_buffer
 from sb3_deepcrl.common.cuda_graphs import graph_key, set_learning_rate
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
 from sb3_deepcrl.common.running_norm import check_normalized_once, warn_of_clipped_goals
 from sb3_deepcrl.common.torch_layers import frozen
@@ -262,13 +263,14 @@ class DeepCRL(OffPolicyAlgorithm):
             self.replay_buffer_class or ContrastiveReplayBuffer, self.replay_buffer_kwargs
         )
         if self.train_freq is None and self.gradient_steps is None:
-            schedule = update_schedule(self.n_envs, check_positive_int(self.transitions_per_update, "transitions_per_update"))
-            self.train_freq, self.gradient_steps = schedule["train_freq"], schedule["gradient_steps"]
+            vars(self).update(update_schedule(self.n_envs, self.transitions_per_update))
         else:
             self.transitions_per_update = None
             self.train_freq = 1 if self.train_freq is None else self.train_freq
             self.gradient_steps = 1 if self.gradient_steps is None else self.gradient_steps
+        self._ranks = Ranks()
         super()._setup_model()
+        self._ranks.seed(self)
         assert self.replay_buffer is not None
         self.replay_buffer.gamma = self.gamma
         self._create_aliases()
@@ -291,7 +293,7 @@ class DeepCRL(OffPolicyAlgorithm):
         else:
             # Force conversion, this will also throw an error for unexpected string
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
-        self._runner = UpdateRunner(self._update, self.policy, self._optimizers)
+        self._runner = UpdateRunner(self._update, self.policy, self._optimizers, self._ranks)
         self._setup_acceleration(None)
 
     def _check_arguments(self) -> None:
@@ -345,10 +347,10 @@ class DeepCRL(OffPolicyAlgorithm):
         check_normalized_once(self.normalize_observations, self._vec_normalize_env)
         self._convert_train_freq()
         assert self.replay_buffer is not None and isinstance(self.train_freq, TrainFreq)
-        frequency = check_positive_int(self.train_freq.frequency, "train_freq")
-        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // (frequency * self.n_envs))
+        n_steps = check_positive_int(self.train_freq.frequency, "train_freq") * self._ranks.n_envs(self.n_envs)
+        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // n_steps)
         if self.env is not None:
-            check_buffer_size(self.buffer_size, self.env)
+            check_buffer_size(self.buffer_size * self.n_envs // self._ranks.n_envs(self.n_envs), self.env)
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
@@ -374,7 +376,7 @@ class DeepCRL(OffPolicyAlgorithm):
         does not depend on how a training is divided.
         """
         frequency, n_short = train_freq.frequency, 0
-        n_left = math.ceil((self._total_timesteps - self.num_timesteps) / env.num_envs)
+        n_left = math.ceil((self._total_timesteps - self.num_timesteps) / self._ranks.n_envs(env.num_envs))
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
             # Another number of envs, or the user, may have made rollouts shorter since
             n_wanted = frequency + min(self._missing_steps, frequency - 1)
@@ -388,8 +390,7 @@ class DeepCRL(OffPolicyAlgorithm):
                 rollout = rollout or super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
-            if self.actor.normalizer is not None:
-                self.actor.normalizer.update()
+            self._ranks.update_statistics(self.actor.normalizer)
             if not continue_training:
                 # The last transition was not stored: the envs went on without us, and have to be reset
                 self._last_obs = None
@@ -398,7 +399,7 @@ class DeepCRL(OffPolicyAlgorithm):
             self._missing_steps = n_short % frequency
             # If all of its steps were missing in the last learn(), their updates were done there
             return rollout._replace(continue_training=n_short < frequency)
-        return rollout
+        return self._ranks.whole(rollout)
 
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
         # The replay buffer checks the last observation of an episode, but sees the first one of the next after an update
@@ -422,7 +423,7 @@ class DeepCRL(OffPolicyAlgorithm):
         """
         if batch_size < 2:
             raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
-        if gradient_steps < 1:
+        if gradient_steps < 1 or not self._ranks.begin_updates(self):
             return
         assert self.replay_buffer is not None
         # Switch to train mode (this affects batch norm / dropout)
@@ -433,6 +434,7 @@ class DeepCRL(OffPolicyAlgorithm):
         for optimizer, learning_rate in zip(self._optimizers(), learning_rates, strict=False):
             schedule = self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
             set_learning_rate(optimizer, schedule(self._current_progress_remaining))
+        batch_size = self._ranks.split(batch_size)
         self._warned_of_copies = self._warned_of_copies or self.replay_buffer.warn_of_copies(batch_size)
         self.replay_buffer.gamma = self.gamma
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
@@ -453,7 +455,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
         # The only time in each call that the host waits for the device
-        for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
+        for name, value in zip(names, self._ranks.mean(th.stack(metrics).mean(dim=0)).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
 
     def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
@@ -469,7 +471,7 @@ class DeepCRL(OffPolicyAlgorithm):
         state_features = self.critic.extract_state_features(observations)
         goal_branch, critic_branch = self._runner.fork()
         with goal_branch.beside():
-            goal_repr = self.critic.encode_goal(observations)
+            goal_repr = self._ranks.gather(self.critic.encode_goal(observations))
 
         # The critic is differentiated with respect to the actions only. Encoding policy and data actions in one pass would not
         # pay, as the latter need the gradients of the parameters too.
@@ -503,7 +505,7 @@ class DeepCRL(OffPolicyAlgorithm):
         self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor
     ) -> tuple[th.Tensor, ContrastiveMetrics]:
         """Compute the loss of the critic (equation 2 of the paper with the penalty of its table 7) and its metrics."""
-        state_action_repr = self.critic.encode_state_action(state_features, actions)
+        state_action_repr = self._ranks.gather(self.critic.encode_state_action(state_features, actions))
         settings = (self.critic.energy, self.contrastive_loss, self.logsumexp_coef)
         with self._runner.float32_products():
             return info_nce(state_action_repr, goal_repr, *settings, fused=has_kernel(self.critic.g_encoder))
@@ -515,9 +517,9 @@ class DeepCRL(OffPolicyAlgorithm):
         batch_size = len(goal_repr)
         n_random = int(self.random_goals * batch_size)
         # The rows are in random order: take the goal of the next one
-        order = th.arange(batch_size, device=goal_repr.device)
+        order = th.arange(batch_size, device=goal_repr.device)[self._ranks.rows]
         order = th.where(order < n_random, (order + 1) % batch_size, order)
-        goals = observations[GOAL_KEY].index_select(0, order)
+        goals = self._ranks.gather(observations[GOAL_KEY]).index_select(0, order)
         actions_pi, log_prob = self.actor.action_log_prob({**observations, GOAL_KEY: goals})
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
         state_action_repr = self.critic.encode_state_action(state_features, actions_pi)
@@ -534,7 +536,8 @@ class DeepCRL(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfDeepCRL:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        with self._ranks.training(self, callback, progress_bar) as (callback, progress_bar):
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -577,34 +580,34 @@ class DeepCRL(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         # If it is interrupted, the previous file stays as it was
-        with atomic_path(path, ".zip") as file:
-            super().save(file, exclude, include)
+        if self._ranks.rank == 0:
+            with atomic_path(path, ".zip") as file:
+                super().save(file, exclude, include)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        with atomic_path(path, ".pkl") as file:
-            super().save_replay_buffer(file)
+        assert self.replay_buffer is not None
+        if (replay_buffer := self._ranks.gather_buffer(self.replay_buffer)) is not None:
+            with atomic_path(path, ".pkl") as file:
+                save_to_pkl(file, replay_buffer, self.verbose)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         # No env is needed. If it is no buffer for this model, the one in use is kept.
         loaded = load_from_pkl(path, self.verbose)
         if not isinstance(loaded, ContrastiveReplayBuffer):
             raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
-        for name in ("n_envs", "observation_space", "action_space"):
-            found, wanted = getattr(loaded, name), getattr(self, name)
-            if found != wanted:
-                raise ValueError(
-                    f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}: load both alike"
-                )
+        for name in ("observation_space", "action_space"):
+            if (found := getattr(loaded, name)) != (wanted := getattr(self, name)):
+                raise ValueError(f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}")
+        loaded = self._ranks.split_buffer(loaded, self.n_envs)
         if truncate_last_traj:
             loaded.truncate_last_trajectory()
-        # Update saved replay buffer device to match current setting
         loaded.device = self.device
         loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
         # The schedule follows from the learning rate, which `custom_objects` may replace
-        excluded = ["actor", "critic", "_runner", "lr_schedule"]
+        excluded = ["actor", "critic", "_runner", "_ranks", "lr_schedule"]
         if self.transitions_per_update is not None:
             # Chosen for the number of envs, which may be another one when the model is loaded
             excluded += ["train_freq", "gradient_steps"]

@@ -10,6 +10,7 @@ from stable_baselines3.common.type_aliases import RolloutReturn, TrainFreq, Trai
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.common.tensor_env import DeviceObs, LazyArray, TensorVecEnv, to_arrays
 
@@ -31,9 +32,11 @@ def collect_tensors(
     ``episode_infos`` holds those of all episodes that ended in it.
 
     :return: None if Stable-Baselines3's loop has to do it: for other envs, under any wrapper (as ``VecNormalize``), with
-        action noise, or if a rollout is counted in episodes
+        action noise, with several ranks, or if a rollout is counted in episodes
     """
-    if not isinstance(env, TensorVecEnv) or action_noise is not None or train_freq.unit != TrainFrequencyUnit.STEP:
+    is_alone = n_envs_of_run(model) == env.num_envs
+    in_steps = action_noise is None and train_freq.unit == TrainFrequencyUnit.STEP
+    if not isinstance(env, TensorVecEnv) or not is_alone or not in_steps:
         if isinstance(model._last_obs, DeviceObs):
             model._last_obs = to_arrays(model._last_obs)
         return None
