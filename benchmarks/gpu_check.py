@@ -146,13 +146,9 @@ def update(gpu: bool) -> Rows:
             start_up = time.perf_counter() - start
             ms, host_ms = milliseconds(run, gpu, 1.0 if gpu else 0.01)
             floor = floors[MODES[mode].get("precision", "float32")]
+            gibibytes = (before - th.cuda.mem_get_info()[0]) / 2**30 if gpu else 0
             row = {"depth": depth, "mode": mode, "ms": ms, "host ms": host_ms, "floor ms": floor, "times floor": ms / floor}
-            yield {
-                **row,
-                "start-up s": start_up,
-                "GiB": (before - th.cuda.mem_get_info()[0]) / 2**30 if gpu else 0,
-                "finite": finite,
-            }
+            yield {**row, "start-up s": start_up, "GiB": gibibytes, "finite": finite}
             if model._runner.graph is not None:
                 model._runner.graph.invalidate()
             del model, run

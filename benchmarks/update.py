@@ -214,6 +214,8 @@ def make_model(
     model = DeepCRL("MultiInputPolicy", env, **size._asdict(), buffer_size=1000, seed=0, device=device, **settings)
     model._setup_acceleration(10**6)
     model.policy.set_training_mode(True)
+    # The same numbers, whatever compiling has drawn
+    th.manual_seed(1)
     observations = {
         key: th.randn(size.batch_size, *space.shape, device=device) for key, space in env.observation_space.spaces.items()
     }
