@@ -55,8 +55,8 @@ def test_statistics_are_those_of_what_was_collected():
 def test_updates_after_a_rollout_see_the_same_statistics(monkeypatch):
     model = make_model(normalize_observations=True, train_freq=5, gradient_steps=4)
     counts = []
-    update = model._runner.update
-    model._runner.update = lambda *args: (counts.append(model.actor.normalizer.count.item()), update(*args))[1]
+    update = model._runner.own_update
+    model._runner.own_update = lambda *args: (counts.append(model.actor.normalizer.count.item()), update(*args))[1]
     model.learn(50)
     assert counts == [count for count in (30, 40, 50) for _ in range(4)]
 

@@ -45,6 +45,7 @@ from sb3_deepcrl.zoo.config import config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 from sb3_deepcrl.zoo.launcher import SCRIPTS, run
+from sb3_deepcrl.zoo.provenance import made_with
 from sb3_deepcrl.zoo.runs import RunFolder, RunLoader, num_timesteps
 from tests.envs import GoalReachEnv, add_package
 
@@ -129,6 +130,12 @@ def test_what_the_folder_of_a_run_tells(logs):
     assert (arguments["env.goal"], arguments["eval_env.goal_set"]) == ("continuing", "eval")
     model = run_folder.load_model()
     assert (model.num_timesteps, model.buffer_size) == (N_STEPS, 1)
+    model.precision = "float32"
+    model._setup_acceleration(None)
+    assert made_with(model, {}, {})["precision"] == "float32"
+    # As on a GPU
+    model._runner._tf32 = True
+    assert made_with(model, {}, {})["precision"] == "tf32"
 
 
 def save_as(path: Path, steps: int) -> None:

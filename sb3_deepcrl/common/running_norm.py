@@ -94,7 +94,8 @@ class RunningNorm(nn.Module):
         rows = [th.as_tensor(observations[key]).to(th.float64) for key in self.columns]
         if rows:
             var, mean = th.var_mean(th.cat([values.reshape(len(values), -1) for values in rows], dim=1), dim=0, correction=0)
-            added = mean.new_tensor(len(rows[0])), mean, var
+            # Filled on the device, where copying a number would wait for all that was started before
+            added = mean.new_full((), len(rows[0])), mean, var
             self._added = added if self._added is None else _combine(self._added, added)
 
     def forget_added(self) -> None:

@@ -79,7 +79,7 @@ def collect_tensors(
     try:
         replay_buffer.read_added()
     except ValueError:
-        # What is no number may be in its sums already
+        # Its sums may hold the NaN already
         if normalizer is not None:
             normalizer.forget_added()
         raise
