@@ -87,6 +87,17 @@ def test_normalized_observations():
     assert norm({"desired_goal": far["achieved_goal"]})["desired_goal"].tolist() == [[100, 0.5]]
 
 
+def test_directions_to_goals_are_kept():
+    norm = RunningNorm(spaces.Dict(GOAL_SPACES))
+    # The second coordinate varies a hundredth as much as the first one
+    rows = th.tensor([[0.0, 1.0], [4.0, 1.04]])
+    norm.add({key: rows for key in GOAL_SPACES})
+    norm.update()
+    normalized = norm({"achieved_goal": rows, "observation": rows})
+    th.testing.assert_close(normalized["achieved_goal"], th.tensor([[-1.0, -0.01], [1.0, 0.01]]))
+    th.testing.assert_close(normalized["observation"], th.tensor([[-1.0, -1.0], [1.0, 1.0]]), atol=1e-4, rtol=0)
+
+
 def test_noise_on_a_state_dict_gives_numbers():
     norm = RunningNorm(spaces.Dict(GOAL_SPACES))
     norm.load_state_dict({name: values - 1.5 for name, values in norm.state_dict().items()})

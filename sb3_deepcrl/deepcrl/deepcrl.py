@@ -248,13 +248,16 @@ class DeepCRL(OffPolicyAlgorithm):
         self.checkpoint_activations = checkpoint_activations
         # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
         self._missing_steps = 0
-        self._warned_of_copies = False
-        self._checked_goals = False
+        self._warned_of_copies = self._checked_goals = False
         # Number of timesteps at the last dump of the logger
         self._logged_timesteps: int | None = None
 
         if _init_setup_model:
             self._setup_model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied env may start afresh, so that a copied model has to reset it
+        return {**self.__dict__, "_last_obs": None}
 
     def _setup_model(self) -> None:
         self.policy_kwargs = {**{name: getattr(self, name) for name in SHORTCUTS}, **self.policy_kwargs}
