@@ -53,6 +53,7 @@ from sb3_deepcrl.deepcrl.policies import (
     MultiInputPolicy,
     check_observation_space,
 )
+from sb3_deepcrl.deepcrl.tensor_rollout import collect_tensors
 from sb3_deepcrl.env_ids import find_spec
 
 SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
@@ -89,15 +90,13 @@ class DeepCRL(OffPolicyAlgorithm):
         like ``(5, "step")`` or ``(2, "episode")``. 1 if only ``gradient_steps`` is given.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``). Set to ``-1`` means to do as
         many gradient steps as steps done in the environment during the rollout. 1 if only ``train_freq`` is given.
-    :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
-        Cf common.noise for the different action noise type.
+    :param action_noise: the action noise type (None by default), cf ``common.noise`` of Stable-Baselines3
     :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it
         (``HerReplayBuffer`` is replaced by it with a warning)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: must be False, the replay buffer always stores observations once
     :param n_steps: must be 1, there are no n-step returns in contrastive RL
-    :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
-        (and 'auto_0.1' for using 0.1 as initial value)
+    :param ent_coef: Entropy regularization coefficient, 'auto' to learn it ('auto_0.1' with 0.1 as initial value)
     :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
     :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the actions
         (SAC: minus the dimension)
@@ -385,7 +384,8 @@ class DeepCRL(OffPolicyAlgorithm):
         continue_training = False
         try:
             with keep_normalization(self._vec_normalize_env):
-                rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
+                rollout = collect_tensors(self, env, callback, train_freq, *args, **kwargs)
+                rollout = rollout or super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
             if self.actor.normalizer is not None:

@@ -31,6 +31,7 @@ from sb3_deepcrl.common.utils import atomic_path, check_positive_int, tell, unin
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.arguments import checked_env_kwargs, default_arguments
 from sb3_deepcrl.envs.registration import ENTRY_POINT
+from sb3_deepcrl.tensor_envs import WarpVecEnv
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, reports_goals, save_model
 from sb3_deepcrl.zoo.config import describe_input_error, find_config
 from sb3_deepcrl.zoo.provenance import made_with
@@ -65,7 +66,7 @@ class GoalExperimentManager(ExperimentManager):
     :param env_id: Id of the env
     :param log_folder: Folder of all runs
     :param positional: Other arguments of RL Zoo's experiment manager
-    :param vec_env_type: "dummy", "subproc", "batch", or "auto" for the last one where the env is one of this package
+    :param vec_env_type: "dummy", "subproc", "batch", "warp", or "auto" for "batch" where the env is one of this package
     :param config: Config, see :func:`~sb3_deepcrl.zoo.config.find_config`
     :param kwargs: Other arguments of RL Zoo's experiment manager
     """
@@ -247,9 +248,12 @@ class GoalExperimentManager(ExperimentManager):
         """See RL Zoo's experiment manager. Evaluation may have another env, and has the same seed in all runs."""
         env_id = self.eval_env_id if eval_env else self.env_name.gym_id
         env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
-        if self.vec_env_type in ("auto", "batch"):
+        if self.vec_env_type in ("auto", "batch", "warp"):
             is_batch = self.entry_point(env_id) == ENTRY_POINT and self.env_wrapper is None
-            self.vec_env_class = BatchVecEnv if is_batch or self.vec_env_type == "batch" else DummyVecEnv
+            self.vec_env_class = BatchVecEnv if is_batch or self.vec_env_type != "auto" else DummyVecEnv
+            if self.vec_env_type == "warp" and not eval_env:
+                # Evaluations are exact, and their infos tell of each step
+                self.vec_env_class = WarpVecEnv
             self.vec_env_kwargs = {"n_threads": min(th.get_num_threads(), n_envs)} if is_batch else {}
         env_name, seed = self.env_name, self.seed
         if eval_env:

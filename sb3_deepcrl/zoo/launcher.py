@@ -63,8 +63,11 @@ class TrainParser(argparse.ArgumentParser):
     def add_argument(self, *flags: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         """See ``argparse.ArgumentParser``. Some of RL Zoo's arguments mean more here."""
         if "--vec-env" in flags:
-            kwargs.update(default="auto", choices=["auto", "batch", "dummy", "subproc"])
-            kwargs["help"] = "VecEnv type, batch: native, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
+            kwargs.update(default="auto", choices=["auto", "batch", "warp", "dummy", "subproc"])
+            kwargs["help"] = (
+                "VecEnv type, batch: native, for the tasks of sb3_deepcrl; warp: these on a GPU (evaluated with batch); auto: "
+                "batch for these, else dummy"
+            )
         elif kwargs.get("type") is int:
             kwargs["type"] = whole_number
         elif "-i" in flags:
