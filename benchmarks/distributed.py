@@ -85,7 +85,8 @@ def measure_updates(rank: int, n_ranks: int, port: int, seconds: float, path: Pa
         sent = [call.args[0].clone() for call in all_reduce.call_args_list]
         ways = [functools.partial(dist.all_reduce, tensor) for tensor in sent]
         row = [depth, width, batch_size, n_ranks, median_ms(update, seconds)]
-        row.append(median_ms(lambda ways=ways: [way() for way in ways], seconds / 4))  # type: ignore[misc]
+        # A single rank has nobody to talk to
+        row.append(median_ms(lambda ways=ways: [way() for way in ways], seconds / 4) if ways else 0.0)  # type: ignore[misc]
         rows.append([*row, sum(tensor.nbytes for tensor in sent)])
     if rank == 0:
         th.save(rows, path)
