@@ -135,11 +135,11 @@ class RepresentationStudy(ComparisonOfDepths):
     def _choose(self, seed: int) -> _Choice:
         found: list[_Choice] = []
         for env_id in dict.fromkeys((self.eval_env, self.env)):
-            with make_env(env_id, self.env_kwargs) as single:
+            with make_env(env_id, self.all_eval_env_kwargs) as single:
                 maze = MazeMap.find(single)
             for depth in sorted(self.depths, reverse=True):
                 run = self.seeds_of(self.make_run(depth=depth))[seed]
-                env = make_envs(env_id, self.n_eval_episodes, self.env_kwargs)
+                env = make_envs(env_id, self.n_eval_episodes, self.all_eval_env_kwargs)
                 way = _choose_way(record_episodes(load_model(run, self.runs), env), maze)
                 env.close()
                 found.append(_Choice(env_id, depth, way, maze))

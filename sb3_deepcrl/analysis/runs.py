@@ -51,6 +51,7 @@ class Run:
     algo: str = "deepcrl"
     hyperparams: dict[str, Any] = field(default_factory=dict)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
+    eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def folder(self, runs: Path) -> Path:
@@ -58,7 +59,8 @@ class Run:
         Folder that the runner is given. The number of steps has no influence: a longer run goes on where a shorter one
         ended.
         """
-        setting = {name: value for name, value in asdict(self).items() if name not in ("steps", "seed")}
+        ignored = {"steps", "seed"} if self.eval_env_kwargs else {"steps", "seed", "eval_env_kwargs"}
+        setting = {name: value for name, value in asdict(self).items() if name not in ignored}
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True, default=repr).encode()).hexdigest()[:10]
         return runs / f"{self.env.rpartition(':')[2]}-{self.algo}-{digest}" / f"seed-{self.seed}"
 
@@ -72,9 +74,10 @@ class Run:
             *("--n-eval-envs", str(min(self.n_eval_episodes, 64))),
             *("--save-freq", str(self.eval_freq), "--save-replay-buffer", "--resume"),
         ]
-        for flag, values in (("--hyperparams", self.hyperparams), ("--env-kwargs", self.env_kwargs)):
+        options = {"hyperparams": self.hyperparams, "env-kwargs": self.env_kwargs, "eval-env-kwargs": self.eval_env_kwargs}
+        for name, values in options.items():
             if values:
-                words += [flag, *(f"{name}:{value!r}".replace(FOLDER, str(folder)) for name, value in values.items())]
+                words += [f"--{name}", *(f"{key}:{value!r}".replace(FOLDER, str(folder)) for key, value in values.items())]
         return words
 
     def read(self, runs: Path) -> "RunFolder":

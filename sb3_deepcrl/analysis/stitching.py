@@ -88,7 +88,7 @@ class StitchingStudy(ComparisonOfDepths):
 
     def _read_maze(self, env_id: str) -> tuple[Layout, int | None]:
         """The layout of a maze, and the largest distance between start and goal in cells, None without a limit."""
-        with make_env(env_id, self.env_kwargs) as made:
+        with make_env(env_id, self.env_kwargs if env_id == self.env else self.all_eval_env_kwargs) as made:
             env = made.unwrapped
         if not isinstance(env, GoalEnv) or not isinstance(env.task.scene, Maze):
             raise ValueError(f"The study needs a maze of this package, got {env_id!r}: use PointUMazeStitch-v0, for instance")
@@ -98,7 +98,7 @@ class StitchingStudy(ComparisonOfDepths):
         rows: list[dict[str, Any]] = []
         for depth, seed, model in self.models():
             for distance in self._distances:
-                means = evaluate_distance(model, self.eval_env, distance, self.n_eval_episodes, self.env_kwargs)
+                means = evaluate_distance(model, self.eval_env, distance, self.n_eval_episodes, self.all_eval_env_kwargs)
                 head = {"depth": depth, "seed": seed, "trained": distance <= self._trained, "timesteps": model.num_timesteps}
                 rows.append({**head, "distance": distance, **{name: round(value, 4) for name, value in means.items()}})
         # By measure and depth, shape (n_seeds, n_distances)

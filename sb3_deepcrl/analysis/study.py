@@ -55,6 +55,8 @@ class Study(ABC):
     """Env that is evaluated on, by default the one with the evaluation goals of the same maze"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of both envs, e.g. cell_size:4.0"""
+    eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the env that is evaluated on, in place of those or beside them, e.g. random_start:False"""
     hyperparams: dict[str, Any] = field(default_factory=dict)
     """Hyperparameters, where they are not to be those of the env in zoo_configs, e.g. width:32 n_envs:16 ent_coef:auto"""
     seeds: int = 3
@@ -101,6 +103,11 @@ class Study(ABC):
                 raise ValueError(f"`{item.name}` holds a value twice: {value}")
         if self.steps < self.n_evaluations:
             raise ValueError(f"`n_evaluations` must be at most the number of steps {self.steps}, got {self.n_evaluations}")
+
+    @property
+    def all_eval_env_kwargs(self) -> dict[str, Any]:
+        """Arguments of the env that is evaluated on, those of both envs too."""
+        return {**self.env_kwargs, **self.eval_env_kwargs}
 
     @abstractmethod
     def settings(self) -> dict[str, Run]:
@@ -167,6 +174,7 @@ class Study(ABC):
             n_eval_episodes=self.n_eval_episodes,
             hyperparams=_merge(self.hyperparams, hyperparams),
             env_kwargs=self.env_kwargs,
+            eval_env_kwargs=self.eval_env_kwargs,
         )
 
     def make_run_of_depths(self, actor: int, critic: int) -> Run:

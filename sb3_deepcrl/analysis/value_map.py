@@ -239,11 +239,11 @@ class ValueMapStudy(ComparisonOfDepths):
         if self.goal is not None:
             self.goal = float(self.goal[0]), float(self.goal[1])
         super().__post_init__()
-        with make_env(self.eval_env, self.env_kwargs) as env:
+        with make_env(self.eval_env, self.all_eval_env_kwargs) as env:
             _check_goals(MazeMap.from_env(env), [] if self.goal is None else [self.goal])
 
     def report(self, results: Results) -> Report:
-        with make_env(self.eval_env, self.env_kwargs) as env:
+        with make_env(self.eval_env, self.all_eval_env_kwargs) as env:
             goals = _far_goals(env, EVAL_SEED)
             goal = goals[0] if self.goal is None else np.array(self.goal)
             figure, axes = new_figure(1, len(self.depths) + 1, width=4.4, height=4.6)

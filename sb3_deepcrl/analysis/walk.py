@@ -150,7 +150,7 @@ class WalkStudy(ComparisonOfDepths):
         walks: dict[int, list[list[dict[str, Any]]]] = {}
         rows = []
         for depth, seed, model in self.models():
-            episodes = walk_episodes(model, self.eval_env, self.n_eval_episodes, self.env_kwargs)
+            episodes = walk_episodes(model, self.eval_env, self.n_eval_episodes, self.all_eval_env_kwargs)
             walks.setdefault(depth, []).append(episodes)
             head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps}
             rows += [{**head, "episode": number, **episode} for number, episode in enumerate(episodes)]

@@ -11,6 +11,9 @@ import numpy as np
 # needs no more iterations from the unconstrained acceleration than from the last one
 DISABLED_SOLVER_PARTS = int(mujoco.mjtDisableBit.mjDSBL_ISLAND) | int(mujoco.mjtDisableBit.mjDSBL_WARMSTART)
 
+# Moment of inertia in kg m^2 of each link about each axis in the physics of the released code (its spring_inertia_scale is 1)
+LINK_INERTIA = 1.0
+
 # The simulation's arrays by MjData name, each with a leading batch axis
 State = Mapping[str, np.ndarray]
 
@@ -33,8 +36,7 @@ class Robot(ABC):
     goal_dim: ClassVar[int]
     #: Coordinates that all goals share, behind x and y, in meters
     goal_tail: ClassVar[tuple[float, ...]] = ()
-    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``. They may not depend on where the
-    #: robot starts.
+    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``
     derived_fields: ClassVar[tuple[str, ...]] = ()
     #: Up to which stage of MuJoCo they are computed at the new state after a step. With none they are those of the last
     #: physics step, which starts one time step earlier, as in Gymnasium's environments, and cost nothing.
@@ -90,3 +92,14 @@ def gymnasium_spec(file_name: str) -> mujoco.MjSpec:
     floor.size = [0, 0, 1]
     material.texuniform, material.texrepeat, material.reflectance = True, [0.5, 0.5], 0
     return spec
+
+
+def set_link_inertia(spec: mujoco.MjSpec) -> None:
+    """Give each body with a joint the moment of inertia of the released code's links, at its mass and center of mass."""
+    model = spec.compile()
+    # Gymnasium's models take inertia from shapes, even where a body has its own
+    spec.compiler.inertiafromgeom = int(mujoco.mjtInertiaFromGeom.mjINERTIAFROMGEOM_AUTO)
+    for body in spec.bodies:
+        if model.body_dofnum[body.id] > 0:
+            body.explicitinertial, body.inertia, body.iquat = True, [LINK_INERTIA] * 3, [1, 0, 0, 0]
+            body.mass, body.ipos = model.body_mass[body.id], model.body_ipos[body.id]

@@ -47,7 +47,6 @@ class Simulation:
         self.batch.reset(stage=int(mujoco.mjtStage.mjSTAGE_NONE))
         self._fresh_row = self.batch.state[0].copy()
         self._state = {name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *task.robot.derived_fields)}
-        self._home_derived = self._derive_home()
         self._warnings = self.batch.warning[:, :, 1]
         self._observation = np.zeros((n_envs, task.robot.observation_dim), dtype=np.float32)
         self._running = False
@@ -60,14 +59,6 @@ class Simulation:
         self.check_open()
         assert self._batch is not None
         return self._batch
-
-    def _derive_home(self) -> dict[str, np.ndarray]:
-        """Derived fields at home, for each env. They hold anywhere, so that without noise a reset needs no forward pass."""
-        fields = self.task.robot.derived_fields if self.task.reset_noise_scale == 0 else ()
-        if fields:
-            self._state["qpos"][0] = self.task.robot.home()
-            self.batch.forward([0], stage=int(mujoco.mjtStage.mjSTAGE_VEL))
-        return {name: np.repeat(self._state[name][:1], self.n_envs, axis=0) for name in fields}
 
     def seed(self, index: int, generator: np.random.Generator) -> None:
         """Give an environment other random numbers, from its next reset on."""
@@ -100,12 +91,9 @@ class Simulation:
         self._state["qvel"][indices] = qvel
         self._warnings[indices] = 0
         self.goals[indices] = goal
-        if task.robot.derived_fields and not self._home_derived:
+        if task.robot.derived_fields:
             batch.forward(indices, stage=int(mujoco.mjtStage.mjSTAGE_VEL))
-        state = {
-            name: self._home_derived[name][: len(indices)] if name in self._home_derived else values[indices]
-            for name, values in self._state.items()
-        }
+        state = {name: values[indices] for name, values in self._state.items()}
         observation = task.robot.observation(state)
         self._observation[indices] = observation
         observations = self._with_goals(observation, self.goals[indices])

@@ -8,13 +8,15 @@ from gymnasium import spaces
 
 from sb3_deepcrl.envs.ant import Ant
 from sb3_deepcrl.envs.arm import Arm
-from sb3_deepcrl.envs.humanoid import Humanoid
+from sb3_deepcrl.envs.humanoid import GymnasiumHumanoid, Humanoid, UnscaledHumanoid
 from sb3_deepcrl.envs.layouts import Layout, make_layout
 from sb3_deepcrl.envs.point import Point
 from sb3_deepcrl.envs.robot import Robot
 from sb3_deepcrl.envs.scenes import TABLES, Maze, OpenField, Scene, Table
 
-ROBOTS: dict[str, type[Robot]] = {robot.name: robot for robot in (Point, Ant, Humanoid, Arm)}
+ROBOTS: dict[str, type[Robot]] = {
+    robot.name: robot for robot in (Point, Ant, Humanoid, GymnasiumHumanoid, UnscaledHumanoid, Arm)
+}
 REWARD_TYPES = ("sparse", "dense")
 GOAL_MODES = ("resample", "fixed", "continuing")
 # Attributes of a task that may change while it runs
@@ -26,7 +28,8 @@ class GoalTask:
     The law of a goal-reaching task, written once for any number of environments: model, spaces, start, goal, success,
     termination and reward. ``GoalEnv`` and ``BatchVecEnv`` are its two faces.
 
-    :param robot: "point", "ant", "humanoid" or "arm"
+    :param robot: "point", "ant", "humanoid" or "arm". "humanoid_gymnasium" has the joints, gears and inertia of Gymnasium's
+        model instead of the released code's, "humanoid_unscaled" observes actuator forces in Nm, as the released code does
     :param maze: Name of a maze, or a maze as text (one string a row, see ``layouts``). None puts the ant and the humanoid
         on an open field
     :param table: What the arm works on: "push_easy", "push_hard" or "binpick_hard". For the arm only
@@ -48,7 +51,8 @@ class GoalTask:
     :param healthy_z_range: Lowest and highest allowed height of the torso in meters. None takes the released code's:
         0.2 to 1.0 for the ant, 1.0 to 2.0 for the humanoid; point and arm have none
     :param reset_noise_scale: Start noise: uniform in +-scale on every position, scale times a standard normal on every
-        velocity. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the arm
+        velocity. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the arm. A robot that can fall is
+        lifted as far as the noise pushed it into the floor
     :param frame_skip: Physics steps of one env step. None takes the robot's: 0.05 s for ant and arm, 0.1 s for the
         point, 0.015 s for the humanoid in mazes and 0.03 s on the field
     :param cell_size: Side of a maze cell in meters. None takes 4 for the ant, 2 for humanoid and point
@@ -115,6 +119,7 @@ class GoalTask:
         self._home = self.robot.home()
         free = self.model.jnt_type == int(mujoco.mjtJoint.mjJNT_FREE)
         self._quaternions = (self.model.jnt_qposadr[free] + 3).tolist()
+        self._data = mujoco.MjData(self.model)
 
         observation = spaces.Box(-np.inf, np.inf, (self.robot.observation_dim,), np.float32)
         goal_space = spaces.Box(-np.inf, np.inf, (self.robot.goal_dim,), np.float32)
@@ -167,7 +172,18 @@ class GoalTask:
                 quaternion /= np.sqrt((quaternion * quaternion).sum(axis=1, keepdims=True))
             qvel += self.reset_noise_scale * velocity_noise
         qpos[:, self.robot.start_address] += starts
+        if self.reset_noise_scale > 0 and self.robot.healthy_z_range is not None:
+            qpos[:, 2] += [self._depth_in_floor(row) for row in qpos]
         return qpos, qvel
+
+    def _depth_in_floor(self, qpos: np.ndarray) -> float:
+        """How far a robot reaches into the floor in meters. MuJoCo would throw it up, out of its healthy range."""
+        self._data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self._data)
+        mujoco.mj_collision(self.model, self._data)
+        contact = self._data.contact
+        on_floor = (contact.geom == self.model.geom("floor").id).any(axis=1)
+        return max(0.0, -contact.dist[on_floor].min(initial=0.0))
 
     def check_options(self, options: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Check the options of a reset: "start" (x and y) and "goal" in meters, each None in the result if not given."""
