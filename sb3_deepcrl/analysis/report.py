@@ -132,6 +132,9 @@ def _describe(record: Mapping[str, Any]) -> str:
     )
 
 
+# Of the lines of a picture one after the other, which tell them apart in gray too
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+
 # --- Figures ------------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +146,7 @@ def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: 
     return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 
-def draw_curve(ax: "Axes", x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: str = "-") -> None:
+def draw_curve(ax: "Axes", x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: Any = "-") -> None:
     """Draw the interquartile mean of ``curves``, ``(n_seeds, n_points)``, as a line and its interval as a band."""
     means, lows, highs = np.array(interquartile_means(curves)).T
     (line,) = ax.plot(x, means, label=label, color=color, linestyle=linestyle)
@@ -163,19 +166,19 @@ def draw_learning_curves(results: Results, is_ordered: bool = False) -> "Figure"
     shades = depth_colors(range(len(results)))
     figure, axes = new_figure(2, 2)
     for number, (label, seeds) in enumerate(results.items()):
-        color = shades[number] if is_ordered else f"C{number}"
+        color, style = shades[number] if is_ordered else f"C{number}", LINE_STYLES[number % len(LINE_STYLES)]
         for column, (over, name, unit) in enumerate(
             (("timesteps", "env steps (thousands)", 1000), ("seconds", "CPU seconds", 1))
         ):
             x = curves_of(seeds, over).mean(axis=0) / unit
             for ax, measure in zip(axes[:, column], ("time_at_goal", "success_any"), strict=True):
-                draw_curve(ax, x, curves_of(seeds, measure), label, color)
+                draw_curve(ax, x, curves_of(seeds, measure), label, color, style)
                 ax.set(xlabel=name, ylabel={"time_at_goal": "time at goal (steps)"}.get(measure, "success"))
     for time_ax, success_ax in axes.T:
         time_ax.set_ylim(bottom=0)
         success_ax.set_ylim(-0.02, 1.02)
     # Where it hides no line
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
     return figure
 
 

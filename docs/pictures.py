@@ -1,0 +1,95 @@
+"""
+Draw the pictures of README and documentation: each task, a GIF of each robot with a trained agent among those that come with the
+package, a grid of such agents, and again, from their CSV files, the learning curves of reports. What a robot does is what its
+agent does, episode by episode from seed 0. Without a screen it needs MUJOCO_GL=egl or osmesa.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from sb3_deepcrl.analysis.report import draw_learning_curves
+from sb3_deepcrl.envs.registration import ENV_TABLE
+from sb3_deepcrl.zoo.runs import RunFolder
+
+DOCS = Path(__file__).resolve().parent
+STATIC = DOCS / "_static"
+SIZE = 240
+# Of a GIF: frames, seconds of the simulation from one to the next, and milliseconds that each is shown
+N_FRAMES, SECONDS, SHOWN = 160, 0.1, 50
+# By how many env steps an episode goes on at the goal
+STEPS_AT_GOAL = 20
+# Rows of the grid
+GRID = (("PointBigMaze-v0", "PointHardestMaze-v0"), ("PointU4Maze-v0", "ArmPushEasy-v0"))
+ROBOTS = {"point": "PointBigMaze-v0", "arm": "ArmPushEasy-v0"}
+
+
+def make_env(env_id: str) -> gym.Env:
+    """Make an env that draws its whole maze, or the robot where there is none."""
+    camera = "top_down" if "maze" in ENV_TABLE[env_id] else "follow"
+    return gym.make(env_id, render_mode="rgb_array", camera=camera, width=SIZE, height=SIZE)
+
+
+def frames(env_id: str) -> Iterator[np.ndarray]:
+    """Yield pictures of the trained agent without an end, each of shape (SIZE, SIZE, 3)."""
+    model = RunFolder.pretrained("deepcrl", env_id).load_model()
+    env = make_env(env_id)
+    steps_of_frame = round(SECONDS / env.unwrapped.task.dt)
+    observation, _ = env.reset(seed=0)
+    n_steps = n_at_goal = 0
+    while True:
+        if n_steps % steps_of_frame == 0:
+            yield env.render()
+        observation, _, terminated, truncated, info = env.step(model.predict(observation, deterministic=True)[0])
+        n_steps, n_at_goal = n_steps + 1, n_at_goal + int(info["is_success"])
+        if terminated or truncated or n_at_goal == STEPS_AT_GOAL:
+            observation, _ = env.reset()
+            n_at_goal = 0
+
+
+def save_gif(path: Path, pictures: list[np.ndarray]) -> None:
+    """Save a GIF, all of whose frames share their colors, so that it is small where nothing moves."""
+    palette = Image.fromarray(np.concatenate(pictures[:: len(pictures) // 8])).quantize(128, dither=Image.Dither.NONE)
+    images = [Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=SHOWN, loop=0)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def draw_curves(path: Path) -> None:
+    """Draw the learning curves of a report again, given its CSV file."""
+    rows = pd.read_csv(path)
+    results = {
+        str(label): [{str(name): column.to_numpy() for name, column in seed.items()} for _, seed in of_label.groupby("seed")]
+        for label, of_label in rows.groupby("setting", sort=False)
+    }
+    figure = draw_learning_curves(results, is_ordered=all(label.startswith("depth ") for label in results))
+    title = path.with_suffix(".md").read_text().splitlines()[0].removeprefix("# ")
+    figure.suptitle(f"{title}, {rows['seed'].nunique()} seeds")
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+    for path in (*(DOCS / "results").glob("depth_Point*.csv"), DOCS / "results" / "baselines_PointU4Maze.csv"):
+        draw_curves(path)
+    (STATIC / "tasks").mkdir(parents=True, exist_ok=True)
+    for env_id in ENV_TABLE:
+        if "Eval" not in env_id:
+            env = make_env(env_id)
+            env.reset(seed=0)
+            picture = Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE)
+            picture.save(STATIC / "tasks" / f"{env_id}.png", optimize=True)
+            env.close()
+    films = {env_id: list(islice(frames(env_id), N_FRAMES)) for row in (*GRID, ROBOTS.values()) for env_id in row}
+    for robot, env_id in ROBOTS.items():
+        save_gif(STATIC / f"{robot}.gif", films[env_id])
+    rows = [np.concatenate([films[env_id] for env_id in row], axis=2) for row in GRID]
+    save_gif(STATIC / "robots.gif", list(np.concatenate(rows, axis=1)))
+
+
+if __name__ == "__main__":
+    main()
