@@ -1,17 +1,19 @@
 """
-Draw the pictures of README and documentation: each task, a GIF of each robot with a trained agent among those that come with the
-package, a grid of such agents, and again, from their CSV files, the learning curves of reports. What a robot does is what its
-agent does, episode by episode from seed 0. Without a screen it needs MUJOCO_GL=egl or osmesa.
+Draw the pictures of README and documentation: each task, a GIF of each robot with a trained agent among those that come with
+the package, a grid of such agents, and again, from their CSV files, the learning curves of reports. What a robot does is what
+its agent does, episode by episode from seed 0. Without a screen it needs MUJOCO_GL=egl or osmesa.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sb3_deepcrl.analysis.report import draw_learning_curves
 from sb3_deepcrl.envs.registration import ENV_TABLE
@@ -19,9 +21,11 @@ from sb3_deepcrl.zoo.runs import RunFolder
 
 DOCS = Path(__file__).resolve().parent
 STATIC = DOCS / "_static"
-SIZE = 240
+SIZE = 300
 # Of a GIF: frames, seconds of the simulation from one to the next, and milliseconds that each is shown
 N_FRAMES, SECONDS, SHOWN = 160, 0.1, 50
+# Frames over which the way of a robot in a maze is drawn behind it
+TRAIL = 12
 # By how many env steps an episode goes on at the goal
 STEPS_AT_GOAL = 20
 # Rows of the grid
@@ -35,26 +39,41 @@ def make_env(env_id: str) -> gym.Env:
     return gym.make(env_id, render_mode="rgb_array", camera=camera, width=SIZE, height=SIZE)
 
 
+def draw_trail(picture: np.ndarray, positions: Sequence[np.ndarray], bounds: Any) -> np.ndarray:
+    """Draw where a robot has been into a picture of its maze, which has x run down and y to the right."""
+    low, high = np.array(bounds)
+    # As the top-down camera does
+    pixels = SIZE * (0.5 + (np.array(positions) - (low + high) / 2) / (1.05 * (high - low).max()))
+    image = Image.fromarray(picture)
+    ImageDraw.Draw(image).line([(y, x) for x, y in pixels], fill=(204, 51, 40), width=3)
+    return np.array(image)
+
+
 def frames(env_id: str) -> Iterator[np.ndarray]:
     """Yield pictures of the trained agent without an end, each of shape (SIZE, SIZE, 3)."""
     model = RunFolder.pretrained("deepcrl", env_id).load_model()
     env = make_env(env_id)
     steps_of_frame = round(SECONDS / env.unwrapped.task.dt)
     observation, _ = env.reset(seed=0)
+    trail: deque[np.ndarray] = deque(maxlen=TRAIL)
     n_steps = n_at_goal = 0
     while True:
         if n_steps % steps_of_frame == 0:
-            yield env.render()
+            trail.append(observation["achieved_goal"][:2])
+            picture = env.render()
+            yield draw_trail(picture, trail, env.unwrapped.task.scene.bounds) if "maze" in ENV_TABLE[env_id] else picture
         observation, _, terminated, truncated, info = env.step(model.predict(observation, deterministic=True)[0])
         n_steps, n_at_goal = n_steps + 1, n_at_goal + int(info["is_success"])
         if terminated or truncated or n_at_goal == STEPS_AT_GOAL:
             observation, _ = env.reset()
             n_at_goal = 0
+            trail.clear()
 
 
 def save_gif(path: Path, pictures: list[np.ndarray]) -> None:
     """Save a GIF, all of whose frames share their colors, so that it is small where nothing moves."""
-    palette = Image.fromarray(np.concatenate(pictures[:: len(pictures) // 8])).quantize(128, dither=Image.Dither.NONE)
+    # So that small things keep their colors too
+    palette = Image.fromarray(np.concatenate(pictures[:: len(pictures) // 8])).quantize(256, Image.Quantize.MAXCOVERAGE)
     images = [Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     images[0].save(path, save_all=True, append_images=images[1:], duration=SHOWN, loop=0)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
@@ -81,8 +100,7 @@ def main() -> None:
         if "Eval" not in env_id:
             env = make_env(env_id)
             env.reset(seed=0)
-            picture = Image.fromarray(env.render()).quantize(64, dither=Image.Dither.NONE)
-            picture.save(STATIC / "tasks" / f"{env_id}.png", optimize=True)
+            Image.fromarray(env.render()).save(STATIC / "tasks" / f"{env_id}.png", optimize=True)
             env.close()
     films = {env_id: list(islice(frames(env_id), N_FRAMES)) for row in (*GRID, ROBOTS.values()) for env_id in row}
     for robot, env_id in ROBOTS.items():

@@ -281,8 +281,8 @@ class ValueMapStudy(ComparisonOfDepths):
             f"All pairs: {len(places)} places in all free cells with {len(centers)} goals, the centers of the cells. The two "
             f"distances themselves correlate with {both:.2f}. Far goals: each of the {len(goals)} goals of {self.eval_env} "
             "that are at least half as far from the start as the farthest one, then the mean.",
-            f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, in "
-            "one scale of colors.",
+            f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, "
+            "in one scale of colors.",
         ]
         return Report(f"Value maps on {self.env}", rows, depth_table(scores), notes, figure)
 
