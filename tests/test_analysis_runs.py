@@ -221,4 +221,4 @@ def test_progress_on_a_terminal(tmp_path):
     output = io.StringIO()
     console = Console(file=output, width=120, force_terminal=True, force_interactive=True)
     train_all({"depth 4": [RUN]}, tmp_path, console=console)
-    assert "env steps" in output.getvalue() and "100%" in output.getvalue() and "to train" not in output.getvalue()
+    assert "1 runs, 0 to train" in output.getvalue() and "100%" in output.getvalue()

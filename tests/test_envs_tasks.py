@@ -556,7 +556,7 @@ def test_thresholds_at_their_edge():
         n = env.task.robot.goal_dim
         for name, threshold in {"success": success, "is_success": success, **others}.items():
             for distance in (threshold, np.nextafter(threshold, 0)):
-                measures = env.simulation._measures(np.array([distance]), np.array([True]))
+                measures = env.task.measures(np.array([distance]), np.array([True]))
                 assert measures[name] == [distance < threshold]
         for distance, reward in ((success, 0.0), (np.nextafter(success, 0), 1.0)):
             goal = np.zeros(n)
@@ -599,7 +599,7 @@ def test_termination_at_the_edge(env_id, low, high):
     env = gym.make(env_id).unwrapped
     qpos = np.zeros((6, env.task.model.nq))
     qpos[:, 2] = low, np.nextafter(low, 0), high, np.nextafter(high, 9), low - 1, high + 1
-    assert env.simulation._is_healthy(qpos).tolist() == [True, False, True, False, False, False]
+    assert env.task.is_healthy(qpos).tolist() == [True, False, True, False, False, False]
 
 
 def test_falling_terminates():

@@ -1,17 +1,15 @@
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from sb3_deepcrl.analysis.report import Results, draw_learning_curves
 from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import Estimate, critical_depth
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Time at goal of the paper by env, depth and million env steps: means over its seeds, to three digits, of figure 1 in
 # https://github.com/wang-kevin3290/scaling-crl, results_data/fig1_main.json of commit 86c1f08
@@ -48,7 +46,7 @@ class DepthStudy(ComparisonOfDepths):
     def _label(part: str, depth: int) -> str:
         return f"depth {depth}" if part == "both" else f"{part} depth {depth}"
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         figure = draw_learning_curves(results, is_ordered=True)
         ax = figure.axes[0]
         color_by_label = {line.get_label(): line.get_color() for line in ax.lines}

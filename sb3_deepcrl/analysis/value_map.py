@@ -2,24 +2,22 @@
 The learned value over a maze, and how much it looks like the distance to the goal: through the maze, or through its walls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch as th
+from matplotlib.axes import Axes
 from scipy.spatial.distance import cdist
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
 from sb3_deepcrl.analysis.mazes import MazeMap
-from sb3_deepcrl.analysis.report import Report, Results, depth_table, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.report import STAR, Report, Results, depth_table, new_figure, scores_by_depth
 from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.deepcrl import DeepCRL
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ALL_PAIRS = "all"
 # Columns of the correlations and what they are with
@@ -79,7 +77,7 @@ def plot_value_map(
     seed: int | None = None,
     ax: Any = None,
     points_per_cell: int = 20,
-) -> "Axes":
+) -> Axes:
     """
     Draw the value over a maze, with the actions of the policy as arrows if they are two-dimensional, and the shortest way from
     the start to the goal. The picture reads as the maze's text does: rows from top to bottom.
@@ -97,11 +95,8 @@ def plot_value_map(
     observation, _ = env.reset(seed=seed)
     (place,) = _check_goals(maze, [observation["desired_goal"][:2] if goal is None else goal])
 
-    x_min, x_max, y_min, y_max = maze.limits()
-    n_x, n_y = (round((high - low) / maze.cell_size * points_per_cell) for low, high in ((x_min, x_max), (y_min, y_max)))
-    x = x_min + (np.arange(n_x) + 0.5) * (x_max - x_min) / n_x
-    y = y_min + (np.arange(n_y) + 0.5) * (y_max - y_min) / n_y
-    grid = np.stack(np.meshgrid(x, y), axis=-1)
+    rows, columns = ((np.arange(n * points_per_cell) + 0.5) / points_per_cell - 0.5 for n in maze.walls.shape)
+    grid = maze.positions(np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1))
     free = ~maze.is_wall(grid)
     values = np.full(free.shape, np.nan)
     actions = np.zeros((*free.shape, *model.action_space.shape))  # type: ignore[misc]
@@ -111,9 +106,7 @@ def plot_value_map(
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    transposed = maze.column_step[0] == 0
-    (left, bottom), (right, top) = maze.to_picture(np.array([(x_min, y_min), (x_max, y_max)]))
-    image = ax.imshow(values.T if transposed else values, origin="lower", extent=(left, right, bottom, top))
+    image = ax.imshow(values, extent=maze.extent)
     ax.figure.colorbar(image, ax=ax, label="value (minus distance of the representations)", shrink=0.85)
     maze.draw(ax)
     if model.action_space.shape == (2,):
@@ -126,8 +119,7 @@ def plot_value_map(
     ax.plot(*maze.to_picture(maze.shortest_way(start, place)).T, "--", color="tab:red", linewidth=2, label="shortest way")
     circle: dict[str, Any] = dict(marker="o", markersize=10, color="white", markeredgecolor="black", linestyle="none")
     ax.plot(*maze.to_picture(start), label="start", **circle)
-    star: dict[str, Any] = dict(marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none")
-    ax.plot(*maze.to_picture(place), label="goal", **star)
+    ax.plot(*maze.to_picture(place), label="goal", markersize=18, **STAR)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
     return ax
 
@@ -157,12 +149,8 @@ def _correlate(
 ) -> ValueCorrelation:
     """Correlate values with both distances; pairs without a way (of infinite length) are left out."""
     has_way = np.isfinite(ways)
-    return ValueCorrelation(
-        goal,
-        int(has_way.sum()),
-        maze=rank_correlation(values[has_way], -ways[has_way]),
-        straight=rank_correlation(values[has_way], -lines[has_way]),
-    )
+    maze, straight = (rank_correlation(values[has_way], -lengths[has_way]) for lengths in (ways, lines))
+    return ValueCorrelation(goal, int(has_way.sum()), maze, straight)
 
 
 def value_correlations(
@@ -191,10 +179,11 @@ def value_correlations(
     goals = _check_goals(maze, goals)
     targets = np.concatenate([centers, goals])
     values = np.stack([value_map(model, observation, places, goal)[0] for goal in targets], axis=1)
-    ways, lines = maze.distances(places, targets), cdist(places, targets)
-    n = len(centers)
-    return [_correlate(values[:, :n], ways[:, :n], lines[:, :n])] + [
-        _correlate(values[:, n + i], ways[:, n + i], lines[:, n + i], (float(x), float(y))) for i, (x, y) in enumerate(goals)
+    pairs = np.stack([values, maze.distances(places, targets), cdist(places, targets)])
+    of_all, *of_each = np.split(pairs, np.arange(len(centers), len(targets)), axis=-1)
+    return [
+        _correlate(*of_all),
+        *(_correlate(of_one[0], of_one[1], of_one[2], (x, y)) for of_one, (x, y) in zip(of_each, goals.tolist(), strict=True)),
     ]
 
 
@@ -205,7 +194,7 @@ def _check_goals(maze: MazeMap, goals: np.ndarray | Sequence[Any]) -> np.ndarray
     if array.ndim != 2 or array.shape[1] != 2:
         raise ValueError(f"Goals must be x and y each, shape (n, 2), got shape {array.shape}")
     for goal in array[maze.is_wall(array)]:
-        x_min, x_max, y_min, y_max = maze.limits()
+        (x_min, y_min), (x_max, y_max) = np.sort(maze.corners, axis=0)
         raise ValueError(
             f"The goal {goal.tolist()} lies in a wall or outside of the maze, which spans x from {x_min} to {x_max} m and y "
             f"from {y_min} to {y_max} m: choose x and y of a free cell"
@@ -251,17 +240,17 @@ class ValueMapStudy(ComparisonOfDepths):
             goals = _far_goals(env, EVAL_SEED)
             goal = goals[0] if self.goal is None else np.array(self.goal)
             figure, axes = new_figure(1, len(self.depths) + 1, width=4.4, height=4.6)
-            rows: list[dict[str, Any]] = []
-            for depth, seed, model in self.models():
+
+            def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
                 if seed == 0:
                     ax = plot_value_map(model, env, goal, EVAL_SEED, axes[0, self.depths.index(depth)])
                     ax.set_title(f"depth {depth}")
                 for found in value_correlations(model, env, goals, self.points_per_cell, EVAL_SEED):
                     name = ALL_PAIRS if found.goal is None else " ".join(f"{x:g}" for x in found.goal)
-                    head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps, "goal": name}
-                    values = {"correlation_maze": round(found.maze, 4), "correlation_straight": round(found.straight, 4)}
-                    rows.append({**head, "n_pairs": found.n_pairs, **values})
-            maze = MazeMap.from_env(env)
+                    correlations = {"correlation_maze": found.maze, "correlation_straight": found.straight}
+                    yield {"goal": name, "n_pairs": found.n_pairs, **correlations}
+
+            rows, maze = self.measure_models(measure), MazeMap.from_env(env)
         # By pairs and distance, for each depth those of all seeds
         scores = {
             f"{kind}: {name}": scores_by_depth([row for row in rows if (row["goal"] == ALL_PAIRS) == is_all], column)
@@ -287,7 +276,7 @@ class ValueMapStudy(ComparisonOfDepths):
         return Report(f"Value maps on {self.env}", rows, depth_table(scores), notes, figure)
 
     @staticmethod
-    def _share_colors(axes: Sequence["Axes"]) -> None:
+    def _share_colors(axes: Sequence[Axes]) -> None:
         """Give the maps one color scale, and the last one its colorbar."""
         images = [ax.images[0] for ax in axes]
         limits = np.array([image.get_clim() for image in images])
@@ -296,12 +285,11 @@ class ValueMapStudy(ComparisonOfDepths):
         for image in images[:-1]:
             image.colorbar.remove()  # type: ignore[union-attr]
 
-    def _draw_correlations(self, ax: "Axes", scores: dict[str, dict[int, np.ndarray]]) -> None:
+    def _draw_correlations(self, ax: Axes, scores: dict[str, dict[int, np.ndarray]]) -> None:
         for (name, by_depth), color, style in zip(scores.items(), ("C0", "C1") * 2, ("-", "-", "--", "--"), strict=True):
             means = [interquartile_mean(by_depth[depth]).mean for depth in self.depths]
             ax.plot(range(len(means)), means, style, marker="o", color=color, label=name)
-            for position, depth in enumerate(self.depths):
-                ax.plot([position] * len(by_depth[depth]), by_depth[depth], ".", color=color, alpha=0.6)
+            ax.plot(range(len(means)), [by_depth[depth] for depth in self.depths], ".", color=color, alpha=0.6)
         ax.set(xlabel="depth", ylabel="rank correlation with the value", xlim=(-0.5, len(self.depths) - 0.5))
         ax.set_xticks(range(len(self.depths)), map(str, self.depths))
         ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, handlelength=4)

@@ -15,7 +15,7 @@ from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.running_norm import RunningNorm
-from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
+from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_, set_training_mode
 from sb3_deepcrl.common.tower_kernel import apply_heads, has_kernel
 from sb3_deepcrl.common.utils import check_choice, check_depth, check_positive_int
 
@@ -349,14 +349,14 @@ class DeepCRLPolicy(CheckedPolicy):
         Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions; without a
         backend, as it is. Where it is required, an actor that cannot be captured is an error.
         """
-        actors = (self.actor, partial(self.actor, deterministic=True))
-        self._graphed_actors = (
-            None if backend is None else tuple(GraphedFunction(actor, backend, required=required) for actor in actors)
-        )
+        self._graphed_actors = None
+        if backend is not None:
+            actors = (self.actor, partial(self.actor, deterministic=True))
+            self._graphed_actors = tuple(GraphedFunction(actor, backend, required=required) for actor in actors)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Graphs can neither be copied nor pickled
-        return {**super().__getstate__(), "_graphed_actors": None}
+    def set_training_mode(self, mode: bool) -> None:
+        """Put the policy in either training or evaluation mode, which affects batch normalization and dropout."""
+        set_training_mode(self, mode)
 
 
 MultiInputPolicy = DeepCRLPolicy

@@ -1,3 +1,5 @@
+from typing import Any
+
 import mujoco
 import numpy as np
 
@@ -68,11 +70,9 @@ class Ant(Robot):
     def home(self) -> np.ndarray:
         return np.array([0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1], dtype=np.float64)
 
-    def observation(self, state: State) -> np.ndarray:
-        observation = np.empty((len(state["qpos"]), self.observation_dim), dtype=np.float32)
+    def observe(self, state: State, observation: Any) -> None:
         observation[:, :15] = state["qpos"]
         observation[:, 15:] = state["qvel"]
-        return observation
 
 
 def _set_link_masses(spec: mujoco.MjSpec) -> None:

@@ -1,4 +1,4 @@
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mujoco
 import numpy as np
@@ -63,8 +63,8 @@ class Humanoid(Robot):
         self._runs = [(slice(r[0], r[-1] + 1), slice(self.bodies[r[0]], self.bodies[r[-1]] + 1)) for r in runs]
         # A motor drives one joint, so the actuator force on that degree of freedom is its gear times its control
         driven = [model.joint(model.actuator_trnid[k, 0]).dofadr[0] for k in range(model.nu)]
-        self._force_columns = 223 + np.array(driven)
-        self._force_scale = model.actuator_gear[:, 0] if self.forces_in_nm else 1 / CTRL_LIMIT
+        self.force_columns = 223 + np.array(driven)
+        self.force_scale = model.actuator_gear[:, 0].copy() if self.forces_in_nm else 1 / CTRL_LIMIT
 
     def make_spec(self) -> mujoco.MjSpec:
         spec = gymnasium_spec("humanoid.xml")
@@ -90,10 +90,8 @@ class Humanoid(Robot):
         qpos[2:4] = 1.4, 1
         return qpos
 
-    def observation(self, state: State) -> np.ndarray:
-        n = len(state["qpos"])
-        # The forces on the root, which no motor drives, stay 0
-        observation = np.zeros((n, self.observation_dim), dtype=np.float32)
+    def observe(self, state: State, observation: Any) -> None:
+        n = len(observation)
         observation[:, :24] = state["qpos"]
         observation[:, 24:47] = state["qvel"]
         inertia = observation[:, 47:157].reshape(n, 11, 10)
@@ -101,10 +99,11 @@ class Humanoid(Robot):
         for place, bodies in self._runs:
             inertia[:, place] = state["cinert"][:, bodies]
             velocity[:, place] = state["cvel"][:, bodies]
-        observation[:, self._force_columns] = self._force_scale * state["ctrl"]
-        return observation
+        # No motor drives the root
+        observation[:, 223:229] = 0
+        observation[:, self.force_columns] = self.force_scale * state["ctrl"]
 
-    def control(self, actions: np.ndarray) -> np.ndarray:
+    def control(self, actions: Any) -> Any:
         return CTRL_LIMIT * actions
 
 

@@ -1,7 +1,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gymnasium
 import mujoco
@@ -15,13 +15,14 @@ DISABLED_SOLVER_PARTS = int(mujoco.mjtDisableBit.mjDSBL_ISLAND) | int(mujoco.mjt
 LINK_INERTIA = 1.0
 
 # The simulation's arrays by MjData name, each with a leading batch axis
-State = Mapping[str, np.ndarray]
+State = Mapping[str, Any]
 
 
 class Robot(ABC):
     """
     The physical half of a task: a model, its home state, what is observed and what an action does.
-    Everything works on arrays with a leading batch axis and knows nothing of mazes.
+    Everything works on arrays with a leading batch axis and knows nothing of mazes. ``observe`` and ``control`` take NumPy's
+    arrays and PyTorch's tensors: slices and operators mean the same for both.
 
     The observation starts with the coordinates that a goal is compared to, so the achieved goal is always
     ``observation[:, :goal_dim]``.
@@ -76,10 +77,16 @@ class Robot(ABC):
         """The ``qpos`` at which the robot stands at the origin."""
 
     @abstractmethod
+    def observe(self, state: State, observation: Any) -> None:
+        """Write all columns of observations, shape (n, observation_dim), of the simulation's arrays."""
+
     def observation(self, state: State) -> np.ndarray:
         """Observations in float32 of the simulation's arrays, shape (n, observation_dim)."""
+        observation = np.empty((len(state["qpos"]), self.observation_dim), dtype=np.float32)
+        self.observe(state, observation)
+        return observation
 
-    def control(self, actions: np.ndarray) -> np.ndarray:
+    def control(self, actions: Any) -> Any:
         """The ``ctrl`` of actions in [-1, 1], shapes (n, nu) and (n, action_dim)."""
         return actions
 

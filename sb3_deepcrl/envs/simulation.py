@@ -98,14 +98,14 @@ class Simulation:
         self._observation[indices] = observation
         observations = self._with_goals(observation, self.goals[indices])
         distance = task.goal_distance(observations["achieved_goal"], observations["desired_goal"])
-        return observations, self._measures(distance, self._is_healthy(state["qpos"]))
+        return observations, _lists(task.measures(distance, task.is_healthy(state["qpos"])))
 
     def step(self, actions: np.ndarray) -> Transition:
         """Advance all environments by one control step with actions of shape (n_envs, action_dim)."""
         batch, task = self.batch, self.task
         if not self._running:
             raise RuntimeError("No episode is running. Call reset() before the first step().")
-        self._state["ctrl"][:] = task.robot.control(np.clip(self._check_actions(actions), -1.0, 1.0))
+        self._state["ctrl"][:] = task.robot.control(np.clip(self.check_actions(actions), -1.0, 1.0))
         failed: np.ndarray | list[int] = []
         try:
             batch.step(nstep=task.frame_skip, stage=int(task.robot.derived_stage))
@@ -113,7 +113,7 @@ class Simulation:
             failed = error.ids
         observation = task.robot.observation(self._state)
         diverged = np.zeros(self.n_envs, dtype=bool)
-        healthy = self._is_healthy(self._state["qpos"])
+        healthy = task.is_healthy(self._state["qpos"])
         # A comparison with NaN is false, so this also finds NaN
         if len(failed) or self._warnings.any() or not np.abs(observation).max() < MAX_OBSERVATION:
             diverged |= ~(np.abs(observation).max(axis=1) < MAX_OBSERVATION) | self._warnings.any(axis=1)
@@ -125,14 +125,15 @@ class Simulation:
         self._observation[:] = observation
         observations = self._with_goals(observation, self.goals)
         distance = task.goal_distance(observations["achieved_goal"], self.goals)
-        info = self._measures(distance, healthy)
+        info = _lists(task.measures(distance, healthy))
         if task.goal_mode == "continuing" and len(reached := np.flatnonzero(info["is_success"])):
             # What the step led to belongs to the goal that was pursued in it; the next action is for the new one
             uniform = np.array([self.generators[i].random(task.scene.n_uniform) for i in reached])
             self.goals[reached] = task.scene.next_goals(uniform, self.goals[reached])
             observations["desired_goal"] = self.goals.copy()
         terminated = ~healthy if task.terminate_when_unhealthy else np.zeros(self.n_envs, dtype=bool)
-        return Transition(observations, task.reward_from_distance(distance), terminated, diverged, info)
+        reward = task.reward_from_distance(distance).astype(np.float32)
+        return Transition(observations, reward, terminated, diverged, info)
 
     def _with_goals(self, observation: np.ndarray, goals: np.ndarray) -> dict[str, np.ndarray]:
         achieved = observation[:, : self.task.robot.goal_dim].copy()
@@ -155,7 +156,8 @@ class Simulation:
         if self._batch is None:
             raise RuntimeError("The environment is closed, it cannot be used any more. Make a new one.")
 
-    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
+    def check_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Refuse actions that are no finite numbers of shape (n_envs, action_dim)."""
         actions = np.asarray(actions)
         if actions.dtype.kind not in "fiu":
             raise ValueError(f"Actions have the data type {actions.dtype}, expected numbers in [-1, 1], e.g. float32.")
@@ -173,23 +175,6 @@ class Simulation:
             )
         return actions
 
-    def _is_healthy(self, qpos: np.ndarray) -> np.ndarray:
-        if self.task.healthy_z_range is None:
-            return np.ones(len(qpos), dtype=bool)
-        low, high = self.task.healthy_z_range
-        return (qpos[:, 2] >= low) & (qpos[:, 2] <= high)
-
-    def _measures(self, distance: np.ndarray, healthy: np.ndarray) -> dict[str, list[Any]]:
-        task = self.task
-        success = (distance < task.success_threshold).tolist()
-        # Stable-Baselines3 reads is_success, gymnasium-robotics' mazes write success
-        measures: dict[str, list[Any]] = {"is_success": success, "success": success, "distance": distance.tolist()}
-        for name, threshold in task.robot.extra_thresholds.items():
-            measures[name] = (distance < threshold).tolist()
-        if task.healthy_z_range is not None:
-            measures["is_healthy"] = healthy.tolist()
-        return measures
-
     def _report(self, diverged: np.ndarray) -> None:
         if self.n_diverged == 0:
             warnings.warn(
@@ -197,3 +182,7 @@ class Simulation:
                 "the other environments go on. The info holds diverged=True, and n_diverged counts them; this is said once."
             )
         self.n_diverged += int(diverged.sum())
+
+
+def _lists(measures: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    return {name: values.tolist() for name, values in measures.items()}

@@ -209,19 +209,37 @@ class GoalTask:
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
 
-    @staticmethod
-    def goal_distance(achieved_goal: np.ndarray, desired_goal: np.ndarray) -> np.ndarray:
-        """Distances in meters between goals of shape (..., goal_dim)."""
-        difference = np.asarray(achieved_goal) - np.asarray(desired_goal)
-        return np.sqrt((difference * difference).sum(axis=-1))
+    # All but the last one take NumPy's arrays and PyTorch's tensors
 
-    def reward_from_distance(self, distance: np.ndarray) -> np.ndarray:
-        """Rewards in float32 for distances to the goal in meters."""
-        return (distance < self.success_threshold if self.reward_type == "sparse" else -distance).astype(np.float32)
+    @staticmethod
+    def goal_distance(achieved_goal: Any, desired_goal: Any) -> Any:
+        """Distances in meters between goals of shape (..., goal_dim)."""
+        difference = achieved_goal - desired_goal
+        return (difference * difference).sum(axis=-1) ** 0.5
+
+    def reward_from_distance(self, distance: Any) -> Any:
+        """Rewards, of any number type, for distances to the goal in meters."""
+        return distance < self.success_threshold if self.reward_type == "sparse" else -distance
+
+    def is_healthy(self, qpos: Any) -> Any:
+        """Whether robots are within ``healthy_z_range``, shape (n,), by ``qpos`` of shape (n, nq)."""
+        if self.healthy_z_range is None:
+            return qpos[:, 0] < np.inf
+        low, high = self.healthy_z_range
+        return (qpos[:, 2] >= low) & (qpos[:, 2] <= high)
+
+    def measures(self, distance: Any, healthy: Any) -> dict[str, Any]:
+        """What the info of a step holds, arrays of shape (n,) by name."""
+        success = distance < self.success_threshold
+        # Stable-Baselines3 reads is_success, gymnasium-robotics' mazes write success
+        measures = {"is_success": success, "success": success, "distance": distance}
+        measures |= {name: distance < threshold for name, threshold in self.robot.extra_thresholds.items()}
+        return measures if self.healthy_z_range is None else {**measures, "is_healthy": healthy}
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         """Rewards in float32, shape (...), of goals of shape (..., goal_dim), whatever happened on the way. HER calls it."""
-        return self.reward_from_distance(self.goal_distance(achieved_goal, desired_goal))
+        distance = self.goal_distance(np.asarray(achieved_goal), np.asarray(desired_goal))
+        return np.asarray(self.reward_from_distance(distance), dtype=np.float32)
 
 
 def _make_scene(robot: Robot, maze: Any, table: str | None, maze_kwargs: dict[str, Any]) -> Scene:
