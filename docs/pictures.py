@@ -28,9 +28,11 @@ N_FRAMES, SECONDS, SHOWN = 160, 0.1, 50
 TRAIL = 12
 # By how many env steps an episode goes on at the goal
 STEPS_AT_GOAL = 20
+# Reports that show learning curves
+CURVES = ("depth_Point*", "baselines_*", "departures", "learning", "precision")
 # Rows of the grid
-GRID = (("PointBigMaze-v0", "PointHardestMaze-v0"), ("PointU4Maze-v0", "ArmPushEasy-v0"))
-ROBOTS = {"point": "PointBigMaze-v0", "arm": "ArmPushEasy-v0"}
+GRID = (("PointBigMaze-v0", "PointU4Maze-v0", "PointHardestMaze-v0"),)
+ROBOTS = {"point": "PointBigMaze-v0"}
 
 
 def make_env(env_id: str) -> gym.Env:
@@ -86,15 +88,16 @@ def draw_curves(path: Path) -> None:
         str(label): [{str(name): column.to_numpy() for name, column in seed.items()} for _, seed in of_label.groupby("seed")]
         for label, of_label in rows.groupby("setting", sort=False)
     }
-    figure = draw_learning_curves(results, is_ordered=all(label.startswith("depth ") for label in results))
+    figure = draw_learning_curves(results, is_ordered=all(label[-1:].isdigit() for label in results))
     title = path.with_suffix(".md").read_text().splitlines()[0].removeprefix("# ")
-    figure.suptitle(f"{title}, {rows['seed'].nunique()} seeds")
+    figure.suptitle(f"{title}: means of {rows['seed'].nunique()} seeds, 95 % intervals")
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def main() -> None:
-    for path in (*(DOCS / "results").glob("depth_Point*.csv"), DOCS / "results" / "baselines_PointU4Maze.csv"):
-        draw_curves(path)
+    for pattern in CURVES:
+        for path in (DOCS / "results").glob(f"{pattern}.csv"):
+            draw_curves(path)
     (STATIC / "tasks").mkdir(parents=True, exist_ok=True)
     for env_id in ENV_TABLE:
         if "Eval" not in env_id:

@@ -175,7 +175,7 @@ def draw_learning_curves(results: Results, is_ordered: bool = False) -> Figure:
             ax.set(xlabel=xlabel, ylabel=ylabel)
             set_range(ax, measure)
     # Where it hides no line
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
     return figure
 
 

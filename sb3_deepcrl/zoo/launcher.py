@@ -23,6 +23,7 @@ import sb3_deepcrl
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals, whole_number
 from sb3_deepcrl.env_ids import find_spec
+from sb3_deepcrl.envs.arguments import default_env_kwargs
 from sb3_deepcrl.zoo.config import describe_input_error
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.runs import AGENTS, RunFolder, RunLoader
@@ -119,10 +120,14 @@ def _prepare_run(script: str, argv: Sequence[str]) -> list[str]:
     spec = find_spec(args.env, args.gym_packages)
     prepared = ["--algo", "deepcrl", "-f", "logs", *argv, "--env", spec.id]
     if pretrained := loads and args.pretrained and not needs_help:
-        RunFolder.pretrained(args.algo, spec.id)
+        evaluated = find_spec(RunFolder.pretrained(args.algo, spec.id).args()["eval_env"] or spec.id)
+        trained = default_env_kwargs(spec)
+        # On the task of its evaluation: in training, a point has another goal once it has reached one, and never a success
+        changed = [f"{key}:{value!r}" for key, value in default_env_kwargs(evaluated).items() if value != trained[key]]
+        defaults = ["--env-kwargs", *changed] if changed else []
         # Nothing is written into the package
-        videos = ["-o", "videos"] if script == "record_video" else []
-        prepared = [*videos, *(word for word in prepared if word != "--pretrained"), "-f", str(AGENTS)]
+        defaults += ["-o", "videos"] if script == "record_video" else []
+        prepared = [*defaults, *(word for word in prepared if word != "--pretrained"), "-f", str(AGENTS)]
     has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     draws = loads and not needs_help and "--no-render" not in argv and str(spec.entry_point).startswith(MUJOCO_ENVS)
     if draws and not has_screen and (script == "enjoy" or not os.environ.get("MUJOCO_GL")):
