@@ -26,8 +26,8 @@ SIZE = 300
 N_FRAMES, SECONDS, SHOWN = 160, 0.1, 50
 # Frames over which the way of a robot in a maze is drawn behind it
 TRAIL = 12
-# By how many env steps an episode goes on at the goal
-STEPS_AT_GOAL = 20
+# After how many env steps at the goal, or frames without reaching it, the next episode begins
+STEPS_AT_GOAL, MAX_FRAMES = 8, 50
 # Reports that show learning curves
 CURVES = ("depth_Point*", "baselines_*", "departures", "learning", "precision")
 # Rows of the grid
@@ -38,7 +38,7 @@ ROBOTS = {"point": "PointBigMaze-v0"}
 def make_env(env_id: str) -> gym.Env:
     """Make an env that draws its whole maze, or the robot where there is none."""
     camera = "top_down" if "maze" in ENV_TABLE[env_id] else "follow"
-    return gym.make(env_id, render_mode="rgb_array", camera=camera, width=SIZE, height=SIZE)
+    return gym.make(env_id, render_mode="rgb_array", camera=camera, width=SIZE, height=SIZE, goal="resample")
 
 
 def draw_trail(picture: np.ndarray, positions: Sequence[np.ndarray], bounds: Any) -> np.ndarray:
@@ -66,9 +66,9 @@ def frames(env_id: str) -> Iterator[np.ndarray]:
             yield draw_trail(picture, trail, env.unwrapped.task.scene.bounds) if "maze" in ENV_TABLE[env_id] else picture
         observation, _, terminated, truncated, info = env.step(model.predict(observation, deterministic=True)[0])
         n_steps, n_at_goal = n_steps + 1, n_at_goal + int(info["is_success"])
-        if terminated or truncated or n_at_goal == STEPS_AT_GOAL:
+        if terminated or truncated or n_at_goal == STEPS_AT_GOAL or n_steps == MAX_FRAMES * steps_of_frame:
             observation, _ = env.reset()
-            n_at_goal = 0
+            n_steps = n_at_goal = 0
             trail.clear()
 
 
@@ -95,9 +95,6 @@ def draw_curves(path: Path) -> None:
 
 
 def main() -> None:
-    for pattern in CURVES:
-        for path in (DOCS / "results").glob(f"{pattern}.csv"):
-            draw_curves(path)
     (STATIC / "tasks").mkdir(parents=True, exist_ok=True)
     for env_id in ENV_TABLE:
         if "Eval" not in env_id:
@@ -110,6 +107,9 @@ def main() -> None:
         save_gif(STATIC / f"{robot}.gif", films[env_id])
     rows = [np.concatenate([films[env_id] for env_id in row], axis=2) for row in GRID]
     save_gif(STATIC / "robots.gif", list(np.concatenate(rows, axis=1)))
+    for pattern in CURVES:
+        for path in (DOCS / "results").glob(f"{pattern}.csv"):
+            draw_curves(path)
 
 
 if __name__ == "__main__":
