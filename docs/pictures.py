@@ -31,7 +31,7 @@ STEPS_AT_GOAL, MAX_FRAMES = 8, 50
 # Reports that show learning curves
 CURVES = ("depth_Point*", "baselines_*", "departures", "learning", "precision")
 # Rows of the grid
-GRID = (("PointBigMaze-v0", "PointU4Maze-v0", "PointHardestMaze-v0"),)
+GRID = (("PointBigMaze-v0", "PointU4Maze-v0"),)
 ROBOTS = {"point": "PointBigMaze-v0"}
 
 
