@@ -659,7 +659,7 @@ def test_command(capsys):
         command("--help")
     output = capsys.readouterr().out
     lines = {line.split()[0]: line for line in output.partition("\ncommands:\n")[2].splitlines()}
-    assert list(lines) == [*SCRIPTS, "value_map"]
+    assert list(lines) == [*SCRIPTS, "value_map", "export", "distill", "prune"]
     assert all(len(line.split()) > 3 and len(line) < 80 for line in lines.values())
     with pytest.raises(SystemExit):
         command("fly")
