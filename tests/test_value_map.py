@@ -151,6 +151,9 @@ def test_way_around_the_wall_by_hand():
     ):
         maze = MazeMap.from_env(gym.make(env_id))
         assert maze.distances(np.array([start]), np.array([goal])) == pytest.approx(expected * size)
+        way = maze.shortest_way(np.array(start), np.array(goal))
+        np.testing.assert_allclose(way[[0, -1]], [start, goal])
+        assert np.linalg.norm(np.diff(way, axis=0), axis=1) == pytest.approx(size * np.hypot([0.5, 0, 0.5], [1.5, 1, 1.5]))
 
 
 def test_straight_where_nothing_is_in_the_way():
@@ -216,6 +219,7 @@ def test_no_way_leads_through_walls():
     ends = np.array([[3.0, 3.0], [3.0, 7.0]])
     assert maze.distances(ends[:1], ends[1:])[0, 0] == pytest.approx(4 + 2 * 2)
     assert np.isinf(maze.distances(np.array([[2.0, 4.0]]), ends)).all()
+    assert maze.shortest_way(np.array([2.0, 4.0]), ends[0]).shape == (0, 2)
 
 
 def test_known_values():
@@ -309,7 +313,12 @@ def test_study(tmp_path):
         # y runs to the right, x down; the start has noise
         assert lines["goal"] == [[4, 6]]
         assert lines["start"][0] == pytest.approx([2, 2], abs=0.2)
+        assert lines["shortest way"][:: len(lines["shortest way"]) - 1] == [lines["start"][0], lines["goal"][0]]
         assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    # One scale of colors, in which both maps fit
+    values = [ax.images[0].get_array() for ax in maps]
+    limits = (min(map(np.min, values)), max(map(np.max, values)))
+    assert [ax.images[0].get_clim() for ax in maps] == [limits, limits]
     # Models of a longer study are others
     write_all(replace(study, steps=320, n_evaluations=8))
     with pytest.raises(ValueError, match="has been trained for 320 env steps, more than `steps`, which is 160"):

@@ -37,6 +37,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.__main__ import main
+from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.utils import STOP_SIGNALS
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs import BatchVecEnv
@@ -47,7 +48,7 @@ from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 from sb3_deepcrl.zoo.launcher import SCRIPTS, run
 from sb3_deepcrl.zoo.provenance import made_with
-from sb3_deepcrl.zoo.runs import RunFolder, RunLoader, num_timesteps
+from sb3_deepcrl.zoo.runs import AGENTS, RunFolder, RunLoader, num_timesteps
 from tests.envs import GoalReachEnv, add_package
 
 ROOT = Path(__file__).parent.parent
@@ -597,6 +598,37 @@ def test_value_map(logs, tmp_path, capsys, monkeypatch):
         command(*args)
 
 
+def test_agents_that_come_with_the_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in AGENTS.rglob("*")}
+    args = ["--env", "PointU4Maze-v0", "--pretrained"]
+    command("enjoy", *args, "--no-render", "-n", "450")
+    assert float(re.search(r"Success rate: (.*)%", capsys.readouterr().out).group(1)) > 50
+    command("value_map", *args)
+    assert [path.name for path in tmp_path.iterdir()] == ["value.png"]
+    assert {path: path.stat().st_mtime_ns for path in AGENTS.rglob("*")} == before
+    message = "no deepcrl agent for PointU5Maze-v0 comes with this package, only deepcrl's for PointBigMaze-v0, PointHardest"
+    with pytest.raises(SystemExit, match=f"^sb3-deepcrl enjoy: error: {message}"):
+        command("enjoy", "--env", "PointU5Maze-v0", "--pretrained")
+    with pytest.raises(SystemExit):
+        command("value_map", "--env", "PointU5Maze-v0", "--pretrained")
+    assert message in capsys.readouterr().err
+    assert sum(path.stat().st_size for path in before if path.is_file()) < 10e6
+
+
+@pytest.mark.parametrize("env_id", sorted(path.stem for path in AGENTS.glob("*/*/*.zip")))
+def test_agents_are_what_their_card_says(env_id):
+    run_folder = RunFolder.pretrained("deepcrl", env_id)
+    _, _, success, time_at_goal, *_ = re.search(rf"\| `{env_id}` \|(.*)\|", (AGENTS / "README.md").read_text())[1].split("|")
+    evaluations = run_folder.evaluations()
+    assert float(success) == pytest.approx(evaluations["success_any"][-1].mean(), abs=0.005)
+    assert float(time_at_goal) == pytest.approx(evaluations["time_at_goal"][-1].mean(), abs=0.5)
+    env = gym.make(run_folder.args()["eval_env"] or env_id)
+    env.reset(seed=0)
+    found = mean_of_episodes(evaluate_goals(run_folder.load_model(), env, n_eval_episodes=20))
+    assert found["success_any"] == pytest.approx(float(success), abs=0.3)
+
+
 def test_env_of_a_run(tmp_path):
     (tmp_path / ENV).mkdir()
     (tmp_path / ENV / "config.yml").write_text("env_wrapper: gymnasium.wrappers.ClipAction\n")
@@ -625,6 +657,8 @@ def test_push_to_hub(logs, tmp_path, monkeypatch):
     card = (tmp_path / "uploaded" / "README.md").read_text()
     assert f"**DeepCRL** Agent playing **{ENV}**" in card
     assert "mean_reward" in card
+    assert 'pip install "sb3-deepcrl[zoo]"' in card
+    assert f"sb3-deepcrl enjoy --algo deepcrl --env {ENV}  -f logs/" in card and "python -m rl_zoo3" not in card
     assert DeepCRL.load(tmp_path / "uploaded" / f"deepcrl-{ENV}.zip").num_timesteps == N_STEPS
 
 
@@ -633,7 +667,7 @@ def test_command(capsys):
         command("--help")
     output = capsys.readouterr().out
     lines = {line.split()[0]: line for line in output.partition("\ncommands:\n")[2].splitlines()}
-    assert list(lines) == [*SCRIPTS, "value_map"]
+    assert list(lines) == [*SCRIPTS, "value_map", "export", "distill", "prune"]
     assert all(len(line.split()) > 3 and len(line) < 80 for line in lines.values())
     with pytest.raises(SystemExit):
         command("fly")
@@ -645,6 +679,7 @@ def test_command(capsys):
         output = capsys.readouterr().out
         assert ("--resume" in output) == (script == "train")
         assert ("--figure" in output) == ("plot" in script)
+        assert ("--pretrained" in output) == (script in ("enjoy", "record_video", "push_to_hub"))
 
 
 def test_optimize_and_train_a_trial(tmp_path, capsys):
@@ -864,6 +899,10 @@ def test_installed_wheel_finds_its_configs(tmp_path):
     packages = {path.parent.relative_to(ROOT) for path in (ROOT / "sb3_deepcrl").rglob("*.py")}
     assert {path.parent.relative_to(site) for path in (site / "sb3_deepcrl").rglob("*.py")} >= packages
     assert (site / "sb3_deepcrl" / "common" / "tower.cpp").is_file()
+    agents = {path.relative_to(AGENTS) for path in AGENTS.rglob("*")}
+    assert {
+        path.relative_to(site / "sb3_deepcrl" / "agents") for path in (site / "sb3_deepcrl" / "agents").rglob("*")
+    } == agents
     command = [sys.executable, str(site / "bin" / "sb3-deepcrl"), "train", "--env", ENV, "-n", "128"]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     result = subprocess.run(
@@ -980,6 +1019,7 @@ def test_bad_input_ends_in_one_line(args, message, tmp_path, capsys):
         ("enjoy --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: add --no-render"),
         ("record_video --env PointUMaze-v0", "there is no screen to show PointUMaze-v0 on: .*MUJOCO_GL=egl"),
         ("push_to_hub --env PointUMaze-v0 -orga me", "there is no screen"),
+        ("enjoy --env PointBigMaze-v0 --pretrained", "there is no .* record_video --env PointBigMaze-v0 --pretrained`"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")

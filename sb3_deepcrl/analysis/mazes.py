@@ -106,10 +106,7 @@ class MazeMap:
         """
         from scipy.sparse.csgraph import floyd_warshall
 
-        first, last = self.cells(sources), self.cells(targets)
-        # Corners around which a way can turn have one wall around them
-        walls = np.pad(self.walls, 1, constant_values=True).astype(int)
-        corners = np.argwhere(walls[:-1, :-1] + walls[1:, :-1] + walls[:-1, 1:] + walls[1:, 1:] == 1) - 0.5
+        first, last, corners = self.cells(sources), self.cells(targets), self._corners()
         lengths = self._lengths_in_sight(first, last)
         if len(corners):
             between = floyd_warshall(self._lengths_in_sight(corners, corners))
@@ -117,6 +114,22 @@ class MazeMap:
             for from_source, rest in zip(self._lengths_in_sight(first, corners).T, to_target, strict=True):
                 lengths = np.minimum(lengths, from_source[:, None] + rest)
         return lengths * self.cell_size
+
+    def shortest_way(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """x and y in meters of both ends of a shortest way and of its turns, shape ``(n, 2)``; none if no way leads there."""
+        from scipy.sparse.csgraph import dijkstra
+
+        nodes = np.concatenate([self.cells(np.stack([target, source])), self._corners()])
+        lengths, next_nodes = dijkstra(self._lengths_in_sight(nodes, nodes), indices=0, return_predecessors=True)
+        way = [1] if np.isfinite(lengths[1]) else []
+        while way and way[-1] != 0:
+            way.append(next_nodes[way[-1]])
+        return self.positions(nodes[way])
+
+    def _corners(self) -> np.ndarray:
+        """Rows and columns of the corners around which a way can turn, which have one wall around them."""
+        walls = np.pad(self.walls, 1, constant_values=True).astype(int)
+        return np.argwhere(walls[:-1, :-1] + walls[1:, :-1] + walls[:-1, 1:] + walls[1:, 1:] == 1) - 0.5
 
     def _obstacles(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Smallest and largest row and column of boxes that no line of sight passes."""

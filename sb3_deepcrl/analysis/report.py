@@ -135,6 +135,9 @@ def _describe(record: Mapping[str, Any]) -> str:
     )
 
 
+# Of the lines of a picture one after the other, which tell them apart in gray too
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+
 # --- Figures ------------------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +147,7 @@ def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: 
     return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 
-def draw_curve(ax: Axes, x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: str = "-") -> None:
+def draw_curve(ax: Axes, x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: Any = "-") -> None:
     """Draw the interquartile mean of ``curves``, ``(n_seeds, n_points)``, as a line and its interval as a band."""
     means, lows, highs = np.array(interquartile_means(curves)).T
     (line,) = ax.plot(x, means, label=label, color=color, linestyle=linestyle)
@@ -167,12 +170,12 @@ def draw_learning_curves(results: Results, is_ordered: bool = False) -> Figure:
     for column, (over, unit, xlabel) in enumerate(columns):
         for ax, (measure, ylabel) in zip(axes[:, column], MEASURES.items(), strict=True):
             for number, (label, seeds) in enumerate(results.items()):
-                color = shades[number] if is_ordered else f"C{number}"
-                draw_curve(ax, curves_of(seeds, over).mean(axis=0) / unit, curves_of(seeds, measure), label, color)
+                color, style = shades[number] if is_ordered else f"C{number}", LINE_STYLES[number % len(LINE_STYLES)]
+                draw_curve(ax, curves_of(seeds, over).mean(axis=0) / unit, curves_of(seeds, measure), label, color, style)
             ax.set(xlabel=xlabel, ylabel=ylabel)
             set_range(ax, measure)
     # Where it hides no line
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
     return figure
 
 

@@ -46,13 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sb3-deepcrl value_map", description="Draw the learned value of a run.")
     parser.add_argument("--env", help="Environment ID", default=DEFAULT_ENV)
     parser.add_argument("-f", "--folder", help="Log folder", default="logs")
+    parser.add_argument("--pretrained", action="store_true", help="Take the agent that comes with sb3_deepcrl")
     parser.add_argument("--goal", nargs=2, type=float, metavar=("X", "Y"), help="Goal, by default in the first free cell")
-    parser.add_argument("-o", "--output", type=Path, help="Picture, by default value.png in the folder of the run")
+    parser.add_argument("-o", "--output", type=Path, help="Picture, by default value.png in the run's folder")
     args = parser.parse_args(argv)
     try:
-        run = RunFolder.newest(args.folder, "deepcrl", find_spec(args.env).id)
+        env_id = find_spec(args.env).id
+        run = RunFolder.pretrained("deepcrl", env_id) if args.pretrained else RunFolder.newest(args.folder, "deepcrl", env_id)
         if run is None:
             raise ValueError(f"there is no run of {args.env} in {args.folder}")
+        if args.pretrained and args.output is None:
+            # Nothing is written into the package
+            args.output = Path("value.png")
         print(f"Value over the maze: {draw_run(run, args.goal, args.output)}")
     except Exception as error:
         message = str(error) if is_for_user(error) else how_to_write(error, [args.folder, args.output])

@@ -79,13 +79,13 @@ def plot_value_map(
     points_per_cell: int = 20,
 ) -> Axes:
     """
-    Draw the value over a maze, with the actions of the policy as arrows if they are two-dimensional.
-    The picture reads as the maze's text does: rows from top to bottom.
+    Draw the value over a maze, with the actions of the policy as arrows if they are two-dimensional, and the shortest way from
+    the start to the goal. The picture reads as the maze's text does: rows from top to bottom.
 
     :param model: The trained model
     :param env: The maze env
     :param goal: Desired goal, x and y in meters; the one of the reset by default
-    :param seed: Seed of the reset that the rest of the observation is taken from
+    :param seed: Seed of the reset that the start and the rest of the observation are taken from
     :param ax: Where to draw, a new figure by default
     :param points_per_cell: Number of points along the side of a cell
     :return: The axes
@@ -115,8 +115,12 @@ def plot_value_map(
         part = (slice(step // 2, None, step), slice(step // 2, None, step))
         starts, arrows = (maze.to_picture(array[part][free[part]]) for array in (grid, actions))
         ax.quiver(*starts.T, *arrows.T, angles="xy", color="white", width=0.003)
+    start = observation["achieved_goal"][:2]
+    ax.plot(*maze.to_picture(maze.shortest_way(start, place)).T, "--", color="tab:red", linewidth=2, label="shortest way")
+    circle: dict[str, Any] = dict(marker="o", markersize=10, color="white", markeredgecolor="black", linestyle="none")
+    ax.plot(*maze.to_picture(start), label="start", **circle)
     ax.plot(*maze.to_picture(place), label="goal", markersize=18, **STAR)
-    ax.legend(loc="upper right", framealpha=0.9)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
     return ax
 
 
@@ -239,7 +243,8 @@ class ValueMapStudy(ComparisonOfDepths):
 
             def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
                 if seed == 0:
-                    self._draw_map(axes[0, self.depths.index(depth)], depth, model, env, goal)
+                    ax = plot_value_map(model, env, goal, EVAL_SEED, axes[0, self.depths.index(depth)])
+                    ax.set_title(f"depth {depth}")
                 for found in value_correlations(model, env, goals, self.points_per_cell, EVAL_SEED):
                     name = ALL_PAIRS if found.goal is None else " ".join(f"{x:g}" for x in found.goal)
                     correlations = {"correlation_maze": found.maze, "correlation_straight": found.straight}
@@ -253,7 +258,8 @@ class ValueMapStudy(ComparisonOfDepths):
             for column, name in DISTANCES.items()
         }
         self._draw_correlations(axes[0, -1], scores)
-        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}: value for the goal at the star, start at the circle")
+        self._share_colors(axes[0, :-1])
+        figure.suptitle(f"{self.eval_env.removesuffix('-v0')}: value for the goal at the star")
         places, centers = maze.places(self.points_per_cell), maze.places()
         lines = cdist(places, centers)
         both = _correlate(-lines, maze.distances(places, centers), lines).maze
@@ -265,19 +271,19 @@ class ValueMapStudy(ComparisonOfDepths):
             f"distances themselves correlate with {both:.2f}. Far goals: each of the {len(goals)} goals of {self.eval_env} "
             "that are at least half as far from the start as the farthest one, then the mean.",
             f"The picture shows the value for the goal at x = {goal[0]:g}, y = {goal[1]:g} (star) by the models with seed 0, "
-            "each with colors of its own. The circle is the start.",
+            "in one scale of colors.",
         ]
         return Report(f"Value maps on {self.env}", rows, depth_table(scores), notes, figure)
 
     @staticmethod
-    def _draw_map(ax: Axes, depth: int, model: DeepCRL, env: gym.Env, goal: np.ndarray) -> None:
-        plot_value_map(model, env, goal, EVAL_SEED, ax)
-        observation, _ = env.reset(seed=EVAL_SEED)
-        start = MazeMap.from_env(env).to_picture(observation["achieved_goal"][:2])
-        ax.plot(*start, marker="o", markersize=10, color="white", markeredgecolor="black", linestyle="none", label="start")
-        ax.set_title(f"depth {depth}")
-        ax.get_legend().remove()  # type: ignore[union-attr]
-        ax.images[0].colorbar.set_label("value")  # type: ignore[union-attr]
+    def _share_colors(axes: Sequence[Axes]) -> None:
+        """Give the maps one color scale, and the last one its colorbar."""
+        images = [ax.images[0] for ax in axes]
+        limits = np.array([image.get_clim() for image in images])
+        for image in images:
+            image.set_clim(limits[:, 0].min(), limits[:, 1].max())
+        for image in images[:-1]:
+            image.colorbar.remove()  # type: ignore[union-attr]
 
     def _draw_correlations(self, ax: Axes, scores: dict[str, dict[int, np.ndarray]]) -> None:
         for (name, by_depth), color, style in zip(scores.items(), ("C0", "C1") * 2, ("-", "-", "--", "--"), strict=True):

@@ -24,9 +24,10 @@ from sb3_deepcrl.common.distributed import comes_first, connect
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals, whole_number
 from sb3_deepcrl.env_ids import find_spec
+from sb3_deepcrl.envs.arguments import default_env_kwargs
 from sb3_deepcrl.zoo.config import describe_input_error
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
-from sb3_deepcrl.zoo.runs import RunFolder, RunLoader
+from sb3_deepcrl.zoo.runs import AGENTS, RunFolder, RunLoader
 
 DEFAULT_ENV = "PointMaze_UMaze-v3"
 PLOTS = ("plot_train", "plot_from_file", "all_plots")
@@ -38,6 +39,7 @@ SCRIPTS = {
     "plot_from_file": "plot what all_plots has written to a file",
     "all_plots": "plot and tabulate the evaluations of runs",
     "push_to_hub": "upload a trained agent to the Hugging Face Hub",
+    "load_from_hub": "download a trained agent from the Hugging Face Hub",
 }
 # Envs whose pictures are made by MuJoCo
 MUJOCO_ENVS = ("sb3_deepcrl.envs", "gymnasium_robotics.envs", "gymnasium.envs.mujoco")
@@ -107,18 +109,36 @@ def _prepare_run(script: str, argv: Sequence[str]) -> list[str]:
     """Arguments of a script that loads a model, whose env and defaults are those of this package."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env", default=DEFAULT_ENV)
+    parser.add_argument("--algo", default="deepcrl")
     parser.add_argument("--gym-packages", nargs="+", default=[])
+    loads = script != "load_from_hub"
+    if loads:
+        parser.add_argument("--pretrained", action="store_true")
     args, _ = parser.parse_known_args(argv)
+    needs_help = {"-h", "--help"} & set(argv)
+    if needs_help and loads:
+        print("--pretrained: take the agent that comes with sb3_deepcrl, in place of one in a log folder\n")
     spec = find_spec(args.env, args.gym_packages)
+    prepared = ["--algo", "deepcrl", "-f", "logs", *argv, "--env", spec.id]
+    if pretrained := loads and args.pretrained and not needs_help:
+        evaluated = find_spec(RunFolder.pretrained(args.algo, spec.id).args()["eval_env"] or spec.id)
+        trained = default_env_kwargs(spec)
+        # On the task of its evaluation: in training, a point has another goal once it has reached one, and never a success
+        changed = [f"{key}:{value!r}" for key, value in default_env_kwargs(evaluated).items() if value != trained[key]]
+        defaults = ["--env-kwargs", *changed] if changed else []
+        # Nothing is written into the package
+        defaults += ["-o", "videos"] if script == "record_video" else []
+        prepared = [*defaults, *(word for word in prepared if word != "--pretrained"), "-f", str(AGENTS)]
     has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    draws = not {"--no-render", "-h", "--help"} & set(argv) and str(spec.entry_point).startswith(MUJOCO_ENVS)
+    draws = loads and not needs_help and "--no-render" not in argv and str(spec.entry_point).startswith(MUJOCO_ENVS)
     if draws and not has_screen and (script == "enjoy" or not os.environ.get("MUJOCO_GL")):
         # MuJoCo would abort the process
         raise ValueError(
             f"there is no screen to show {spec.id} on: add --no-render, or make a video by `MUJOCO_GL=egl sb3-deepcrl "
-            f"record_video --env {spec.id}` (egl: Debian's libegl1, or MUJOCO_GL=osmesa: libosmesa6)"
+            f"record_video --env {spec.id}{' --pretrained' * pretrained}` (egl: Debian's libegl1, or MUJOCO_GL=osmesa: "
+            "libosmesa6)"
         )
-    return ["--algo", "deepcrl", "-f", "logs", *argv, "--env", spec.id]
+    return prepared
 
 
 def _run_plot(script: str, argv: Sequence[str]) -> None:
@@ -143,12 +163,22 @@ def _run_plot(script: str, argv: Sequence[str]) -> None:
         print(f"Figure: {target}")
 
 
-def _repair_hub() -> None:
-    """Give back the name that RL Zoo 2.9.2 imports and that is gone in release 3.2 of huggingface_sb3."""
+def _prepare_hub() -> None:
+    """Let model cards name our commands, and give back a name that RL Zoo 2.9.2 imports, gone in huggingface_sb3 3.2."""
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(hub, "generate_metadata"):
         # The private function is what became of it
         vars(hub).update(generate_metadata=lambda *args: hub._generate_metadata(*args).to_dict())
+    repocard = importlib.import_module("huggingface_hub.repocard")
+    save_metadata = repocard.metadata_save
+
+    def save_card(path: Path, metadata: dict[str, Any]) -> None:
+        card = path.read_text(encoding="utf-8").replace("pip install rl_zoo3", 'pip install "sb3-deepcrl[zoo]"')
+        path.write_text(card.replace("python -m rl_zoo3.", "sb3-deepcrl "), encoding="utf-8")
+        save_metadata(path, metadata)
+
+    # The last that RL Zoo's script does with the card, all of whose functions are in the file that is run
+    vars(repocard).update(metadata_save=save_card)
 
 
 def run(script: str, argv: Sequence[str]) -> None:
@@ -182,7 +212,7 @@ def run(script: str, argv: Sequence[str]) -> None:
         else:
             sys.argv[1:] = _prepare_run(script, argv)
             if script == "push_to_hub":
-                _repair_hub()
+                _prepare_hub()
             runpy.run_module(f"rl_zoo3.{script}", run_name="__main__")
     except KeyboardInterrupt:
         # Before the training or after it

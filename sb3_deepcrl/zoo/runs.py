@@ -23,6 +23,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
+import sb3_deepcrl
+
+#: Log folder of the trained agents that come with this package
+AGENTS = Path(sb3_deepcrl.__file__).parent / "agents"
 CHECKPOINT = re.compile(r"rl_model_(\d+)_steps")
 # Classes that a config may name
 CONFIG_CLASSES = (th.nn.Module, th.optim.Optimizer, BaseBuffer, BaseCallback, BasePolicy, gym.Wrapper, VecEnvWrapper)
@@ -129,6 +133,14 @@ class RunFolder:
         env_name = EnvironmentName(env_id)
         run_id = get_latest_run_id(str(Path(log_folder) / algo), env_name)
         return cls(Path(log_folder) / algo / f"{env_name}_{run_id}") if run_id > 0 else None
+
+    @classmethod
+    def pretrained(cls, algo: str, env_id: str) -> "RunFolder":
+        """The trained agent for an env that comes with this package. A ValueError lists all of them if it is not there."""
+        if (run := cls.newest(AGENTS, algo, env_id)) is None:
+            found = ", ".join(sorted(path.stem for path in AGENTS.glob("deepcrl/*/*.zip")))
+            raise ValueError(f"no {algo} agent for {env_id} comes with this package, only deepcrl's for {found}: train one")
+        return run
 
     @property
     def params_path(self) -> Path | None:
