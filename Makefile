@@ -1,5 +1,5 @@
 SHELL=/bin/bash
-LINT_PATHS=sb3_deepcrl/ benchmarks/ docs/ tests/ zoo_configs/
+LINT_PATHS=sb3_deepcrl/ benchmarks/ docs/ examples/ tests/ zoo_configs/
 
 # One worker a core, and a worker that has nothing left takes over tests of another one
 pytest:
@@ -23,11 +23,12 @@ check-codestyle:
 
 commit-checks: format type lint
 
-# Needs the extra "docs". A link that leads nowhere is a warning, and a warning is an error
+# Needs the extra "docs". A link that leads nowhere is an error, as a warning is
 doc:
+	python docs/check.py --links
 	python -m sphinx -W -b html docs docs/_build/html
 
-# Runs the code blocks of README and documentation; slow ones with `python docs/check.py --slow`
+# Runs the code blocks and examples of README and documentation; slow ones with `python docs/check.py --slow`
 docs-check:
 	python docs/check.py
 

@@ -1,5 +1,6 @@
 """
-Run the Python and Bash blocks of README and documentation, each file from top to bottom in a temporary folder.
+Check the links of README and documentation, then run their Python and Bash blocks and the examples that they include, each
+file from top to bottom in a temporary folder.
 
 A block below ``<!-- slow -->`` runs with ``--slow`` only, one below ``<!-- no-check -->`` never. Each Python block is a script
 of its own. The package must be installed in the environment of the interpreter that runs this.
@@ -15,7 +16,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^(?:<!-- (slow|no-check) -->\n+)?```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = r"```(python|bash|\{literalinclude\} (\S+\.py))\n(.*?)^```$"
+BLOCK = re.compile(rf"^(?:<!-- (slow|no-check) -->\n+)?{FENCE}", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
 # Folders that commands of the documentation name
 LINKED = ("benchmarks", "examples", "zoo_configs")
 
@@ -24,6 +27,27 @@ def pages() -> list[Path]:
     """README and the pages of the documentation, without the reports and what Sphinx has built."""
     guide = sorted(page for folder in ("guide", "modules") for page in (ROOT / "docs" / folder).glob("*.md"))
     return [ROOT / "README.md", ROOT / "docs" / "index.md", *guide]
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to the headings of a page end with, as on GitHub and in MyST."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """
+    Find the links to files and headings of the repository that lead nowhere. Sphinx knows the pages of the documentation only.
+
+    :param page: Markdown file
+    :return: A line for each
+    """
+    dead = []
+    for name, anchor in LINK.findall(page.read_text()):
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(f"{page.relative_to(ROOT)}: dead link {name}{'#' if anchor else ''}{anchor}")
+    return dead
 
 
 def run_block(language: str, code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -62,9 +86,11 @@ def check(page: Path, slow: bool) -> bool:
             if (ROOT / linked).is_dir():
                 (folder / linked).symlink_to(ROOT / linked)
         for block in BLOCK.finditer(text):
-            mark, language, code = block.groups()
-            line = text.count("\n", 0, block.start(3))
-            print(f"{page.relative_to(ROOT)}:{line} ({language})", end=" ", flush=True)
+            mark, language, included, code = block.groups()
+            if included:
+                language, code = "python", (page.parent / included).read_text()
+            line = text.count("\n", 0, block.start(2)) + 1
+            print(f"{page.relative_to(ROOT)}:{line} ({included or language})", end=" ", flush=True)
             if mark == "no-check" or (mark == "slow" and not slow):
                 print(f"left out: {mark}")
                 continue
@@ -79,13 +105,19 @@ def check(page: Path, slow: bool) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the code blocks of README and documentation")
+    parser = argparse.ArgumentParser(description="Check links, and run the code blocks of README and documentation")
     parser.add_argument("pages", nargs="*", type=Path, help="Markdown files (default: README and all pages)")
     parser.add_argument("--slow", action="store_true", help="Run the blocks that are marked as slow too")
+    parser.add_argument("--links", action="store_true", help="Check the links only, of reports too")
     args = parser.parse_args()
-    for page in [page.resolve() for page in args.pages] or pages():
-        if not check(page, args.slow):
-            sys.exit(1)
+    chosen = [page.resolve() for page in args.pages] or pages()
+    linking = [*ROOT.glob("*.md"), *chosen, *(ROOT / "docs" / "results").glob("*.md")]
+    if dead := [line for page in dict.fromkeys(linking) for line in dead_links(page)]:
+        sys.exit("\n".join(dead))
+    if not args.links:
+        for page in chosen:
+            if not check(page, args.slow):
+                sys.exit(1)
 
 
 if __name__ == "__main__":

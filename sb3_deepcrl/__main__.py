@@ -23,7 +23,7 @@ def main() -> None:
         if error.name != "sb3_deepcrl.zoo":
             raise
         sys.exit(f"sb3-deepcrl: error: {error}")
-    launcher.main({"value_map": _value_map})
+    launcher.main({"value_map": ("draw what a trained agent has learned over its maze", _value_map)})
 
 
 if __name__ == "__main__":

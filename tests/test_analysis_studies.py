@@ -243,6 +243,17 @@ def test_help(capsys, name):
     assert STUDIES[name].__doc__.split()[0] in text
 
 
+def test_help_has_a_line_for_each_study(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if "•" in line)
+    for line, (name, study) in zip(lines[start:], STUDIES.items(), strict=False):
+        assert line.partition("•")[2].split()[0] == name
+        assert study.__doc__.strip().partition("\n")[0] in line
+
+
 def test_keys_and_values():
     texts = ("gamma:0.9", "contrastive_loss:symmetric", "a:b:c", "kwargs:{'x': 1}", "flag:True")
     expected = [("gamma", 0.9), ("contrastive_loss", "symmetric"), ("a", "b:c"), ("kwargs", {"x": 1}), ("flag", True)]

@@ -113,6 +113,8 @@ def test_plot_maze(face):
     }[face]()
     size = 1 if face == "layout" else 4
     if face != "layout":
+        # Before the first episode there is no goal
+        assert "goal" not in {collection.get_label() for collection in plot_maze(env).collections}
         env.reset()
     ax = plot_maze(env, [np.array([[2.0, 1.0], [1.0, 1.0]]) * size, np.ones((3, 2)) * size])
     # Rows run down, columns to the right

@@ -72,8 +72,11 @@ def test_ctrl_c_while_a_command_starts_has_no_traceback():
 
 
 def test_console_script_is_a_command(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/sb3-deepcrl", "train"])
-    assert is_command()
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for line in config["options.entry_points"]["console_scripts"].split("\n")[1:]:
+        monkeypatch.setattr(sys, "argv", [f"/usr/bin/{line.split()[0]}", "--help"])
+        assert is_command()
     # While Python looks for the module of `python -m pytest tests`
     monkeypatch.setattr(sys, "argv", ["-m", "tests"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest", "tests"])

@@ -622,7 +622,9 @@ def test_command(capsys):
     with pytest.raises(SystemExit):
         command("--help")
     output = capsys.readouterr().out
-    assert all(script in output for script in (*SCRIPTS, "value_map"))
+    lines = {line.split()[0]: line for line in output.partition("\ncommands:\n")[2].splitlines()}
+    assert list(lines) == [*SCRIPTS, "value_map"]
+    assert all(len(line.split()) > 3 and len(line) < 80 for line in lines.values())
     with pytest.raises(SystemExit):
         command("fly")
     assert "invalid choice: 'fly'" in capsys.readouterr().err
@@ -889,8 +891,11 @@ BAD = [
     ("--eval-episodes 0", "`eval_episodes` must be a positive integer, got 0"),
     ("--n-eval-envs -1", "`n_eval_envs` must be a positive integer, got -1"),
     ("--resume -optimize", "--resume: a search of hyperparameters goes on by --storage"),
-    ("-params dept:4", "unexpected keyword argument 'dept'"),
-    ("-params depth:6", f"deepcrl.yml, {ENV}: `depth` must be a positive multiple of 4"),
+    ("-params dept:4", "error: --hyperparams dept:4: DeepCRL has no argument 'dept': did you mean 'depth'?"),
+    ("-params n_env:4", "error: --hyperparams n_env:4: DeepCRL has no argument 'n_env': did you mean 'n_envs'?"),
+    ("-params depth:6", "error: --hyperparams depth:6: `depth` must be a positive multiple of 4"),
+    ("-params depth=8", "argument -params/--hyperparams: expected key:value, as in depth:8, got 'depth=8'"),
+    ("--env-kwargs maze=u", "argument --env-kwargs: expected key:value, as in depth:8, got 'maze=u'"),
     ("-params policy:'MultiInputPolcy'", "Policy MultiInputPolcy unknown"),
     ("-params policy:'nowhere.Policy'", "No module named 'nowhere'"),
     ("-params policy:MultiInputPolicy", "name 'MultiInputPolicy' is not defined: values are Python"),
@@ -898,10 +903,10 @@ BAD = [
     ("-params gamma:'1e-1'", "`gamma: 1e-1` is text: write `!!float 1e-1`"),
     ("-params buffer_size:1e6", "`buffer_size` must be a positive integer, got 1000000.0"),
     ("-params n_envs:0", "`n_envs` must be a positive integer, got 0"),
-    ("-params policy_kwargs:dict(residual_scal=1)", "'residual_scal'"),
+    ("-params policy_kwargs:dict(residual_scal=1)", "error: --hyperparams policy_kwargs:{'residual_scal': 1}: "),
     ("-params policy_kwargs:dict(activation_fn=nn.Rleu)", "has no attribute 'Rleu'"),
     ("-params replay_buffer_kwargs:dict(n_sampled_goals=4)", "'n_sampled_goals'"),
-    ("-params env_wrapper:'nowhere.Wrapper'", "No module named 'nowhere'"),
+    ("-params env_wrapper:'nowhere.Wrapper'", f"deepcrl.yml with --hyperparams, {ENV}: No module named 'nowhere'"),
     ("-params env_wrapper:'collections.Wraper'", "has no attribute 'Wraper'"),
     ("-params env_wrapper:{'gymnasium.wrappers.TimeLimit':{'max_step':3}}", "unexpected keyword argument 'max_step'"),
     ("-params callback:'nowhere.Callback'", "No module named 'nowhere'"),

@@ -1,16 +1,23 @@
 """
-The command ``python -m sb3_deepcrl.analysis``.
+The command ``python -m sb3_deepcrl.analysis``, which is also ``sb3-deepcrl-analysis``: shells complete programs only.
 """
 
 import ast
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Union, get_origin
 
-import tyro
 from rich.console import Console
 from rich.markdown import Markdown
+
+try:
+    import tyro
+except ImportError as error:
+    sys.exit(
+        f'sb3_deepcrl.analysis: error: {error}: install the extra "analysis", in a clone by `pip install -e ".[analysis]"`'
+    )
 
 from sb3_deepcrl.analysis import STUDIES
 from sb3_deepcrl.common.startup import end_start
@@ -62,16 +69,25 @@ def key_value(text: str) -> tuple[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a study."""
     end_start()
-    prog = "python -m sb3_deepcrl.analysis"
+    program = Path(sys.argv[0])
+    prog = program.name if program.stem == "sb3-deepcrl-analysis" else "python -m sb3_deepcrl.analysis"
     numbers: list[int] = []
     console = Console()
+    args = list(sys.argv[1:] if argv is None else argv)
+    # In the list of all of them a line each, the first one of the docstring
+    lines = {name: None if name in args else str(study.__doc__).strip().partition("\n")[0] for name, study in STUDIES.items()}
+    studies = (
+        Annotated[Any, tyro.conf.subcommand(name=name, constructor=study, description=lines[name])]
+        for name, study in STUDIES.items()
+    )
+    choice: Any = Union[tuple(studies)]  # noqa: UP007
     try:
         with registry:
-            study = tyro.extras.subcommand_cli_from_dict(
-                dict(STUDIES),
+            study = tyro.cli(
+                choice,
                 prog=prog,
-                description="Studies of depth. Each trains what is missing and writes a report: Markdown, CSV, picture.",
-                args=argv,
+                description="The paper's questions. Each study trains what is missing and writes Markdown, CSV and a picture.",
+                args=args,
             )
         with stopped_by_signals() as numbers:
             report = study.run(console)

@@ -36,7 +36,9 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
 @dataclass(kw_only=True)
 class AblationStudy(ComparisonOfDepths):
     """
-    Variants of DeepCRL side by side. What deep networks need (figures 5 and 16 of the paper): the complete network, the same
+    What deep networks need (figures 5 and 16).
+
+    Variants of DeepCRL side by side: the complete network, the same
     without residual connections, without layer normalization, with ReLU in place of Swish, and with all three of these
     changes. Or another table.
     """

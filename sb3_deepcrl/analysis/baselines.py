@@ -9,6 +9,8 @@ from sb3_deepcrl.analysis.study import ComparisonOfDepths
 @dataclass(kw_only=True)
 class BaselinesStudy(ComparisonOfDepths):
     """
+    DeepCRL beside SAC, TQC and TD3 (section 4.2).
+
     DeepCRL at several depths beside SAC, TQC and TD3 with hindsight goals (HER), with the settings that zoo_configs has for
     each of them: the same env steps, envs, number of transitions for each update, batch size and evaluations (section 4.2 of
     the paper, which compares with SAC with and without HER, TD3 with HER, GCBC and GCSL). HER samples finished episodes only,

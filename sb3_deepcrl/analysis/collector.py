@@ -156,9 +156,11 @@ def _learner_folder(folder: Path, depth: int) -> Path:
 @dataclass(kw_only=True)
 class CollectorStudy(Study):
     """
-    Does depth pay because a deep policy collects better data, or because a deep network learns more from data? A deep and then
+    Does depth pay by better data or learning? (figure 8)
+
+    Does it pay because a deep policy collects better data, or because a deep network learns more from data? A deep and then
     a shallow model, the collector, acts and fills the only replay buffer. A deep and a shallow learner train from it at the
-    same time, with as many updates, and never act (figure 8 of the paper).
+    same time, with as many updates, and never act.
     """
 
     name: ClassVar[str] = "collector"

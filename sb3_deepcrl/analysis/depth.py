@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class DepthStudy(ComparisonOfDepths):
     """
+    Several depths of actor and critic (figures 1 and 6).
+
     Time at goal and success over env steps and over seconds, for several depths of actor and critic, together or one of
-    them with the other at the smallest depth (figures 1 and 6 of the paper).
+    them with the other at the smallest depth.
     """
 
     name: ClassVar[str] = "depth"

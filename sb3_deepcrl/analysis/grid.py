@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class GridStudy(Study):
-    """Time at goal of every depth of the actor with every depth of the critic, as a heat map (figure 6 of the paper)."""
+    """
+    Every actor depth with every critic depth (figure 6).
+
+    Time at goal as a heat map.
+    """
 
     name: ClassVar[str] = "grid"
 

@@ -120,8 +120,10 @@ class _Choice(NamedTuple):
 @dataclass(kw_only=True)
 class RepresentationStudy(ComparisonOfDepths):
     """
+    Embeddings on the way to a goal (figure 10).
+
     The critic's embeddings of the states and actions of one successful episode, the same for models of several depths:
-    pictures of their first two principal components, and their shape in numbers (figure 10 of the paper).
+    pictures of their first two principal components, and their shape in numbers.
 
     The episode is one of the deepest model with the same seed. If that reaches no goal, it is one of the next deepest one; if
     no model does, one with the goals of training. If that does not help either, it is the deepest model's episode that came

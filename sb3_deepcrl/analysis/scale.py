@@ -93,7 +93,9 @@ class Size:
 @dataclass(kw_only=True)
 class ScaleStudy(Study):
     """
-    Depth against width and against batch size (figures 4 and 7 of the paper): deeper networks beside a shallow one that is
+    Depth against width and batch size (figures 4 and 7).
+
+    Deeper networks beside a shallow one that is
     widened until it has as many parameters, or an update takes as many operations, or that takes a larger batch with as many
     operations an update. And several batch sizes at each depth. Parameters are those of the actor and both encoders,
     operations those of the matrix products in an update.

@@ -64,8 +64,10 @@ def evaluate_distance(
 @dataclass(kw_only=True)
 class StitchingStudy(ComparisonOfDepths):
     """
+    Ways that are longer than all trained ones (figure 11).
+
     Success and time at goal by the distance between start and goal, beyond the distances that were trained, for models of
-    several depths (figure 11 of the paper).
+    several depths.
     """
 
     name: ClassVar[str] = "stitching"

@@ -222,7 +222,9 @@ def _far_goals(env: gym.Env, seed: int | None = None) -> np.ndarray:
 @dataclass(kw_only=True)
 class ValueMapStudy(ComparisonOfDepths):
     """
-    The value over the maze for models of several depths (figure 9 of the paper), and as a number how much it is like the
+    Does the value follow the maze? (figure 9)
+
+    The value over the maze for models of several depths, and as a number how much it is like the
     distance through the maze and like the straight line.
     """
 

@@ -128,8 +128,10 @@ def _shares(episodes: Sequence[dict[str, Any]]) -> list[float]:
 @dataclass(kw_only=True)
 class WalkStudy(ComparisonOfDepths):
     """
-    How humanoids of several depths move: fall time, height of the torso, distances, and a class for each episode, such as
-    walking, throwing itself at the goal, or going over the wall (section 4.3 of the paper).
+    How humanoids of several depths move (section 4.3).
+
+    Fall time, height of the torso, distances, and a class for each episode, such as
+    walking, throwing itself at the goal, or going over the wall.
     """
 
     name: ClassVar[str] = "walk"

@@ -18,10 +18,10 @@ MESSAGE = "Loading PyTorch ..."
 
 
 def is_command() -> bool:
-    """Whether this process is ``sb3-deepcrl`` or ``python -m sb3_deepcrl`` or one of its modules."""
+    """Whether this process is ``sb3-deepcrl``, ``sb3-deepcrl-analysis`` or ``python -m sb3_deepcrl`` or one of its modules."""
     program = sys.argv[0] if sys.argv else ""
     if program != "-m":
-        return Path(program).stem == "sb3-deepcrl"
+        return Path(program).stem in ("sb3-deepcrl", "sb3-deepcrl-analysis")
     # Python has not found the module yet, which is in this package or its `__main__`. It leaves the name out of `argv`
     return sys.orig_argv[-len(sys.argv)].removeprefix("-m").partition(".")[0] == "sb3_deepcrl"
 

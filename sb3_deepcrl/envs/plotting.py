@@ -71,4 +71,5 @@ def _read(env: Any) -> tuple[Maze, np.ndarray]:
         scene, goals = None, np.zeros((0, 2))
     if not isinstance(scene, Maze):
         raise ValueError(f"{type(core).__name__} has no maze to draw. plot_maze needs a maze environment of this package.")
-    return scene, goals
+    # Before the first episode they are zero, which is in the border
+    return scene, goals[goals.any(axis=1)]

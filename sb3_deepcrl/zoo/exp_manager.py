@@ -1,7 +1,9 @@
 import contextlib
+import difflib
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -38,6 +40,11 @@ from sb3_deepcrl.zoo.runs import RunFolder, num_timesteps
 SUCCESS_REPORTED_BY = ("sb3_deepcrl.envs", "gymnasium_robotics.envs.maze", "gymnasium_robotics.envs.fetch")
 # Learning rates of DeepCRL that may be text such as `lin_3e-4`, as RL Zoo has it for `learning_rate`
 SCHEDULES = ("critic_learning_rate", "ent_coef_learning_rate")
+# What a config has beside the arguments of the algorithm
+ZOO_KEYS = (
+    *("n_envs", "n_timesteps", "normalize", "frame_stack", "env_kwargs", "env_wrapper", "vec_env_wrapper", "monitor_kwargs"),
+    *("callback", "noise_type", "noise_std"),
+)
 # All runs are evaluated on the same starts and goals
 EVAL_SEED = 10_000
 
@@ -121,7 +128,7 @@ class GoalExperimentManager(ExperimentManager):
             if self.has_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
             if (message := describe_input_error(error)) is not None:
-                raise ValueError(f"{self.config}, {self.env_name.gym_id}: {message}") from error
+                raise ValueError(f"{self._source(message)}: {message}") from error
             raise
         if result is not None:
             model, hyperparams = result
@@ -130,6 +137,14 @@ class GoalExperimentManager(ExperimentManager):
             model.env.seed(_derived_seed(self.seed, self.n_done))
             self._save_made_with(model, hyperparams)
         return result
+
+    def _source(self, message: str) -> str:
+        """Where the user has written what an error message is about."""
+        given = self.custom_hyperparams or {}
+        for name, value in given.items():
+            if re.search(rf"\b{re.escape(name)}\b", message):
+                return f"--hyperparams {name}:{value}"
+        return f"{self.config}{' with --hyperparams' if given else ''}, {self.env_name.gym_id}"
 
     def _save_made_with(self, model: BaseAlgorithm, hyperparams: dict[str, Any]) -> None:
         envs = {"env": (self.env_name.gym_id, self.env_kwargs), "eval_env": (self.eval_env_id, self.eval_env_kwargs)}
@@ -220,6 +235,13 @@ class GoalExperimentManager(ExperimentManager):
         self, hyperparams: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable | None, list[BaseCallback], Callable | None]:
         result = super()._preprocess_hyperparams(hyperparams)
+        # What is left goes to the algorithm, but for the noise, which RL Zoo makes when it knows the env
+        known = inspect.signature(ALGOS[self.algo]).parameters
+        for name in result[0]:
+            if name not in known and name not in ZOO_KEYS:
+                matches = difflib.get_close_matches(name, [*known, *ZOO_KEYS], n=1)
+                advice = f": did you mean {matches[0]!r}?" if matches else ""
+                raise ValueError(f"{ALGOS[self.algo].__name__} has no argument {name!r}{advice}")
         check_positive_int(self.n_envs, "n_envs")
         # RL Zoo evaluates without the `env_kwargs` of a config
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}

@@ -5,6 +5,7 @@ Runs RL Zoo's scripts with DeepCRL registered.
 import argparse
 import importlib
 import os
+import re
 import runpy
 import sys
 import warnings
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import rl_zoo3.train
+import rl_zoo3.utils
 import yaml
 
 import sb3_deepcrl
@@ -26,7 +28,15 @@ from sb3_deepcrl.zoo.runs import RunFolder, RunLoader
 
 DEFAULT_ENV = "PointMaze_UMaze-v3"
 PLOTS = ("plot_train", "plot_from_file", "all_plots")
-SCRIPTS = ("train", "enjoy", "record_video", *PLOTS, "push_to_hub")
+SCRIPTS = {
+    "train": "train an agent, continue a run, or search hyperparameters",
+    "enjoy": "show a trained agent, or evaluate it without a picture",
+    "record_video": "record a video of a trained agent",
+    "plot_train": "plot the training reward, success or length of runs",
+    "plot_from_file": "plot what all_plots has written to a file",
+    "all_plots": "plot and tabulate the evaluations of runs",
+    "push_to_hub": "upload a trained agent to the Hugging Face Hub",
+}
 # Envs whose pictures are made by MuJoCo
 MUJOCO_ENVS = ("sb3_deepcrl.envs", "gymnasium_robotics.envs", "gymnasium.envs.mujoco")
 # Arguments of a run that do not hold for its continuation, or are in its config already
@@ -34,6 +44,16 @@ NOT_CONTINUED = {
     *("conf_file", "hyperparams", "n_timesteps", "optimize_hyperparameters", "resume", "seed", "storage", "study_name"),
     *("trained_agent", "trial_id", "uuid"),
 }
+
+
+class StoreDict(rl_zoo3.utils.StoreDict):
+    """RL Zoo's reader of ``key:value``, which says what is wrong with something else."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for text in values:
+            if not re.match(r"\w+:.", text):
+                raise argparse.ArgumentError(self, f"expected key:value, as in depth:8, got {text!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 class TrainParser(argparse.ArgumentParser):
@@ -144,7 +164,9 @@ def run(script: str, argv: Sequence[str]) -> None:
     sys.argv = [f"sb3-deepcrl {script}", *argv]
     # What RL Zoo's scripts find under these names when they run: this process is theirs
     vars(yaml).update(UnsafeLoader=RunLoader)
-    vars(rl_zoo3.train).update(argparse=SimpleNamespace(ArgumentParser=TrainParser), ExperimentManager=GoalExperimentManager)
+    train_parts = {"argparse": SimpleNamespace(ArgumentParser=TrainParser), "ExperimentManager": GoalExperimentManager}
+    vars(rl_zoo3.train).update(train_parts, StoreDict=StoreDict)
+    vars(rl_zoo3.utils).update(StoreDict=StoreDict)
     numbers: list[int] = []
     try:
         if script == "train":
@@ -172,16 +194,26 @@ def run(script: str, argv: Sequence[str]) -> None:
         sys.exit(128 + numbers[0])
 
 
-def main(others: Mapping[str, Callable[[Sequence[str]], None]] | None = None) -> None:
-    """Run the script that the first argument of the command line names, or one of the other commands."""
+def main(others: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] | None = None) -> None:
+    """
+    Run the script that the first argument of the command line names, or one of the other commands.
+
+    :param others: For each other command, a line about it, and what runs it with its arguments
+    """
     end_start()
     others = others or {}
-    parser = argparse.ArgumentParser(prog="sb3-deepcrl", description="RL Zoo's scripts with DeepCRL. Each has its own --help.")
+    commands = {**SCRIPTS, **{name: line for name, (line, _) in others.items()}}
+    parser = argparse.ArgumentParser(
+        prog="sb3-deepcrl",
+        description="RL Zoo's scripts with DeepCRL. Each has its own --help.",
+        epilog="\n".join(["commands:", *(f"  {name:<16}{line}" for name, line in commands.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"sb3-deepcrl {sb3_deepcrl.__version__}")
-    parser.add_argument("script", choices=[*SCRIPTS, *others])
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.add_argument("command", choices=commands, metavar="command", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     parsed = parser.parse_args()
-    if parsed.script in others:
-        others[parsed.script](parsed.arguments)
+    if parsed.command in others:
+        others[parsed.command][1](parsed.arguments)
     else:
-        run(parsed.script, parsed.arguments)
+        run(parsed.command, parsed.arguments)
