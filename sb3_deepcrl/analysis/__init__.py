@@ -4,6 +4,7 @@ from sb3_deepcrl.analysis.collector import CollectorStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
 from sb3_deepcrl.analysis.grid import GridStudy
 from sb3_deepcrl.analysis.mazes import MazeMap
+from sb3_deepcrl.analysis.offline import OfflineStudy
 from sb3_deepcrl.analysis.representation import RepresentationStudy
 from sb3_deepcrl.analysis.scale import ScaleStudy
 from sb3_deepcrl.analysis.stitching import StitchingStudy
@@ -22,7 +23,7 @@ STUDIES: dict[str, type[Study]] = {
     study.name: study
     for study in (
         *(DepthStudy, ScaleStudy, GridStudy, AblationStudy, BaselinesStudy),
-        *(ValueMapStudy, StitchingStudy, RepresentationStudy, CollectorStudy, WalkStudy),
+        *(ValueMapStudy, StitchingStudy, RepresentationStudy, CollectorStudy, WalkStudy, OfflineStudy),
     )
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "DepthStudy",
     "GridStudy",
     "MazeMap",
+    "OfflineStudy",
     "RepresentationStudy",
     "ScaleStudy",
     "StitchingStudy",

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,9 @@ class Run:
     hyperparams: dict[str, Any] = field(default_factory=dict)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    # Whose agent, with the same seed, makes the data that are learned from before the first step
+    data_of: "Run | None" = None
+    offline_updates: int = 0
 
     def folder(self, runs: Path) -> Path:
         """
@@ -59,6 +62,8 @@ class Run:
         ended.
         """
         setting = {name: value for name, value in asdict(self).items() if name not in ("steps", "seed")}
+        if self.data_of is None:
+            del setting["data_of"], setting["offline_updates"]
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True, default=repr).encode()).hexdigest()[:10]
         return runs / f"{self.env.rpartition(':')[2]}-{self.algo}-{digest}" / f"seed-{self.seed}"
 
@@ -72,10 +77,17 @@ class Run:
             *("--n-eval-envs", str(min(self.n_eval_episodes, 64))),
             *("--save-freq", str(self.eval_freq), "--save-replay-buffer", "--resume"),
         ]
+        if self.data_of is not None:
+            words += ["--dataset", str(self.dataset(runs)), "--offline-updates", str(self.offline_updates)]
         for flag, values in (("--hyperparams", self.hyperparams), ("--env-kwargs", self.env_kwargs)):
             if values:
                 words += [flag, *(f"{name}:{value!r}".replace(FOLDER, str(folder)) for name, value in values.items())]
         return words
+
+    def dataset(self, runs: Path) -> Path:
+        """Replay buffer with the data that it learns from."""
+        assert self.data_of is not None
+        return replace(self.data_of, seed=self.seed).folder(runs) / "data.pkl"
 
     def read(self, runs: Path) -> "RunFolder":
         """Folder that the runner makes in :meth:`folder`, which may not be there yet."""
@@ -86,7 +98,8 @@ class Run:
     def is_complete(self, runs: Path) -> bool:
         """Whether all its steps have been made, and the last evaluation was not interrupted."""
         n_evaluations = len(self.evaluations(runs).get("timesteps", ()))
-        return self.read(runs).num_timesteps >= self.steps and n_evaluations >= self.steps // self.eval_freq
+        n_wanted = self.steps // self.eval_freq + (self.data_of is not None)
+        return self.read(runs).num_timesteps >= self.steps and n_evaluations >= n_wanted
 
     def evaluations(self, runs: Path) -> dict[str, np.ndarray]:
         """Its evaluations up to its number of steps, as it may have been continued by a longer run."""

@@ -20,7 +20,7 @@ from sb3_deepcrl.analysis.statistics import Estimate, final_estimate
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
+from sb3_deepcrl.deepcrl.policies import CategoricalActor, DeepCRLPolicy
 from sb3_deepcrl.env_ids import find_spec
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _PolicyWithoutNumbers(DeepCRLPolicy):
         return th.device("meta")
 
 
-def _make_policy(observation_space: spaces.Dict, action_space: spaces.Box, policy_kwargs: dict[str, Any]) -> DeepCRLPolicy:
+def _make_policy(observation_space: spaces.Dict, action_space: spaces.Space, policy_kwargs: dict[str, Any]) -> DeepCRLPolicy:
     """A policy to count what is in it."""
     # Adam asks for the device of the parameters
     policy_kwargs = {**policy_kwargs, "optimizer_class": th.optim.SGD, "optimizer_kwargs": {}}
@@ -50,14 +50,15 @@ def count_operations(policy: DeepCRLPolicy, batch_size: int) -> int:
     actor, for each encoder in the loss of the critic, and two for the encoder of state and action in the loss of the actor,
     which asks for no gradients of its weights: 11 passes through a hidden layer of width ``W``, with depth ``D`` about
     ``11 * 2 * D * W^2 * batch_size`` operations. First layers have no gradients of their inputs but for that of the actions.
-    Then there are the products of all representations with each other.
+    Then there are the products of all representations with each other. With discrete actions, the loss of the actor asks the
+    encoder of state and action for one forward pass for each of them.
 
     What is computed a second time to save memory is not counted, nor are layers of features extractors.
     """
     actor, critic = policy.actor, policy.critic
     passes: list[tuple[nn.Module, int]] = [
-        *((module, 3) for module in (actor.tower, actor.mu, actor.log_std, critic.g_encoder)),
-        (critic.sa_encoder, 5),
+        *((module, 3) for module in (actor.tower, *actor.heads, critic.g_encoder)),
+        (critic.sa_encoder, 3 + (len(actor.actions) if isinstance(actor, CategoricalActor) else 2)),
         *((tower.stem, -1) for tower in (actor.tower, critic.sa_encoder, critic.g_encoder)),
     ]
     products = sum(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from scipy.spatial.distance import cdist
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
@@ -62,8 +63,8 @@ def value_map(
     :param observation: One observation of the env, without batch axis: everything but position and goal is taken from it
     :param xy: Positions, shape ``(n, 2)``, in meters
     :param goal: Desired goal, x and y in meters
-    :return: Energies of shape ``(n,)``, the higher the nearer to the goal, and the actions that the policy takes in [-1, 1],
-        shape ``(n, action_dim)``
+    :return: Energies of shape ``(n,)``, the higher the nearer to the goal, and the actions that the policy takes, in [-1, 1]
+        or discrete, shape ``(n, action_dim)``
     """
     obs_tensor = network_inputs(model, _observations_at(observation, xy, np.asarray(goal)))
     with th.no_grad():
@@ -81,7 +82,7 @@ def plot_value_map(
     points_per_cell: int = 20,
 ) -> "Axes":
     """
-    Draw the value over a maze, with the actions of the policy as arrows if they are two-dimensional.
+    Draw the value over a maze, with the actions of the policy as arrows if they are continuous and two-dimensional.
     The picture reads as the maze's text does: rows from top to bottom.
 
     :param model: The trained model
@@ -104,8 +105,7 @@ def plot_value_map(
     grid = np.stack(np.meshgrid(x, y), axis=-1)
     free = ~maze.is_wall(grid)
     values = np.full(free.shape, np.nan)
-    actions = np.zeros((*free.shape, *model.action_space.shape))  # type: ignore[misc]
-    values[free], actions[free] = value_map(model, observation, grid[free], place)
+    values[free], actions = value_map(model, observation, grid[free], place)
 
     if ax is None:
         import matplotlib.pyplot as plt
@@ -116,11 +116,12 @@ def plot_value_map(
     image = ax.imshow(values.T if transposed else values, origin="lower", extent=(left, right, bottom, top))
     ax.figure.colorbar(image, ax=ax, label="value (minus distance of the representations)", shrink=0.85)
     maze.draw(ax)
-    if model.action_space.shape == (2,):
+    if isinstance(model.action_space, spaces.Box) and model.action_space.shape == (2,):
         # About four arrows along the side of a cell, in the middle of their part of it
         step = max(points_per_cell // 4, 1)
-        part = (slice(step // 2, None, step), slice(step // 2, None, step))
-        starts, arrows = (maze.to_picture(array[part][free[part]]) for array in (grid, actions))
+        drawn = np.zeros_like(free)
+        drawn[step // 2 :: step, step // 2 :: step] = True
+        starts, arrows = (maze.to_picture(array) for array in (grid[drawn & free], actions[drawn[free]]))
         ax.quiver(*starts.T, *arrows.T, angles="xy", color="white", width=0.003)
     star: dict[str, Any] = dict(marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none")
     ax.plot(*maze.to_picture(place), label="goal", **star)
