@@ -92,7 +92,7 @@ def test_loss_is_the_mean_over_all_actions(space):
 
 
 def test_target_entropy():
-    assert make_model().target_entropy == pytest.approx(0.5 * np.log(4))
+    assert make_model().target_entropy == pytest.approx(0.75 * np.log(4))
 
 
 def test_graphed_updates_are_the_same_updates():

@@ -86,10 +86,10 @@ class OfflineStudy(Study):
     def protocol(self) -> str:
         """See :meth:`Study.protocol`."""
         return (
-            f"The agent was trained for {self.agent_steps:,} env steps on {self.env}, and made data of {self.data_steps:,} steps "
-            f"with actions drawn as in training. All were evaluated on {self.eval_env}, {self.n_eval_episodes} episodes each "
-            "time, with deterministic actions. Success is reaching the goal at any step, time at goal the number of steps there. "
-            f"{self.averaging()}. The curve has the evaluations from the end of learning offline on."
+            f"The agent was trained for {self.agent_steps:,} env steps on {self.env}, and made data of {self.data_steps:,} "
+            f"steps with actions drawn as in training. All were evaluated on {self.eval_env}, {self.n_eval_episodes} episodes "
+            "each time, with deterministic actions. Success is reaching the goal at any step, time at goal the number of "
+            f"steps there. {self.averaging()}. The curve begins where learning offline has ended."
         )
 
 

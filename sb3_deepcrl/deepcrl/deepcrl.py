@@ -90,7 +90,7 @@ class DeepCRL(OfflineLearning):
         (and 'auto_0.1' for using 0.1 as initial value)
     :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
     :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the actions
-        (SAC: minus the dimension), or half the largest entropy of discrete ones, that of drawing them uniformly
+        (SAC: minus the dimension), or 0.75 of the largest entropy of discrete ones, that of drawing them uniformly
     :param transitions_per_update: Do one gradient step for so many transitions, whatever the number of envs, unless
         ``train_freq`` or ``gradient_steps`` is given
     :param depth: Number of Dense layers inside the residual blocks of the actor and of each encoder of the critic, a

@@ -32,7 +32,7 @@ GOAL_KEY = "desired_goal"
 # The actor looks at all discrete actions at once
 MAX_ACTIONS = 1024
 # Part of the largest entropy of discrete actions that is the target by default
-TARGET_ENTROPY_FRACTION = 0.5
+TARGET_ENTROPY_FRACTION = 0.75
 
 # What SAC's policies take and DeepCRL's have no use for
 SAC_POLICY_KWARGS = {"net_arch", "n_critics", "share_features_extractor", "use_sde", "log_std_init", "use_expln", "clip_mean"}

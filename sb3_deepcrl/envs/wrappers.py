@@ -30,6 +30,10 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if self.goal.shape != desired.shape or not np.isfinite(self.goal).all():
             raise ValueError(f"`goal` must be finite and of shape {desired.shape}, as `desired_goal` is, got {goal!r}")
 
+    def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
+        """That of the env."""
+        return self.env.get_wrapper_attr("compute_reward")(achieved_goal, desired_goal, info)
+
     def _with_goal(self, observation: dict[str, Any]) -> dict[str, Any]:
         return {**observation, "desired_goal": self.goal.copy()}
 
@@ -39,9 +43,8 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         observation, _, terminated, truncated, info = self.env.step(action)
-        compute_reward = self.get_wrapper_attr("compute_reward")
-        reward = float(compute_reward(observation["achieved_goal"], self.goal, info))
-        info["is_success"] = info["success"] = reward >= float(compute_reward(self.goal, self.goal, info))
+        reward = float(self.compute_reward(observation["achieved_goal"], self.goal, info))
+        info["is_success"] = info["success"] = reward >= float(self.compute_reward(self.goal, self.goal, info))
         return self._with_goal(observation), reward, terminated, truncated, info
 
 

@@ -409,6 +409,8 @@ class GoalExperimentManager(ExperimentManager):
             model.load_dataset(self.dataset)
         if self.args.offline_updates > model._n_updates:
             model.learn_offline(self.args.offline_updates - model._n_updates)
+        # Those of the data are there
+        model.learning_starts = 0
 
     def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
         """Save a model after an error, whose notes tell below the traceback where it is."""
