@@ -198,8 +198,8 @@ def test_runs_with_data(tmp_path):
     """Learning offline, an evaluation before the first step, and going on online; interrupted in between."""
     source = DeepCRL("MultiInputPolicy", BatchVecEnv("PointUMaze-v0", 4), depth=4, width=16, learning_starts=900, device="cpu")
     source.learn(800).save_replay_buffer(tmp_path / "data")
-    args = f"-f {tmp_path} --env PointUMaze-v0 --eval-freq 200 --eval-episodes 4 --n-eval-envs 4 --resume --save-replay-buffer --num-threads 1".split()
-    args += f"--dataset {tmp_path / 'data.pkl'} --offline-updates 30".split()
+    args = f"-f {tmp_path} --env PointUMaze-v0 --eval-freq 200 --eval-episodes 4 --n-eval-envs 4 --num-threads 1".split()
+    args += f"--resume --save-replay-buffer --dataset {tmp_path / 'data.pkl'} --offline-updates 30".split()
     params = "-params n_envs:4 width:16 depth:4 batch_size:16 train_freq:4 gradient_steps:1 bc_coef:0.1".split()
     run("train", [*args, "-n", "400", *params])
     folder = RunFolder.newest(tmp_path, "deepcrl", "PointUMaze-v0")
