@@ -10,8 +10,8 @@ rounds is reported, so that a disturbance hits all alike. Run it on an idle mach
 
     python benchmarks/envs.py --output docs/results/envs.md
 
-With ``--stability`` nothing is timed: 1,000 episodes of random actions a robot are run, and MuJoCo's warnings and diverged
-simulations are counted. None is expected::
+With ``--stability`` nothing is timed: 1,000 episodes of random actions a robot are run, and simulations that diverge, or of
+which MuJoCo warns, are counted. None is expected::
 
     python benchmarks/envs.py --stability
 """
@@ -20,43 +20,47 @@ import argparse
 import itertools
 import os
 import platform
-import statistics
-import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 
 import gymnasium as gym
 import gymnasium_robotics
 import numpy as np
+from harness import make_parser, medians, write_report
 from mujoco.batch import Batch
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_deepcrl.common.utils import processor
 from sb3_deepcrl.envs import BatchVecEnv, register_envs
-from sb3_deepcrl.envs.simulation import Simulation
-from sb3_deepcrl.envs.task import GoalTask
 
 register_envs()
 gym.register_envs(gymnasium_robotics)
 
 REFERENCE = "AntMaze_UMaze-v5"
+# Classes of VecEnv, and the env in them where it is another
+BASELINES: dict[str, tuple[type[VecEnv], str | None]] = {
+    "DummyVecEnv": (DummyVecEnv, None),
+    "SubprocVecEnv": (SubprocVecEnv, None),
+    f"DummyVecEnv over {REFERENCE}": (DummyVecEnv, REFERENCE),
+}
+# Number of envs of the baselines, and of the batch beside them
+BASELINE_ENVS, COMPARED_ENVS = 16, 64
 PACKAGES = ("mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "numpy")
 # Steps between two snapshots of running episodes that the ceiling is measured on
 SNAPSHOT_EVERY, N_SNAPSHOTS = 5, 8
 
 
-def random_steps(vec_env: VecEnv) -> Iterator[int]:
-    """Step with random actions for ever, and give the number of env steps of each."""
-    shape = (64, vec_env.num_envs, *(vec_env.action_space.shape or ()))
+def random_steps(vec_env: VecEnv) -> Iterator[np.ndarray]:
+    """Step with random actions for ever, and give what is done after each step, shape ``(n_envs,)``."""
+    shape = (1000, vec_env.num_envs, *(vec_env.action_space.shape or ()))
     actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
     vec_env.seed(0)
     vec_env.reset()
     for batch in itertools.cycle(actions):
-        vec_env.step(batch)
-        yield vec_env.num_envs
+        _, _, dones, _ = vec_env.step(batch)
+        yield dones
 
 
 def rate(vec_env: VecEnv, seconds: float) -> float:
@@ -64,12 +68,10 @@ def rate(vec_env: VecEnv, seconds: float) -> float:
     stepped = random_steps(vec_env)
     # Made and reset before the clock starts
     next(stepped)
-    steps, start = 0, time.perf_counter()
-    for n_envs in stepped:
-        steps += n_envs
-        if (spent := time.perf_counter() - start) >= seconds:
-            break
-    return steps / spent
+    n_steps, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        n_steps += len(next(stepped))
+    return n_steps / spent
 
 
 def ceiling_rate(vec_env: BatchVecEnv, n_threads: int, seconds: float) -> float:
@@ -93,114 +95,72 @@ def ceiling_rate(vec_env: BatchVecEnv, n_threads: int, seconds: float) -> float:
     return steps / spent
 
 
-def measure(env_id: str, n_envs: int, arguments: argparse.Namespace) -> dict[str, float]:
+def measure(env_id: str, n_envs: int, args: argparse.Namespace) -> dict[str, float]:
     """Env steps per second by what was measured. Baselines are measured beside one number of envs only."""
-    batch = BatchVecEnv(env_id, n_envs, arguments.n_threads)
-    ceiling = ceiling_rate(batch, arguments.n_threads, arguments.seconds)
-    rates = {"batch": rate(batch, arguments.seconds), "ceiling": ceiling}
-    baselines = {"dummy": (DummyVecEnv, env_id), "subproc": (SubprocVecEnv, env_id), "reference": (DummyVecEnv, REFERENCE)}
-    for name, (vec_env_cls, other_id) in baselines.items() if n_envs == arguments.compare_envs else ():
-        vec_env = make_vec_env(other_id, n_envs=arguments.baseline_envs, seed=0, vec_env_cls=vec_env_cls)
-        rates[name] = rate(vec_env, arguments.seconds)
+    batch = BatchVecEnv(env_id, n_envs, args.n_threads)
+    rates = {"ceiling": ceiling_rate(batch, args.n_threads, args.seconds), "batch": rate(batch, args.seconds)}
+    for name, (vec_env_cls, reference) in BASELINES.items() if n_envs == COMPARED_ENVS else ():
+        vec_env = make_vec_env(reference or env_id, BASELINE_ENVS, seed=0, vec_env_cls=vec_env_cls)
+        rates[name] = rate(vec_env, args.seconds)
         vec_env.close()
     return rates
 
 
-def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> tuple[int, int, int, int]:
-    """Number of episodes, env steps, warnings of MuJoCo and diverged simulations; each episode is run to its end."""
-    spec = gym.spec(env_id)
-    simulation = Simulation(GoalTask(**spec.kwargs), n_envs, n_threads)
-    for i in range(n_envs):
-        simulation.seed(i, np.random.default_rng(i))
-    simulation.reset(np.arange(n_envs))
-    rng = np.random.default_rng(n_envs)
-    # The first episodes to end are the short ones, so each environment runs the same number of episodes
+def stability(env_id: str, n_envs: int, n_threads: int, episodes: int) -> dict[str, str]:
+    """Run each environment for the same number of episodes, as the first ones to end are short, and count divergences."""
+    vec_env = BatchVecEnv(env_id, n_envs, n_threads)
     left = np.full(n_envs, -(-episodes // n_envs))
-    lengths = np.zeros(n_envs, dtype=np.int64)
-    finished = steps = n_warnings = 0
-    while left.any():
-        result = simulation.step(rng.uniform(-1, 1, (n_envs, simulation.task.robot.action_dim)).astype(np.float32))
-        lengths += 1
-        running = left > 0
-        steps += int(running.sum())
-        # Counted here, as the reset clears the warnings
-        n_warnings += int(simulation.batch.warning[running, :, 1].sum())
-        done = result.terminated | result.diverged | (lengths == spec.max_episode_steps)
-        finished += int((done & running).sum())
-        left -= done & running
-        lengths[done] = 0
-        if done.any():
-            simulation.reset(np.flatnonzero(done))
-    return finished, steps, n_warnings, simulation.n_diverged
-
-
-def machine() -> str:
-    """Processor, number of CPUs and versions."""
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return f"{processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}"
-
-
-def report(results: dict[tuple[str, int], dict[str, float]], arguments: argparse.Namespace) -> str:
-    """Tables in Markdown of the env steps per second by id, number of environments and what was measured."""
-    lines = [
-        "# Env steps per second",
-        "",
-        f"{machine()}. {arguments.n_threads} native threads, random actions, median of {arguments.rounds} rounds of "
-        f"{arguments.seconds:g} s each. One env step is one action, whatever the number of physics steps.",
-        "",
-        f"Printed by `python benchmarks/envs.py {' '.join(sys.argv[1:])}`.",
-        "",
-        "| env | envs | BatchVecEnv | bare Batch.step | share of it |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for (env_id, n_envs), rates in results.items():
-        share = rates["batch"] / rates["ceiling"]
-        lines.append(f"| {env_id} | {n_envs} | {rates['batch']:,.0f} | {rates['ceiling']:,.0f} | {share:.0%} |")
-    n = arguments.baseline_envs
-    lines += [
-        "",
-        f"Baselines with {n} envs, and how many times faster BatchVecEnv with {arguments.compare_envs} envs is:",
-        "",
-        f"| env | DummyVecEnv | SubprocVecEnv ({n} processes) | DummyVecEnv over {REFERENCE} |",
-        "|---|---:|---:|---:|",
-    ]
-    for (env_id, n_envs), rates in results.items():
-        if n_envs == arguments.compare_envs:
-            cells = [f"{rates[name]:,.0f} ({rates['batch'] / rates[name]:.1f}x)" for name in ("dummy", "subproc", "reference")]
-            lines.append(f"| {env_id} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    n_episodes, n_steps = int(left.sum()), 0
+    for dones in random_steps(vec_env):
+        n_steps += int((left > 0).sum())
+        left -= dones & (left > 0)
+        if not left.any():
+            break
+    n_diverged = vec_env.simulation.n_diverged
+    return {"env": env_id, "episodes": f"{n_episodes:,}", "env steps": f"{n_steps:,}", "divergences": f"{n_diverged:,}"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=3, seconds=4.0)
     parser.add_argument("--env-ids", nargs="+", default=["AntUMaze-v0", "HumanoidUMaze-v0", "PointUMaze-v0", "ArmPushEasy-v0"])
     parser.add_argument("--n-envs", nargs="+", type=int, default=[1, 16, 64, 256])
-    parser.add_argument("--n-threads", type=int, default=os.cpu_count())
-    parser.add_argument("--baseline-envs", type=int, default=16, help="number of envs of the baselines")
-    parser.add_argument("--compare-envs", type=int, default=64, help="number of envs of the batch beside them")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="time of one measurement")
-    parser.add_argument("--stability", nargs="?", type=int, const=1000, metavar="EPISODES", help="count warnings instead")
-    parser.add_argument("--output", type=Path, help="file for the tables (they are always printed)")
-    arguments = parser.parse_args()
-    if arguments.stability is not None:
-        print("| env | episodes | env steps | warnings | divergences |\n|---|---:|---:|---:|---:|")
-        for env_id in arguments.env_ids:
-            counts = stability(env_id, arguments.compare_envs, arguments.n_threads, arguments.stability)
-            print(f"| {env_id} | {' | '.join(f'{count:,}' for count in counts)} |", flush=True)
+    parser.add_argument("--stability", nargs="?", type=int, const=1000, metavar="EPISODES", help="count divergences instead")
+    args = parser.parse_args()
+    if args.stability is not None:
+        rows = [stability(env_id, COMPARED_ENVS, args.n_threads, args.stability) for env_id in args.env_ids]
+        note = (
+            f"{COMPARED_ENVS} envs, seeds 0 to {COMPARED_ENVS - 1}. Each simulation with a warning of MuJoCo is a divergence."
+        )
+        write_report("Episodes of random actions", note, [rows], args.output)
         return
-    if arguments.compare_envs not in arguments.n_envs:
-        parser.error(f"--compare-envs {arguments.compare_envs} must be one of --n-envs {arguments.n_envs}")
 
     rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for _, env_id, n_envs in itertools.product(range(arguments.rounds), arguments.env_ids, arguments.n_envs):
-        rounds.setdefault((env_id, n_envs), []).append(measure(env_id, n_envs, arguments))
-    results = {key: {name: statistics.median(r[name] for r in runs) for name in runs[0]} for key, runs in rounds.items()}
-    text = report(results, arguments)
-    print(text)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+    for _, env_id, n_envs in itertools.product(range(args.rounds), args.env_ids, sorted({*args.n_envs, COMPARED_ENVS})):
+        rounds.setdefault((env_id, n_envs), []).append(measure(env_id, n_envs, args))
+    results = {key: medians(found) for key, found in rounds.items()}
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    note = (
+        f"{processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}. {args.n_threads} native "
+        f"threads, random actions, median of {args.rounds} rounds of {args.seconds:g} s each. One env step is one action, "
+        f"whatever the number of physics steps. The second table has baselines with {BASELINE_ENVS} envs, and how many times "
+        f"faster BatchVecEnv with {COMPARED_ENVS} envs is."
+    )
+    speeds = [
+        {
+            "env": env_id,
+            "envs": n_envs,
+            "BatchVecEnv": f"{found['batch']:,.0f}",
+            "bare Batch.step": f"{found['ceiling']:,.0f}",
+            "share of it": f"{found['batch'] / found['ceiling']:.0%}",
+        }
+        for (env_id, n_envs), found in results.items()
+    ]
+    baselines = [
+        {"env": env_id, **{name: f"{found[name]:,.0f} ({found['batch'] / found[name]:.1f}x)" for name in BASELINES}}
+        for (env_id, n_envs), found in results.items()
+        if n_envs == COMPARED_ENVS
+    ]
+    write_report("Env steps per second", note, [speeds, baselines], args.output)
 
 
 if __name__ == "__main__":

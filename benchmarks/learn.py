@@ -12,19 +12,17 @@ turns, so each of them may have all cores. Run it on an idle machine::
 """
 
 import argparse
+import itertools
 import json
-import os
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch as th
+from harness import make_parser, measure_apart, medians, write_report
 from torch.profiler import ProfilerActivity, profile
-from update import PASSES, Size, flops_per_second
+from update import Size, roof_ms
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.tower_kernel import load_kernel
@@ -33,38 +31,32 @@ from sb3_deepcrl.envs import BatchVecEnv
 
 TRANSITIONS_PER_UPDATE = 40
 N_ENVS = 64
+# Of a measurement
+MIN_UPDATES = 40
 SCHEDULE = update_schedule(N_ENVS, TRANSITIONS_PER_UPDATE)
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 PARTS = ("simulate", "forward", "replay", "update", "other")
 
 
-class Clock:
-    """Adds up the time spent in functions."""
+def watch(seconds: dict[str, float], part: str, owner: Any, *names: str) -> None:
+    """Let the time of methods count as a part of the seconds from now on."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    def timed(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            seconds[part] += time.perf_counter() - start
 
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """Let the time of a method count as a part."""
-        method: Callable[..., Any] = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self.seconds[part] += time.perf_counter() - start
-
-        setattr(owner, name, timed)
+    for name in names:
+        setattr(owner, name, partial(timed, getattr(owner, name)))
 
 
-def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
-    """Milliseconds that PyTorch's matrix products take in an update, and milliseconds of the functions in C++."""
-    kernel = load_kernel()
-    clock = Clock()
-    for name in ("tower_forward", "tower_backward", "info_nce"):
-        if kernel is not None:
-            clock.watch(kernel, name, "update")
+def matrix_product_ms(model: DeepCRL, n_updates: int) -> dict[str, float]:
+    """Milliseconds that PyTorch's matrix products take in an update, and those of the functions in C++, the kernel."""
+    seconds = {"kernel": 0.0}
+    if (kernel := load_kernel()) is not None:
+        watch(seconds, "kernel", kernel, "tower_forward", "tower_backward", "info_nce")
     assert model.replay_buffer is not None
     observations, actions = model.replay_buffer.sample_contrastive(n_updates * model.batch_size)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -73,20 +65,20 @@ def matrix_product_ms(model: DeepCRL, n_updates: int) -> tuple[float, float]:
             model._runner.run({key: values[rows] for key, values in observations.items()}, actions[rows])
     events = profiler.key_averages()
     products = sum(event.self_cpu_time_total for event in events if event.key in MATRIX_PRODUCTS) / 1000 / n_updates
-    return products, 1000 * clock.seconds["update"] / n_updates
+    return {"products": products, "kernel": 1000 * seconds["kernel"] / n_updates}
 
 
 def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
     """Milliseconds by part, for one update and the 40 transitions that belong to it."""
     th.set_num_threads(args.n_threads)
+    size = Size(depth, 256, args.batch_size)
     env = BatchVecEnv("AntUMaze-v0", N_ENVS, args.n_threads)
     model = DeepCRL(
         "MultiInputPolicy",
         env,
-        depth=depth,
-        batch_size=args.batch_size,
+        **size._asdict(),
         buffer_size=200_000,
-        learning_starts=2 * args.batch_size,
+        learning_starts=2 * size.batch_size,
         transitions_per_update=TRANSITIONS_PER_UPDATE,
         compile=True,
         precision=args.precision,
@@ -94,81 +86,54 @@ def measure(args: argparse.Namespace, depth: int) -> dict[str, float]:
         device="cpu",
     )
     # Everything is compiled and the buffer holds something
-    model.learn(2 * args.batch_size + 4 * SCHEDULE["train_freq"] * N_ENVS, log_interval=None)  # type: ignore[arg-type]
+    model.learn(2 * size.batch_size + 4 * SCHEDULE["train_freq"] * N_ENVS, log_interval=None)  # type: ignore[arg-type]
     updates_per_train = SCHEDULE["gradient_steps"]
-    n_updates = -(-max(args.updates, round(args.seconds / 0.004 / depth)) // updates_per_train) * updates_per_train
-    clock = Clock()
+    n_updates = -(-max(MIN_UPDATES, round(args.seconds / 0.004 / depth)) // updates_per_train) * updates_per_train
     model.learning_starts = 0
-    clock.watch(env, "step", "simulate")
-    clock.watch(model, "predict", "forward")
-    clock.watch(model.replay_buffer, "add", "replay")
-    clock.watch(model.replay_buffer, "sample_contrastive", "replay")
-    clock.watch(model._runner, "run", "update")
+    seconds = dict.fromkeys(PARTS, 0.0)
+    watch(seconds, "simulate", env, "step")
+    watch(seconds, "forward", model, "predict")
+    watch(seconds, "replay", model.replay_buffer, "add", "sample_contrastive")
+    watch(seconds, "update", model._runner, "run")
     start = time.perf_counter()
     model.learn(n_updates * TRANSITIONS_PER_UPDATE, log_interval=None)  # type: ignore[arg-type]
     total = time.perf_counter() - start
-    clock.seconds["other"] = total - sum(clock.seconds.values())
-    milliseconds = {part: 1000 * seconds / n_updates for part, seconds in clock.seconds.items()}
-    products, blocks = matrix_product_ms(model, 8)
-    rate = flops_per_second(Size(depth, args.width, args.batch_size), "cpu", getattr(th, args.precision))
-    roof = 1000 * PASSES * 2 * depth * args.width**2 * args.batch_size / rate
-    return {**milliseconds, "total": 1000 * total / n_updates, "products": products, "blocks": blocks, "roof": roof}
-
-
-def report(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> str:
-    """Table in Markdown of the medians of the rounds by depth."""
-    lines = [
-        "# Where the time of learn() goes",
-        "",
-        f"`AntUMaze-v0`, {N_ENVS} envs, batch size {args.batch_size}, compiled, {args.precision}; {args.n_threads} threads of "
-        f"a CPU with {th.backends.cpu.get_cpu_capability()}, torch {th.__version__}; median of {args.rounds} rounds. "
-        f"Milliseconds for one update and the {TRANSITIONS_PER_UPDATE} env steps that belong to it.",
-        "",
-        f"Printed by `python benchmarks/learn.py {' '.join(sys.argv[1:])}`.",
-        "",
-        "| depth | total (ms) | simulate | forward | replay | update | other | PyTorch's matrix products of the update | "
-        "its functions in C++ | simulation, products and functions in C++ | the blocks' products in PyTorch (roof) |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for depth, row in rows.items():
-        cells = [f"{row[part]:.1f} ({row[part] / row['total']:.0%})" for part in (*PARTS, "products", "blocks")]
-        share = (row["simulate"] + row["products"] + row["blocks"]) / row["total"]
-        roof = f"{row['roof']:.1f} ({row['roof'] / row['total']:.0%})"
-        lines.append(f"| {depth} | {row['total']:.1f} | {' | '.join(cells)} | {share:.0%} | {roof} |")
-    return "\n".join(lines) + "\n"
+    seconds |= {"other": total - sum(seconds.values()), "total": total}
+    milliseconds = {part: 1000 * spent / n_updates for part, spent in seconds.items()}
+    roof = roof_ms(size, "cpu", getattr(th, args.precision))
+    return {**milliseconds, **matrix_product_ms(model, 8), "roof": roof}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=3, seconds=8.0)
     parser.add_argument("--depths", nargs="+", type=int, default=[4, 16, 64])
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--n-threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=40, help="least number of updates of a measurement")
-    parser.add_argument("--seconds", type=float, default=8.0, help="about the time of a measurement")
-    parser.add_argument("--output", type=Path, help="file for the table (it is always printed)")
-    parser.add_argument("--worker", type=int, metavar="DEPTH", help=argparse.SUPPRESS)
-    parser.set_defaults(device="cpu", width=256)
     args = parser.parse_args()
     if args.worker is not None:
-        print(json.dumps(measure(args, args.worker)))
+        print(json.dumps(measure(args, int(args.worker[0]))))
         return
     measured: dict[int, list[dict[str, float]]] = {depth: [] for depth in args.depths}
-    for _ in range(args.rounds):
-        for depth in args.depths:
-            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--worker", str(depth)]
-            process = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            measured[depth].append(json.loads(process.stdout.splitlines()[-1]))
-            print(depth, measured[depth][-1], file=sys.stderr, flush=True)
-    rows = {
-        depth: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for depth, runs in measured.items()
+    for _, depth in itertools.product(range(args.rounds), args.depths):
+        measured[depth].append(measure_apart(str(depth)))
+    note = (
+        f"`AntUMaze-v0`, {N_ENVS} envs, batch size {args.batch_size}, compiled, {args.precision}; {args.n_threads} threads of "
+        f"a CPU with {th.backends.cpu.get_cpu_capability()}, torch {th.__version__}; median of {args.rounds} rounds. "
+        f"Milliseconds for one update and the {TRANSITIONS_PER_UPDATE} env steps that belong to it."
+    )
+    names = {
+        **{part: part for part in PARTS},
+        "products": "PyTorch's matrix products of the update",
+        "kernel": "its functions in C++",
+        "roof": "the blocks' products in PyTorch (roof)",
     }
-    text = report(rows, args)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
+    table = []
+    for depth, row in ((depth, medians(rounds)) for depth, rounds in measured.items()):
+        cells = {names[name]: f"{row[name]:.1f} ({row[name] / row['total']:.0%})" for name in names}
+        share = (row["simulate"] + row["products"] + row["kernel"]) / row["total"]
+        cells["simulation, products and functions in C++"] = f"{share:.0%}"
+        table.append({"depth": depth, "total (ms)": f"{row['total']:.1f}", **cells})
+    write_report("Where the time of learn() goes", note, [table], args.output)
 
 
 if __name__ == "__main__":

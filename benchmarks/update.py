@@ -9,8 +9,7 @@ Milliseconds of one update by size of the networks and mode, beside the time tha
 - ``bfloat16``: compiled, with ``precision="bfloat16"``
 - ``checkpoint``: compiled, with ``checkpoint_activations=True``
 - ``graph`` (GPU only): compiled, as a CUDA graph; the other modes run without
-- ``jax`` (if jax and optax are installed, up to depth 64, beyond which it compiles for many minutes): the paper's update in
-  JAX, jitted, in float32
+- ``jax`` (if jax and optax are installed, up to depth 64): the paper's update in JAX, jitted, in float32
 
 Each measurement is a process of its own, with an empty cache of compiled code in the first round, so that start-up and
 peak memory are its own. The roof is the rate of the three matrix products of a layer in PyTorch, at the same shapes and
@@ -18,42 +17,40 @@ precision, measured before and after the updates; products of our own may be abo
 
     python benchmarks/update.py --output docs/results/update.md
 
-Beside busy neighbors, the second time as the commands of this package do it, whose OpenMP threads soon sleep::
+Beside busy neighbors (``yes > /dev/null`` once for each core), OpenMP threads that soon sleep are faster. The commands of this
+package have them::
 
-    python benchmarks/update.py --busy 2 --sizes 16x256x512 4x32x256 --modes eager compiled bfloat16
-    GOMP_SPINCOUNT=1000 python benchmarks/update.py --busy 2 --sizes 16x256x512 4x32x256 --modes eager compiled bfloat16
+    GOMP_SPINCOUNT=1000 python benchmarks/update.py --sizes 16x256x512 4x32x256 --modes eager compiled bfloat16
 """
 
 import argparse
-import csv
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium import spaces
+from harness import make_parser, measure_apart, medians, write_report
+from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common import compilation
 from sb3_deepcrl.common.utils import processor
+from sb3_deepcrl.envs import BatchVecEnv
 
-# Observation, goal and action of the humanoid tasks
-OBSERVATION_DIM, GOAL_DIM, ACTION_DIM = 246, 3, 17
+# Its observations, goals and actions are the inputs
+ENV = "HumanoidUMaze-v0"
 MODES: dict[str, dict[str, Any]] = {
-    "plain": dict(compile=False),
+    "plain": dict(compile=False, policy_kwargs=dict(optimizer_kwargs=dict(fused=False))),
     "eager": dict(compile=False),
     "inductor": dict(compile=True),
     "compiled": dict(compile=True),
@@ -82,16 +79,8 @@ SIZES = ["4x256x512", "16x256x512", "64x256x512", "256x256x512", "1024x256x512",
 # Matrix products of an update in forward passes: the actor 3, the state-action encoder 2 for the actor and 3 for the
 # critic, the goal encoder 3 (a backward pass counts 2, or 1 where only the inputs need gradients)
 PASSES = 11
-
-
-class HumanoidSizes(gym.Env):
-    """Observations and actions of the sizes of the humanoid tasks. It is never stepped."""
-
-    def __init__(self) -> None:
-        goal = spaces.Box(-np.inf, np.inf, (GOAL_DIM,), np.float32)
-        observation = spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
-        self.observation_space = spaces.Dict(observation=observation, achieved_goal=goal, desired_goal=goal)
-        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+# Beyond it JAX compiles for many minutes
+MAX_JAX_DEPTH = 64
 
 
 def plain_update(model: DeepCRL, observations: dict[str, th.Tensor], actions: th.Tensor) -> None:
@@ -102,21 +91,18 @@ def plain_update(model: DeepCRL, observations: dict[str, th.Tensor], actions: th
     difference = critic.encode_state_action(state_features, actions_pi) - critic.encode_goal(observations)
     ent_coef = model.log_ent_coef.detach().exp()
     actor_loss = (ent_coef * log_prob + difference.norm(dim=1)).mean()
-    actor.optimizer.zero_grad()
-    actor_loss.backward()
-    actor.optimizer.step()
-
     ent_coef_loss = -(model.log_ent_coef.exp() * (log_prob.detach() + model.target_entropy).mean()).sum()
-    model.ent_coef_optimizer.zero_grad()
-    ent_coef_loss.backward()
-    model.ent_coef_optimizer.step()
-
     logits = -th.cdist(critic.encode_state_action(state_features, actions), critic.encode_goal(observations))
     critic_loss = F.cross_entropy(logits, th.arange(len(logits), device=logits.device))
     critic_loss = critic_loss + 0.1 * logits.logsumexp(dim=1).square().mean()
-    critic.optimizer.zero_grad()
-    critic_loss.backward()
-    critic.optimizer.step()
+    for loss, optimizer in (
+        (actor_loss, actor.optimizer),
+        (ent_coef_loss, model.ent_coef_optimizer),
+        (critic_loss, critic.optimizer),
+    ):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def seconds_of(function: Callable[[], object], device: str, budget: float, least: int) -> list[float]:
@@ -137,77 +123,65 @@ def jax_update(size: Size, observations: dict[str, np.ndarray], actions: np.ndar
     import optax
     from jax import numpy as jnp
 
-    def dense(key: Any, n_in: int, n_out: int) -> tuple[Any, Any]:
-        return jax.random.uniform(key, (n_in, n_out), minval=-(n_in**-0.5), maxval=n_in**-0.5), jnp.zeros(n_out)
-
-    def tower(key: Any, n_in: int, n_out: int) -> dict[str, Any]:
-        keys = jax.random.split(key, size.depth + 2)
-        layers = [(*dense(k, n_in if i == 0 else size.width, size.width),) for i, k in enumerate(keys[:-1])]
-        norms = [(jnp.ones(size.width), jnp.zeros(size.width)) for _ in layers]
-        return {"layers": layers, "norms": norms, "head": dense(keys[-1], size.width, n_out)}
-
-    def layer(x: Any, weights: Any, norm: Any) -> Any:
-        x = x @ weights[0] + weights[1]
-        x = (x - x.mean(1, keepdims=True)) * jax.lax.rsqrt(x.var(1, keepdims=True) + 1e-6)
-        return jax.nn.swish(x * norm[0] + norm[1])
-
-    def apply(network: dict[str, Any], x: Any) -> Any:
-        layers = list(zip(network["layers"], network["norms"], strict=True))
-        x = layer(x, *layers[0])
-        for start in range(1, size.depth + 1, 4):
-            branch = x
-            for weights, norm in layers[start : start + 4]:
-                branch = layer(branch, weights, norm)
-            x = x + branch
-        return x @ network["head"][0] + network["head"][1]
-
     state, goal = np.concatenate([observations["observation"], observations["achieved_goal"]], 1), observations["desired_goal"]
-    keys = jax.random.split(jax.random.key(0), 4)
-    actor = tower(keys[0], state.shape[1] + GOAL_DIM, 2 * ACTION_DIM)
-    critic = {"sa": tower(keys[1], state.shape[1] + ACTION_DIM, 64), "g": tower(keys[2], GOAL_DIM, 64)}
-    log_alpha, optimizer = jnp.log(0.1), optax.adam(3e-4)
-    states = {"actor": optimizer.init(actor), "critic": optimizer.init(critic), "alpha": optimizer.init(log_alpha)}
+
+    def make_tower(key: Any, n_in: int, n_out: int) -> list[Any]:
+        sizes = [n_in, *[size.width] * (size.depth + 1), n_out]
+        keys = jax.random.split(key, len(sizes) - 1)
+        # Of each layer the weights; bias, shift and scale
+        return [
+            (jax.random.uniform(key, shape, minval=-(shape[0] ** -0.5), maxval=shape[0] ** -0.5), jnp.zeros((3, shape[1])))
+            for key, shape in zip(keys, itertools.pairwise(sizes), strict=True)
+        ]
+
+    def layer(x: Any, parameters: Any) -> Any:
+        weights, (bias, shift, scale) = parameters
+        return jax.nn.swish(jax.nn.standardize(x @ weights + bias, epsilon=1e-6) * (1 + scale) + shift)
+
+    def apply(tower: list[Any], *inputs: Any) -> Any:
+        x = layer(jnp.concatenate(inputs, 1), tower[0])
+        for start in range(1, size.depth + 1, 4):
+            x = x + functools.reduce(layer, tower[start : start + 4], x)
+        weights, (bias, *_) = tower[-1]
+        return x @ weights + bias
 
     def distance(squared: Any) -> Any:
         return jnp.sqrt(jnp.maximum(squared, 1e-12))
 
-    def actor_loss(actor: Any, critic: Any, log_alpha: Any, noise: Any) -> Any:
-        mean, log_std = jnp.split(apply(actor, jnp.concatenate([state, goal], 1)), 2, axis=1)
+    def loss(networks: dict[str, Any], noise: Any) -> Any:
+        # What the actor's loss teaches nothing
+        fixed = jax.lax.stop_gradient(networks)
+        mean, log_std = jnp.split(apply(networks["actor"], state, goal), 2, axis=1)
         log_std = -5 + 3.5 * (jnp.tanh(log_std) + 1)
-        raw = mean + jnp.exp(log_std) * noise
-        action = jnp.tanh(raw)
+        action = jnp.tanh(mean + jnp.exp(log_std) * noise)
         log_prob = -0.5 * noise**2 - log_std - 0.5 * jnp.log(2 * jnp.pi) - jnp.log(1 - action**2 + 1e-6)
         log_prob = log_prob.sum(1)
-        reprs = apply(critic["sa"], jnp.concatenate([state, action], 1)), apply(critic["g"], goal)
-        return (jnp.exp(log_alpha) * log_prob + distance(((reprs[0] - reprs[1]) ** 2).sum(1))).mean(), log_prob
-
-    def critic_loss(critic: Any) -> Any:
-        x, y = apply(critic["sa"], jnp.concatenate([state, actions], 1)), apply(critic["g"], goal)
+        difference = apply(fixed["sa_encoder"], state, action) - apply(fixed["g_encoder"], goal)
+        actor_loss = (jnp.exp(fixed["log_alpha"]) * log_prob + distance((difference**2).sum(1))).mean()
+        entropy_gap = jax.lax.stop_gradient(log_prob).mean() - 0.5 * actions.shape[1]
+        alpha_loss = -jnp.exp(networks["log_alpha"]) * entropy_gap
+        x, y = apply(networks["sa_encoder"], state, actions), apply(networks["g_encoder"], goal)
         logits = -distance((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T)
         logsumexp = jax.nn.logsumexp(logits, axis=1)
-        return (logsumexp - jnp.diag(logits) + 0.1 * logsumexp**2).mean()
+        return actor_loss + alpha_loss + (logsumexp - jnp.diag(logits) + 0.1 * logsumexp**2).mean()
 
-    def alpha_loss(log_alpha: Any, log_prob: Any) -> Any:
-        return -(jnp.exp(log_alpha) * (log_prob - 0.5 * ACTION_DIM).mean())
+    optimizer = optax.adam(3e-4)
 
     @jax.jit
-    def step(actor: Any, critic: Any, log_alpha: Any, states: Any, key: Any) -> Any:
+    def step(networks: dict[str, Any], optimizer_state: Any, key: Any) -> Any:
         key, noise_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, actions.shape)
-        (_, log_prob), of_actor = jax.value_and_grad(actor_loss, has_aux=True)(actor, critic, log_alpha, noise)
-        gradients = {
-            "actor": of_actor,
-            "alpha": jax.grad(alpha_loss)(log_alpha, log_prob),
-            "critic": jax.grad(critic_loss)(critic),
-        }
-        values = {"actor": actor, "alpha": log_alpha, "critic": critic}
-        states = dict(states)
-        for name in values:
-            updates, states[name] = optimizer.update(gradients[name], states[name])
-            values[name] = optax.apply_updates(values[name], updates)
-        return values["actor"], values["critic"], values["alpha"], states, key
+        gradients = jax.grad(loss)(networks, jax.random.normal(noise_key, actions.shape))
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state)
+        return optax.apply_updates(networks, updates), optimizer_state, key
 
-    everything = [actor, critic, log_alpha, states, keys[3]]
+    keys = jax.random.split(jax.random.key(0), 4)
+    networks = {
+        "actor": make_tower(keys[0], state.shape[1] + goal.shape[1], 2 * actions.shape[1]),
+        "sa_encoder": make_tower(keys[1], state.shape[1] + actions.shape[1], 64),
+        "g_encoder": make_tower(keys[2], goal.shape[1], 64),
+        "log_alpha": jnp.log(0.1),
+    }
+    everything = [networks, optimizer.init(networks), keys[3]]
 
     def update() -> None:
         everything[:] = jax.block_until_ready(step(*everything))
@@ -215,11 +189,13 @@ def jax_update(size: Size, observations: dict[str, np.ndarray], actions: np.ndar
     return update
 
 
-def flops_per_second(size: Size, device: str, dtype: th.dtype) -> float:
-    """Rate of a layer's three matrix products: its output, the gradients of its input and of its weights."""
-    _, width, batch_size = size
-    x, g = (th.randn(batch_size, width, dtype=dtype, device=device) for _ in range(2))
-    w = th.randn(width, width, dtype=dtype, device=device)
+def roof_ms(size: Size, device: str, dtype: th.dtype) -> float:
+    """
+    Milliseconds that the matrix products of the blocks alone take in an update, at the rate of a layer's three: its output,
+    the gradients of its input and those of its weights.
+    """
+    x, g = (th.randn(size.batch_size, size.width, dtype=dtype, device=device) for _ in range(2))
+    w = th.randn(size.width, size.width, dtype=dtype, device=device)
 
     def products() -> None:
         for _ in range(20):
@@ -228,32 +204,23 @@ def flops_per_second(size: Size, device: str, dtype: th.dtype) -> float:
             g.T @ x
 
     products()
-    return 20 * 3 * 2 * batch_size * width**2 / statistics.median(seconds_of(products, device, 0.3, 5))
+    product_ms = 1000 * statistics.median(seconds_of(products, device, 0.3, 5)) / 20 / 3
+    return PASSES * size.depth * product_ms
 
 
-def make_update(args: argparse.Namespace, mode: str, size: Size) -> Callable[[], object]:
+def make_update(mode: str, size: Size, device: str, env: VecEnv) -> Callable[[], object]:
     """What does one update in one of the ``MODES``."""
     settings = {"cuda_graph": False, **MODES[mode]}
-    if mode == "plain":
-        settings["policy_kwargs"] = dict(optimizer_kwargs=dict(fused=False))
     if mode == "inductor":
         compilation.load_kernel = lambda: None
-    model = DeepCRL(
-        "MultiInputPolicy",
-        HumanoidSizes(),
-        depth=size.depth,
-        width=size.width,
-        batch_size=size.batch_size,
-        buffer_size=1,
-        device=args.device,
-        **settings,
-    )
+    model = DeepCRL("MultiInputPolicy", env, **size._asdict(), buffer_size=1000, device=device, **settings)
+    # As for a long learn(), which compiles
+    model._setup_acceleration(10**6)
     model.policy.set_training_mode(True)
     observations = {
-        key: th.randn(size.batch_size, *space.shape, device=args.device)
-        for key, space in model.observation_space.spaces.items()
+        key: th.randn(size.batch_size, *space.shape, device=device) for key, space in model.observation_space.spaces.items()
     }
-    actions = th.rand(size.batch_size, ACTION_DIM, device=args.device) * 2 - 1
+    actions = th.rand(size.batch_size, *model.action_space.shape, device=device) * 2 - 1
     if mode == "jax":
         return jax_update(size, {key: value.numpy() for key, value in observations.items()}, actions.numpy())
     if mode == "plain":
@@ -265,27 +232,20 @@ def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]
     """What was measured in one of the ``MODES``, by name."""
     th.set_num_threads(args.n_threads)
     th.manual_seed(0)
+    env = BatchVecEnv(ENV, 1)
     start = time.perf_counter()
-    update = make_update(args, mode, size)
+    update = make_update(mode, size, args.device, env)
     dtype = th.bfloat16 if mode == "bfloat16" else th.float32
     seconds_of(update, args.device, 0.0, 1)
     start_up = time.perf_counter() - start
     seconds_of(update, args.device, 0.0, 1 if size.depth >= 256 else 5)
-    roofs = [flops_per_second(size, args.device, dtype)]
+    roofs = [roof_ms(size, args.device, dtype)]
     seconds = seconds_of(update, args.device, args.seconds, 2)
-    roofs.append(flops_per_second(size, args.device, dtype))
-    roof_ms = 1000 * PASSES * 2 * size.depth * size.width**2 * size.batch_size / statistics.mean(roofs)
-    if args.device == "cuda":
-        memory = th.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {
-        "ms": 1000 * statistics.median(seconds),
-        "roof_ms": roof_ms,
-        "gflops": statistics.mean(roofs) / 1e9,
-        "start_up": start_up,
-        "memory": memory,
-    }
+    roofs.append(roof_ms(size, args.device, dtype))
+    is_cuda = args.device == "cuda"
+    kibibytes = th.cuda.max_memory_allocated() / 2**10 if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    milliseconds = {"ms": 1000 * statistics.median(seconds), "roof_ms": statistics.mean(roofs)}
+    return {**milliseconds, "start_up": start_up, "memory": kibibytes / 2**20}
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -295,115 +255,50 @@ def machine(args: argparse.Namespace) -> str:
     return f"{args.n_threads} threads of {processor()} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
 
 
-def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Table in Markdown of the medians of the rounds, one row a mode and size."""
-    beside = f" with {args.busy} busy processes beside" if args.busy else ""
-    if "GOMP_SPINCOUNT" in os.environ:
-        beside += f" and GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}"
-    plain = {row["size"]: row["ms"] for row in rows if row["mode"] == "plain"}
-    lines = [
-        "# Time and memory of one update",
-        "",
-        f"Sizes are depth x width x batch size, inputs those of the humanoid tasks; {machine(args)}{beside}; median of "
-        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
-        "measured in the same process; products of our own may be above it. Start-up is from the constructor to "
-        "the end of the first update, with nothing compiled before. The modes are described in the script.",
-        "",
-        f"Printed by `python benchmarks/update.py {' '.join(sys.argv[1:])}`.",
-        "",
-        "| size | mode | ms an update | of plain | roof (ms) | share of the roof | ms a layer | start-up (s) | "
-        "peak memory (GiB) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        ratio = f"{row['ms'] / plain[row['size']]:.2f}" if row["size"] in plain else "-"
-        lines.append(
-            f"| {row['size']} | {row['mode']} | {row['ms']:.2f} | {ratio} | {row['roof_ms']:.2f} | "
-            f"{row['roof_ms'] / row['ms']:.0%} | {row['ms'] / row['depth']:.2f} | {row['start_up']:.1f} | "
-            f"{row['memory']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the time of an update by depth and mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    # All depths of the first width and batch size
-    rows = [row for row in rows if row["size"].split("x")[1:] == rows[0]["size"].split("x")[1:]]
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        chosen = [row for row in rows if row["mode"] == mode]
-        ax.plot([row["depth"] for row in chosen], [row["ms"] for row in chosen], "o-", label=mode)
-    roof = [row for row in rows if row["mode"] != "bfloat16"]
-    depths = sorted({row["depth"] for row in roof})
-    times = [statistics.mean(row["roof_ms"] for row in roof if row["depth"] == depth) for depth in depths]
-    ax.plot(depths, times, "k--", lw=1, label="matrix products in float32")
-    ax.set(xscale="log", yscale="log", xlabel="depth", ylabel="ms an update", xticks=depths, xticklabels=depths)
-    ax.minorticks_off()
-    ax.legend()
-    fig.savefig(path, dpi=120)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=3, seconds=3.0)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="depth, width and batch size, such as 16x256x512")
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--n-threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="time of one measurement, at least two updates")
-    parser.add_argument("--output", type=Path, help="file for the table, next to it a .csv and a .png (always printed)")
-    parser.add_argument("--busy", type=int, default=0, help="number of other processes that keep the cores busy meanwhile")
-    parser.add_argument("--worker", nargs=2, metavar=("MODE", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
-        print(json.dumps(measure(args, args.worker[0], Size.parse(args.worker[1]))))
+        mode, size = args.worker
+        print(json.dumps(measure(args, mode, Size.parse(size))))
         return
     missing = {"graph"} if args.device == "cpu" else {"jax"}
     if importlib.util.find_spec("jax") is None or importlib.util.find_spec("optax") is None:
         missing.add("jax")
     modes = args.modes or [mode for mode in MODES if mode not in missing]
     measured: dict[tuple[str, str], list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
-        for _ in range(args.busy):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
-            stack.callback(process.kill)
-        for _ in range(args.rounds):
-            for size in args.sizes:
-                for mode in modes:
-                    if mode == "jax" and Size.parse(size).depth > 64:
-                        continue
-                    process = subprocess.run(
-                        [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--worker", mode, size],
-                        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/{mode}-{size}"},
-                        stdout=subprocess.PIPE,
-                        check=True,
-                        text=True,
-                    )
-                    measured.setdefault((size, mode), []).append(json.loads(process.stdout.splitlines()[-1]))
-                    print(size, mode, measured[size, mode][-1], file=sys.stderr, flush=True)
-    rows = []
-    for (size, mode), rounds in measured.items():
-        medians = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-        # Only the first round found nothing compiled
-        medians["start_up"] = rounds[0]["start_up"]
-        rows.append(
-            {"size": size, "depth": Size.parse(size).depth, "mode": mode, **{n: round(v, 3) for n, v in medians.items()}}
-        )
-    text = report(rows, args)
-    print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
-        with args.output.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        draw(rows, args.output.with_suffix(".png"))
+    with tempfile.TemporaryDirectory() as cache:
+        for _, size, mode in itertools.product(range(args.rounds), args.sizes, modes):
+            if mode != "jax" or Size.parse(size).depth <= MAX_JAX_DEPTH:
+                found = measure_apart(mode, size, TORCHINDUCTOR_CACHE_DIR=f"{cache}/{mode}-{size}")
+                measured.setdefault((size, mode), []).append(found)
+    # Only the first round found nothing compiled
+    rows = {key: {**medians(rounds), "start_up": rounds[0]["start_up"]} for key, rounds in measured.items()}
+    beside = f" with GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}" if "GOMP_SPINCOUNT" in os.environ else ""
+    note = (
+        f"Sizes are depth x width x batch size, inputs those of {ENV}; {machine(args)}{beside}; median of "
+        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
+        "measured in the same process; products of our own may be above it. Start-up is from the constructor to "
+        "the end of the first update, with nothing compiled before. The modes are described in the script."
+    )
+    table = [
+        {
+            "size": size,
+            "mode": mode,
+            "ms an update": f"{row['ms']:.2f}",
+            "of plain": f"{row['ms'] / rows[size, 'plain']['ms']:.2f}" if (size, "plain") in rows else "-",
+            "roof (ms)": f"{row['roof_ms']:.2f}",
+            "share of the roof": f"{row['roof_ms'] / row['ms']:.0%}",
+            "ms a layer": f"{row['ms'] / Size.parse(size).depth:.2f}",
+            "start-up (s)": f"{row['start_up']:.1f}",
+            "peak memory (GiB)": f"{row['memory']:.2f}",
+        }
+        for (size, mode), row in rows.items()
+    ]
+    write_report("Time and memory of one update", note, [table], args.output)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd import forward_ad
@@ -18,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL, uncompile_blocks
-from sb3_deepcrl.common import compilation
-from sb3_deepcrl.common.compilation import compile_blocks, set_precision
-from sb3_deepcrl.common.cuda_graphs import GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
+from sb3_deepcrl.common import compilation, cuda_graphs
+from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products
+from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
+from sb3_deepcrl.common.losses import info_nce, rowwise_energy
 from sb3_deepcrl.common.torch_layers import ResidualTower, residual_towers
 from sb3_deepcrl.common.tower_kernel import load_kernel
 from tests.envs import GoalReachEnv
@@ -507,9 +510,14 @@ class StandInBackend:
     """Capturing does nothing but record, as on a GPU."""
 
     device = th.device("cpu")
+    n_failures = 0
 
     def __init__(self, example_output):
         self.example_output, self.graphs, self.n_warm_ups = example_output, [], 0
+
+    def __deepcopy__(self, memo):
+        # As there is one for a device
+        return self
 
     @contextmanager
     def warm_up(self):
@@ -522,9 +530,10 @@ class StandInBackend:
         return self.graphs[-1], output
 
 
-def test_a_graph_is_no_part_of_what_is_traced():
+def test_a_graph_is_no_part_of_what_is_traced(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "N_WARM_UP", 0)
     backend = StandInBackend(th.empty(3))
-    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend, n_warmup=0)
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend)
     traced = th.jit.trace(lambda x: graphed({"x": x}), th.ones(3), check_trace=False)
     assert traced(th.full((3,), 2.0)).tolist() == [4, 4, 4] and not backend.graphs
 
@@ -537,35 +546,48 @@ def test_graphed_function_goes_from_warm_up_to_replay():
         return 2 * inputs["x"]
 
     backend = StandInBackend(th.empty(3))
-    graphed = GraphedFunction(double, backend, n_warmup=2)
+    graphed = GraphedFunction(double, backend)
     results = []
     for i in range(6):
         results.append(graphed({"x": th.full((3,), float(i))}))
     # Each call does its work once, and later ones leave its result alone
     assert len(calls) == 6
     assert [result[0].item() for result in results] == [0, 2, 4, 6, 8, 10]
-    assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[0].n_replays) == (2, 1, 4)
+    assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[0].n_replays) == (3, 1, 3)
     # Replays read from the same address
-    assert len(set(calls[2:])) == 1
+    assert len(set(calls[3:])) == 1
 
 
-@pytest.mark.parametrize("change", ["shape", "dtype", "key", "invalidate"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "key", "invalidate", "failure"])
 def test_graphed_function_captures_anew(change):
     backend = StandInBackend(th.empty(()))
-    graphed = GraphedFunction(lambda inputs: inputs["x"].sum().float(), backend, n_warmup=1)
-    for _ in range(3):
+    graphed = GraphedFunction(lambda inputs: inputs["x"].sum().float(), backend)
+    for _ in range(5):
         graphed({"x": th.ones(4)}, key="a")
     old = backend.graphs[0]
     assert not old.is_reset
     if change == "invalidate":
         graphed.invalidate()
         assert old.is_reset
+    if change == "failure":  # of the capture of another function
+        backend.n_failures += 1
     changed = {"shape": th.ones(5), "dtype": th.ones(4, dtype=th.float64)}.get(change, th.ones(4))
-    for _ in range(3):
+    for _ in range(5):
         result = graphed({"x": changed}, key="b" if change == "key" else "a")
     assert result.item() == len(changed)
-    assert old.is_reset and old.n_replays == 2
-    assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[1].n_replays) == (2, 2, 2)
+    assert (backend.n_warm_ups, len(backend.graphs), backend.graphs[1].n_replays) == (6, 2, 2)
+    # Each of a few shapes has its own graph
+    assert old.is_reset == (change in ("key", "invalidate", "failure")) and old.n_replays == 2
+    if not old.is_reset:
+        for _ in range(4):
+            graphed({"x": th.ones(4)}, key="a")
+            graphed({"x": changed}, key="a")
+        assert len(backend.graphs) == 2 and old.n_replays == backend.graphs[1].n_replays == 6
+        # But not each of many
+        for n in range(10, 20):
+            for _ in range(4):
+                graphed({"x": th.ones(n)}, key="a")
+        assert sum(not one.is_reset for one in backend.graphs) <= cuda_graphs.MAX_GRAPHS
 
 
 @pytest.mark.parametrize("required", [False, True])
@@ -574,8 +596,9 @@ def test_what_cannot_be_captured_runs_as_it_is(required):
         def capture(self, function):
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], RefusingBackend(th.empty(3)), n_warmup=1, required=required)
-    graphed({"x": th.ones(3)})
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], RefusingBackend(th.empty(3)), required=required)
+    for _ in range(3):
+        graphed({"x": th.ones(3)})
     if required:
         with pytest.raises(RuntimeError, match="not permitted"):
             graphed({"x": th.ones(3)})
@@ -591,23 +614,237 @@ def test_what_cannot_be_captured_runs_as_it_is(required):
 def test_what_runs_elsewhere_is_not_captured():
     backend = StandInBackend(th.empty(3))
     backend.device = th.device("cuda")
-    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend, n_warmup=1)
-    assert [graphed({"x": th.full((3,), float(i))})[0].item() for i in range(4)] == [0, 2, 4, 6]
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend)
+    assert [graphed({"x": th.full((3,), float(i))})[0].item() for i in range(5)] == [0, 2, 4, 6, 8]
     assert not backend.graphs and not backend.n_warm_ups
 
 
-def test_policy_with_graphs_can_be_copied():
-    class Uncopyable(StandInBackend):
-        def __deepcopy__(self, memo):
-            raise TypeError("cannot copy a stream")
+class FakeCuda:
+    """Streams that do nothing but remember who waits for whom, and a capture whose end fails as PyTorch's does."""
 
-    model = make_model()
-    model.policy.graph_actor(Uncopyable(th.empty(1, 2)))
-    observation = model.env.reset()
-    copied = deepcopy(model.policy)
-    np.testing.assert_array_equal(
-        copied.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0]
+    def __init__(self, monkeypatch):
+        self.waits, self.modes, self.generators = [], [], [self]
+        cuda = self
+
+        class Stream:
+            device = th.device("cuda", 0)
+
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                cuda.waits.append((self, other))
+
+        class Graph:
+            def __init__(self, graph, stream, capture_error_mode):
+                cuda.modes.append(capture_error_mode)
+                self.stream = stream
+
+            def __enter__(self):
+                cuda.current = self.stream
+
+            def __exit__(self, *exception):
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        @contextmanager
+        def stream(stream):
+            before, cuda.current = cuda.current, stream
+            yield
+            cuda.current = before
+
+        self.default = self.current = Stream()
+        for name, value in dict(
+            Stream=Stream,
+            stream=stream,
+            graph=Graph,
+            CUDAGraph=object,
+            current_stream=lambda device: cuda.current,
+            set_stream=lambda stream: setattr(cuda, "current", stream),
+            default_generators=self.generators,
+        ).items():
+            monkeypatch.setattr(th.cuda, name, value)
+
+    # The generator
+    def clone_state(self):
+        return "clean"
+
+    def graphsafe_set_state(self, state):
+        self.generators.append(state)
+
+
+@pytest.mark.parametrize("in_function", [False, True])
+def test_a_failed_capture_leaves_no_trace(monkeypatch, in_function):
+    """Stream and generator are as before, as are those of the branches, and gradients are gone."""
+    model = make_model().learn(40)
+    cuda = FakeCuda(monkeypatch)
+    backend = CudaGraphBackend(th.device("cpu"))
+    model._runner.graph = GraphedFunction(model._runner.update_minibatch, backend, required=True)
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+    for _ in range(3):
+        model._runner.run(observations, actions)
+    assert cuda.waits[-1] == (cuda.default, backend.stream) and cuda.current is cuda.default
+    if in_function:
+        monkeypatch.setattr(model.critic, "extract_state_features", lambda obs: 1 / 0)
+    with pytest.raises(RuntimeError, match="during capture"):
+        model._runner.run(observations, actions)
+    assert cuda.current is cuda.default and cuda.generators[1:] == ["clean"] and cuda.modes == ["thread_local"]
+    assert backend.n_failures == 1
+    assert all(branch.stream is None for branch in cuda_graphs.BRANCHES)
+    assert all(parameter.grad is None for parameter in model.policy.parameters())
+
+
+def test_branches_of_an_update(monkeypatch):
+    """What runs beside what, and that nothing is read before it is there. The outcome does not depend on it."""
+    plain, branched = (make_model(compile=False).learn(40) for _ in range(2))
+    observations, actions = plain.replay_buffer.sample_contrastive(16)
+    th.manual_seed(0)
+    expected = plain._runner.run(observations, actions)
+    cuda = FakeCuda(monkeypatch)
+    backend = CudaGraphBackend(th.device("cpu"))
+    goals, critic = backend._side_streams
+    done = []
+
+    def note(name):
+        done.append((name, {cuda.default: "main", goals: "goals", critic: "critic"}[cuda.current], list(cuda.waits)))
+
+    for name, tower in (
+        ("actor", branched.actor.tower),
+        ("pairs", branched.critic.sa_encoder),
+        ("goals", branched.critic.g_encoder),
+    ):
+        tower.register_forward_pre_hook(lambda *_, name=name: note(name))
+    for name, owner in (("step of the actor", branched.actor), ("step of the critic", branched.critic)):
+        owner.optimizer.register_step_pre_hook(lambda *_, name=name: note(name))
+    monkeypatch.setattr("sb3_deepcrl.deepcrl.deepcrl.rowwise_energy", lambda *args: note("values") or rowwise_energy(*args))
+    monkeypatch.setattr(
+        "sb3_deepcrl.deepcrl.deepcrl.info_nce", lambda *args, **kwargs: note("loss") or info_nce(*args, **kwargs)
     )
+    th.manual_seed(0)
+    with backend._branching():
+        # Whatever other threads do meanwhile, for instance another trial of a search
+        streams = []
+        thread = threading.Thread(target=lambda: streams.extend(branch.stream for branch in cuda_graphs.BRANCHES))
+        thread.start()
+        thread.join()
+        actual = branched._runner.run(observations, actions)
+    assert streams == [None, None]
+    assert [(name, where) for name, where, _ in done] == [
+        ("goals", "goals"),
+        ("actor", "main"),
+        ("pairs", "main"),
+        ("values", "main"),
+        ("step of the actor", "main"),
+        ("pairs", "critic"),
+        ("loss", "critic"),
+        ("step of the critic", "main"),
+    ]
+    waits = {name: waits for name, _, waits in done}
+    # The actor waits for nobody, and the branches for nothing but the features
+    assert waits["actor"] == [(goals, cuda.default), (critic, cuda.default)]
+    assert waits["values"][2:] == [(cuda.default, goals)]
+    assert waits["loss"][3:] == [(critic, goals)]
+    assert set(waits["step of the critic"][4:]) == {(cuda.default, goals), (cuda.default, critic)}
+    assert th.equal(actual, expected)
+    for one, other in zip(branched.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert th.equal(one, other)
+
+
+ON_A_GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")]
+)
+
+
+def make_graphed_model(device, **kwargs) -> DeepCRL:
+    """On the CPU, graphs are stand-ins."""
+    model = make_model(device=device, **kwargs).learn(40)
+    if device == "cpu":
+        graph(model)
+        model.policy.graph_actor(StandInBackend(th.empty(1, 2)))
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
+def test_noise_under_replay(device):
+    """Random numbers of replays differ, and are those of the generator that the seed sets."""
+    model = make_graphed_model(device, learning_rate=0.0)
+    observation = model.env.reset()
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+
+    def draw(seed):
+        model.set_random_seed(seed)
+        drawn = [model.predict(observation)[0].tolist() for _ in range(4)]
+        # The entropy depends on the actions of the actor
+        return drawn, [model._runner.run(observations, actions)[3].item() for _ in range(4)]
+
+    draw(0)
+    first, again, other = draw(1), draw(1), draw(2)
+    assert all(isinstance(one, cuda_graphs._Captured) for one in model._runner.graph.graphs.values())
+    assert first == again
+    for drawn in (first[0] + other[0], first[1] + other[1]):
+        assert len(drawn) == len({str(one) for one in drawn}) == 8
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
+def test_models_with_graphs_can_be_copied(device):
+    model = make_graphed_model(device)
+    copied = deepcopy(model)
+    assert copied._runner.graph is not model._runner.graph and copied._runner.graph.backend is model._runner.graph.backend
+    assert not copied._runner.graph.graphs
+    before = th.nn.utils.parameters_to_vector(model.policy.parameters()).clone()
+    copied.train(5, 16)
+    assert th.equal(before, th.nn.utils.parameters_to_vector(model.policy.parameters()))
+    assert not th.equal(before, th.nn.utils.parameters_to_vector(copied.policy.parameters()))
+    observation = model.env.reset()
+    policy = deepcopy(model.policy)
+    for _ in range(5):
+        actions = policy.predict(observation, deterministic=True)[0]
+        np.testing.assert_allclose(actions, model.predict(observation, deterministic=True)[0], atol=1e-5)
+
+
+@needs_compiler
+def test_copies_stay_compiled():
+    model = make_model(compile=True).learn(40)
+    copied = deepcopy(model)
+    for tower, original in zip(residual_towers(copied.policy), residual_towers(model.policy), strict=True):
+        for one, other in ((tower, original), *zip(tower.blocks, original.blocks, strict=True)):
+            assert type(one._compiled_call_impl) is type(other._compiled_call_impl)
+            assert one._compiled_call_impl is None or one._compiled_call_impl is not other._compiled_call_impl
+    model.train(2, 16)
+    before = th.nn.utils.parameters_to_vector(copied.policy.parameters())
+    copied.train(2, 16)
+    assert not th.equal(before, th.nn.utils.parameters_to_vector(copied.policy.parameters()))
+
+
+def test_nothing_is_compiled_before_it_is_needed(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError("takes time")
+
+    for name in ("load_kernel", "can_compile", "compile_blocks"):
+        monkeypatch.setattr(compilation, name, refuse)
+    monkeypatch.setattr("sb3_deepcrl.common.update_runner.compile_blocks", refuse)
+    model = make_model(compile=True)
+    model.predict(model.env.reset())
+    model.save(tmp_path / "model")
+    DeepCRL.load(tmp_path / "model").predict(model.env.reset())
+    with pytest.raises(AssertionError, match="takes time"):
+        model.learn(40)
+
+
+def test_training_mode_of_all_modules():
+    class Extractor(CombinedExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.kept = Kept()
+
+    class Kept(th.nn.Module):
+        def train(self, mode=True):
+            return super().train(False)
+
+    policy = make_model(policy_kwargs=dict(features_extractor_class=Extractor)).policy
+    for mode in (True, False, True):
+        policy.set_training_mode(mode)
+        modes = {type(module): module.training for module in policy.modules()}
+        assert modes.pop(Kept) is False and set(modes.values()) == {mode} and len(modes) > 8
 
 
 def test_optimizer_that_cannot_be_captured():
@@ -650,11 +887,11 @@ def test_graphed_updates_are_the_same_updates():
         lambda model: model.set_parameters(deepcopy(model.get_parameters())),
     ],
 )
-def test_graph_is_captured_anew_when_what_it_keeps_changes(change):
+def test_graph_is_captured_anew_when_what_it_keeps_changes(monkeypatch, change):
     model = make_model().learn(40)
     backend = graph(model)
     # The stand-in captures what PyTorch's optimizers refuse to do on a CPU
-    model._runner.prepare_optimizers = lambda: None
+    monkeypatch.setattr("sb3_deepcrl.common.update_runner.prepare_optimizer", lambda *args, **kwargs: None)
     model.train(5, 32)
     model.train(5, 32)
     assert len(backend.graphs) == 1
@@ -737,6 +974,20 @@ def test_optimizers_change_between_captured_and_not():
     assert fresh.state[parameter]["step"].item() == 2
 
 
+def test_graphs_serve_several_calls_of_learn(monkeypatch):
+    """With all that they read, for instance copies of parameters; until something else is asked for."""
+    model = make_model(precision="bfloat16", compile=False)
+    runner, made = model._runner, []
+    monkeypatch.setattr(runner, "_set_up_graphs", lambda *args: made.append(args))
+    model.learn(40)
+    cast = runner._cast = CastParameters(runner.towers)
+    model.learn(20, reset_num_timesteps=False)
+    assert len(made) == 1 and runner._cast is cast
+    model.checkpoint_activations, runner._cast = True, None
+    model.learn(20, reset_num_timesteps=False)
+    assert len(made) == 2
+
+
 def test_update_keeps_nothing():
     """No tensor outlives an update but parameters, their gradients and the state of the optimizers."""
     import gc
@@ -754,30 +1005,51 @@ def test_update_keeps_nothing():
     assert count() == before
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
-def test_cuda_graphs_on_a_gpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", [ON_A_GPU])
+def test_cuda_graphs_on_a_gpu(device, tmp_path, monkeypatch):
     # Without noise both do the same updates on the same minibatches
-    monkeypatch.setattr(th, "randn_like", th.zeros_like)
-    models = [make_model(device="cuda", cuda_graph=graph).learn(40) for graph in (False, True)]
+    monkeypatch.setattr(th, "randn_like", lambda x: x.new_zeros(x.shape))
+    models = [make_model(device=device, cuda_graph=graph).learn(40) for graph in (False, True)]
     models[1].set_parameters(deepcopy(models[0].get_parameters()))
     models[1].replay_buffer = deepcopy(models[0].replay_buffer)
     for model in models:
         model.set_random_seed(0)
         model.train(20, 32)
-    assert models[1]._runner.graph._graph is not None
+    assert models[1]._runner._is_compiled
+    assert isinstance(next(iter(models[1]._runner.graph.graphs.values())), cuda_graphs._Captured)
     assert models[0]._runner.graph is None
     for actual, wanted in zip(models[1].policy.parameters(), models[0].policy.parameters(), strict=True):
         th.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
+    # One graph serves all calls of learn()
+    graphs = dict(models[1]._runner.graph.graphs)
+    models[1].learn(20, reset_num_timesteps=False)
+    assert models[1]._runner.graph.graphs == graphs
     observation = models[1].env.reset()
     for _ in range(5):
         actions = models[1].predict(observation, deterministic=True)[0]
-    np.testing.assert_allclose(actions, models[0].predict(observation, deterministic=True)[0], atol=1e-3)
     models[1].save(tmp_path / "model")
     for device in ("cpu", "cuda"):
         loaded = DeepCRL.load(tmp_path / "model", env=GoalReachEnv(), device=device)
         np.testing.assert_allclose(loaded.predict(observation, deterministic=True)[0], actions, atol=1e-4)
         loaded.learn(60)
+
+
+@pytest.mark.parametrize("device", [ON_A_GPU])
+def test_a_failed_capture_on_a_gpu(device):
+    """A read of a value cannot be captured. The process goes on, and so does the next capture."""
+
+    def read(inputs):
+        return inputs["x"] * float(inputs["x"].sum()) + th.randn_like(inputs["x"])
+
+    backend = cuda_graphs.cuda_graph_backend(th.device(device, 0))
+    graphed, x = GraphedFunction(read, backend), th.ones(4, device=device)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        results = [graphed({"x": x}) for _ in range(5)]
+    assert th.cuda.current_stream() == th.cuda.default_stream()
+    assert th.isfinite(th.stack([*results, th.randn(4, device=device)])).all()
+    graphed = GraphedFunction(lambda inputs: inputs["x"] + th.randn_like(inputs["x"]), backend)
+    results = [graphed({"x": x}).tolist() for _ in range(6)]
+    assert results[4] != results[5] and isinstance(*graphed.graphs.values(), cuda_graphs._Captured)
 
 
 # --- Precision and memory -----------------------------------------------------------------------------------------------
@@ -803,10 +1075,58 @@ def test_bfloat16_multiplies_only():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_precision_follows_the_hardware(monkeypatch, native):
-    monkeypatch.setattr(compilation, "has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr(compilation, "has_native_bfloat16", lambda: native)
     tower = ResidualTower(5, 3, depth=4, width=16)
-    set_precision(tower, "auto", th.device("cpu"))
+    assert not set_precision(tower, "auto", th.device("cpu"))
     assert tower.autocast_dtype is (th.bfloat16 if native else None)
+    assert set_precision(tower, "auto", th.device("cuda"))
+    assert tower.autocast_dtype is None
+
+
+def test_tf32_is_for_products_of_an_update_but_those_of_the_loss(monkeypatch):
+    model = make_model(precision="tf32", compile=False).learn(40)
+    assert not model._runner._tf32
+    model._runner._tf32 = set_precision(model.policy, "tf32", th.device("cuda"))
+    found = {}
+
+    def note(name):
+        found.setdefault(name, set()).add(th.get_float32_matmul_precision())
+
+    for name, module in (("actor", model.actor.tower), ("critic", model.critic.g_encoder)):
+        module.register_full_backward_hook(lambda *_, name=name: note(name))
+    monkeypatch.setattr(
+        "sb3_deepcrl.deepcrl.deepcrl.info_nce", lambda *args, **kwargs: note("loss") or info_nce(*args, **kwargs)
+    )
+    observations, actions = model.replay_buffer.sample_contrastive(16)
+    model._runner.run(observations, actions)
+    assert found == {"actor": {"high"}, "critic": {"high"}, "loss": {"highest"}}
+    assert th.get_float32_matmul_precision() == "highest"
+    # Also if somebody used the newer interface of PyTorch, which the older one does not understand
+    th.backends.cuda.matmul.fp32_precision = "tf32"
+    with tf32_products(False):
+        assert th.backends.cuda.matmul.fp32_precision == "ieee"
+    assert th.backends.cuda.matmul.fp32_precision == "tf32"
+    th.set_float32_matmul_precision("highest")
+
+
+def test_parameters_are_cast_once_for_an_update():
+    """As on GPUs: the same updates as those of autocast, and neither parameters nor their optimizers notice."""
+    plain, cast = (make_model(precision="bfloat16", compile=False).learn(40) for _ in range(2))
+    cast._runner._cast = CastParameters(cast._runner.towers)
+    observations, actions = plain.replay_buffer.sample_contrastive(16)
+    parameters = list(cast.policy.parameters())
+    seen = []
+    cast.critic.sa_encoder.blocks[1].branch[3].register_forward_hook(lambda layer, *_: seen.append(layer.weight))
+    for model in (plain, cast):
+        th.manual_seed(0)
+        for _ in range(3):
+            model._runner.run(observations, actions)
+    assert {weight.dtype for weight in seen} == {th.bfloat16} and len({*map(id, seen)}) == 1
+    assert all(one is other for one, other in zip(parameters, cast.policy.parameters(), strict=True))
+    for actual, wanted in zip(parameters, plain.policy.parameters(), strict=True):
+        assert actual.dtype == th.float32 and actual.grad is not None
+        th.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(actual.grad, wanted.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_precision_of_a_model(tmp_path):
@@ -879,10 +1199,11 @@ def test_replay_on_the_device_has_the_same_file(tmp_path):
     model.save_replay_buffer(tmp_path / "buffer")
     other = make_model()
     other.load_replay_buffer(tmp_path / "buffer")
-    assert isinstance(other.replay_buffer, ContrastiveReplayBuffer) and not other.replay_buffer.on_device
+    assert isinstance(other.replay_buffer, ContrastiveReplayBuffer) and other.replay_buffer.on_device == "auto"
     model.replay_buffer.truncate_last_trajectory()
     for actual, wanted in zip(samples(other.replay_buffer), samples(model.replay_buffer), strict=True):
         assert th.equal(actual, wanted)
+    assert other.replay_buffer.on_device is False
     plain = make_model().learn(60)
     plain.save_replay_buffer(tmp_path / "plain")
     assert (tmp_path / "plain.pkl").stat().st_size == pytest.approx((tmp_path / "buffer.pkl").stat().st_size, abs=200)

@@ -68,13 +68,14 @@ def train(runs: Path, n_seeds: int = 1, **kwargs) -> str:
 def test_command():
     hyperparams = {"contrastive_loss": "symmetric", "policy_kwargs": {"activation_fn": Expression("nn.ReLU"), "norm": "none"}}
     run = replace(RUN, algo="sac", hyperparams={**hyperparams, "callback": ["{folder}"]}, env_kwargs={"maze": "u"}, seed=3)
+    run = replace(run, eval_env_kwargs={"maze": "u4"})
     folder = str(run.folder(Path("runs")))
     assert run.command(Path("runs")) == [
         *("python", "-m", "sb3_deepcrl.zoo", "train", "--algo", "sac", "--env", "PointUMaze-v0", "-f", folder),
         *("-n", "160", "--seed", "3", "--eval-env", "PointUMazeEval-v0", "--eval-freq", "40", "--eval-episodes", "4"),
         *("--n-eval-envs", "4", "--save-freq", "40", "--save-replay-buffer", "--resume"),
         *("--hyperparams", "contrastive_loss:'symmetric'", "policy_kwargs:{'activation_fn': nn.ReLU, 'norm': 'none'}"),
-        *(f"callback:['{folder}']", "--env-kwargs", "maze:'u'"),
+        *(f"callback:['{folder}']", "--env-kwargs", "maze:'u'", "--eval-env-kwargs", "maze:'u4'"),
     ]
 
 
@@ -92,6 +93,7 @@ def test_folder():
         algo="sac",
         hyperparams={"depth": 8},
         env_kwargs={"cell_size": 3.0},
+        eval_env_kwargs={"cell_size": 3.0},
     )
     folders = {replace(RUN, **{name: value}).folder(Path("runs")).parent for name, value in others.items()}
     assert len(folders | {folder}) == len(vars(RUN)) - 2 + 1
@@ -219,4 +221,4 @@ def test_progress_on_a_terminal(tmp_path):
     output = io.StringIO()
     console = Console(file=output, width=120, force_terminal=True, force_interactive=True)
     train_all({"depth 4": [RUN]}, tmp_path, console=console)
-    assert "env steps" in output.getvalue() and "100%" in output.getvalue() and "to train" not in output.getvalue()
+    assert "1 runs, 0 to train" in output.getvalue() and "100%" in output.getvalue()

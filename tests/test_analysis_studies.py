@@ -133,6 +133,24 @@ def test_depth_report():
     assert list(seconds.lines[0].get_xdata()) == [2, 4, 6, 8, 10, 12]
 
 
+def test_paper_curve_beside_the_depths(tmp_path):
+    kwargs = dict(runs=tmp_path, depths=(4, 12, 16), seeds=1)
+    study = DepthStudy(env="AntHardestMaze-v0", steps=12_000_000, **kwargs)
+    report = study.report(results_of_scores({"depth 4": [60.0], "depth 12": [70.0], "depth 16": [90.0]}))
+    *ours, shallow, deep = report.figure.axes[0].lines
+    assert len(ours) == 3 and [shallow.get_color(), deep.get_color()] == [ours[0].get_color(), ours[2].get_color()]
+    # After 1, 2, ... million steps, drawn over thousands of them
+    np.testing.assert_allclose(shallow.get_xydata()[[0, 1, 11]], [[1000, 1.02], [2000, 7.2], [12000, 69.1]], rtol=5e-3)
+    assert any("69.1 at depth 4, 141 at depth 16" in note for note in report.notes)
+    # Neither for another env, nor before its first evaluation, nor where actor or critic alone is deeper
+    for other in (
+        DepthStudy(env="AntU2Maze-v0", steps=12_000_000, **kwargs),
+        DepthStudy(env="AntHardestMaze-v0", steps=900_000, **kwargs),
+        DepthStudy(env="AntHardestMaze-v0", steps=12_000_000, parts=("actor",), **kwargs),
+    ):
+        assert not other.paper_curves()
+
+
 def test_grid_report():
     study = GridStudy(actor_depths=(16, 4), critic_depths=(4, 8, 32), seeds=2)
     scores = {f"actor {a}, critic {c}": [float(a + 10 * c), float(a + 10 * c) + 1] for c in (4, 8, 32) for a in (4, 16)}

@@ -138,7 +138,7 @@ def test_nothing_returned_is_changed_later():
     for env in (vec_env, twin):
         env.seed(0)
     kept, expected = [vec_env.reset()], [twin.reset()]
-    for actions in random_actions(vec_env, 40):
+    for actions in random_actions(vec_env, 90):
         for arrays, env in ((kept, vec_env), (expected, twin)):
             observation, _, _, infos = env.step(actions)
             terminal = [info["terminal_observation"] for info in infos if "terminal_observation" in info]
@@ -147,7 +147,7 @@ def test_nothing_returned_is_changed_later():
         for observation in kept[-1 - len(terminal) :]:
             for value in observation.values():
                 value += 1.0
-    assert len(kept) == len(expected) > 41
+    assert len(kept) == len(expected) > 91
     assert_same(kept[0], expected[0])
     for changed, original in zip(kept[1:], expected[1:], strict=True):
         assert_same(changed, {key: value + np.float32(1) for key, value in original.items()})

@@ -16,6 +16,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from benchmarks.robots import RELEASED, behavior
 from sb3_deepcrl import envs
 from sb3_deepcrl.envs import BatchVecEnv, GoalEnv, register_envs
 from sb3_deepcrl.envs.registration import ENV_TABLE
@@ -125,9 +126,10 @@ def test_achieved_goal_is_the_head_of_the_observation(env_id):
     np.testing.assert_allclose(observation["achieved_goal"], data.body(body).xpos[:n], atol=1e-6)
 
 
-def test_humanoid_observation_is_that_of_serial_physics():
+@pytest.mark.parametrize("robot", ["humanoid", "humanoid_gymnasium", "humanoid_unscaled"])
+def test_humanoid_observation_is_that_of_serial_physics(robot):
     """Positions and velocities are those after the step, inertia and velocity rows those of its last physics step."""
-    env = gym.make("HumanoidUMaze-v0")
+    env = gym.make("HumanoidUMaze-v0", robot=robot)
     env.reset(seed=0)
     for action in actions(env, 5):
         data, task = env.unwrapped.simulation.data(0), env.unwrapped.task
@@ -135,10 +137,14 @@ def test_humanoid_observation_is_that_of_serial_physics():
     data.ctrl[:] = task.robot.control(action)
     mujoco.mj_step(task.model, data, task.frame_skip)
     bodies = task.robot.bodies
-    parts = (data.qpos, data.qvel, data.cinert[bodies].ravel(), data.cvel[bodies].ravel(), data.qfrc_actuator)
+    forces = data.qfrc_actuator.copy()
+    if robot != "humanoid_unscaled":
+        # Shares of the limits of the motors, which the actions are too
+        forces[task.model.jnt_dofadr[task.model.actuator_trnid[:, 0]]] = action
+    parts = (data.qpos, data.qvel, data.cinert[bodies].ravel(), data.cvel[bodies].ravel(), forces)
     np.testing.assert_allclose(observation, np.concatenate(parts).astype(np.float32), rtol=1e-5, atol=1e-5)
     assert len(bodies) == 11
-    assert np.abs(observation[223:]).max() > 10
+    assert (observation[223:229] == 0).all() and (observation[229:] != 0).all()
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01])
@@ -170,25 +176,28 @@ def test_ant_contact_pairs():
             assert not collide("left_leg_geom", "wall_0_0") and not collide("left_ankle_geom", "wall_0_0")
 
 
-HUMANOID_TORQUES = [40, 40, 40, 40, 40, 120, 80, 40, 40, 120, 80, 10, 10, 10, 10, 10, 10]
+HUMANOID_TORQUES = [140] * 11 + [40] * 6
 # Integrator, iterations, iterations of the line search, timestep, impratio
 ANT_SOLVER, HUMANOID_SOLVER = ("EULER", 4, 50, 0.01, 1), ("EULER", 8, 50, 0.003, 1)
 ARM_SOLVER = ("IMPLICITFAST", 6, 12, 0.002)
 
 
-@pytest.mark.parametrize("env_id, solver, torques", [
-    ("PointUMaze-v0", ("EULER", 4, 50, 0.025, 1), [16] * 2),
-    ("AntU4Maze-v0", ANT_SOLVER, [150] * 8),
-    ("AntGoal-v0", ANT_SOLVER, [150] * 8),
-    ("HumanoidUMaze-v0", HUMANOID_SOLVER, HUMANOID_TORQUES),
-    ("HumanoidGoal-v0", HUMANOID_SOLVER, HUMANOID_TORQUES),
-    ("ArmPushEasy-v0", (*ARM_SOLVER, 1), None),
-    ("ArmPushHard-v0", (*ARM_SOLVER, 1), None),
-    ("ArmBinpickHard-v0", (*ARM_SOLVER, 10), None),
+@pytest.mark.parametrize("env_id, solver, torques, damping", [
+    ("PointUMaze-v0", ("EULER", 4, 50, 0.025, 1), [16] * 2, 4),
+    ("AntU4Maze-v0", ANT_SOLVER, [150] * 8, 10),
+    ("AntGoal-v0", ANT_SOLVER, [150] * 8, 10),
+    ("HumanoidUMaze-v0", HUMANOID_SOLVER, HUMANOID_TORQUES, 30),
+    ("HumanoidGoal-v0", HUMANOID_SOLVER, HUMANOID_TORQUES, 30),
+    ("ArmPushEasy-v0", (*ARM_SOLVER, 1), None, None),
+    ("ArmPushHard-v0", (*ARM_SOLVER, 1), None, None),
+    ("ArmBinpickHard-v0", (*ARM_SOLVER, 10), None, None),
 ])  # fmt: skip
-def test_compiled_physics(env_id, solver, torques):
+def test_compiled_physics(env_id, solver, torques, damping):
     task = gym.make(env_id).unwrapped.task
     model, option = task.model, task.model.opt
+    if damping is not None:
+        moved = model.dof_damping[model.jnt_dofadr[model.actuator_trnid[:, 0]]]
+        np.testing.assert_array_equal(moved, np.full(model.nu, damping))
     integrator = mujoco.mjtIntegrator(option.integrator).name.removeprefix("mjINT_")
     assert (integrator, option.iterations, option.ls_iterations, option.timestep, option.impratio) == solver
     assert mujoco.mjtSolver(option.solver).name == "mjSOL_NEWTON"
@@ -205,6 +214,20 @@ def test_compiled_physics(env_id, solver, torques):
         np.testing.assert_array_equal(model.actuator_gainprm[:, 0], stiffness)
         np.testing.assert_array_equal(model.actuator_biasprm[:, 1:3], np.outer(stiffness, [-1, -0.1]))
         np.testing.assert_array_equal(model.actuator_forcerange[:, 1], [87] * 4 + [12] * 3 + [500] * 2)
+
+
+def test_both_humanoids():
+    model = gym.make("HumanoidUMaze-v0", robot="humanoid_gymnasium").unwrapped.task.model
+    original = gym.make("Humanoid-v5").unwrapped.model
+    for name in ("dof_damping", "jnt_stiffness", "actuator_gear", "body_mass"):
+        np.testing.assert_array_equal(getattr(model, name), getattr(original, name))
+    np.testing.assert_array_equal(model.body_inertia[1:], original.body_inertia[1:])
+    # The released code's links have the same masses, and one moment of inertia
+    paper = gym.make("HumanoidUMaze-v0").unwrapped.task.model
+    moving = [i for i in range(1, paper.nbody) if not paper.body(i).name.endswith("foot")]
+    np.testing.assert_array_equal(paper.body_inertia[moving], np.ones((11, 3)))
+    np.testing.assert_allclose(paper.body_mass, original.body_mass)
+    assert not paper.jnt_stiffness.any()
 
 
 # contype, conaffinity, condim and friction by the kind of a geom
@@ -256,6 +279,7 @@ def test_masses():
     ant = gym.make("AntU4Maze-v0").unwrapped.task.model
     links = np.bincount(ant.body_weldid, weights=ant.body_mass)
     np.testing.assert_allclose(links[links > 0], np.ones(9))
+    np.testing.assert_array_equal(ant.body_inertia[ant.body_dofnum > 0], np.ones((9, 3)))
     assert gym.make("HumanoidGoal-v0").unwrapped.task.model.body_mass.sum() == pytest.approx(42.1, abs=0.05)
 
 
@@ -465,11 +489,18 @@ def test_start_noise():
     observation = simulation.reset(np.arange(500))[0]["observation"].astype(np.float64)
     home = np.array([8, 4, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1])
     noise = observation[:, :15] - home
-    flat = np.delete(noise, np.s_[3:7], axis=1)
+    # Height and orientation have another law
+    flat = np.delete(noise, np.s_[2:7], axis=1)
     assert np.abs(flat).max() <= 0.1 + 1e-6
     assert np.abs(flat).max(axis=0).min() > 0.095
     np.testing.assert_allclose(np.linalg.norm(observation[:, 3:7], axis=1), 1, atol=1e-6)
     assert np.abs(noise[:, 3:7]).max() > 0.05
+    # The lowest foot stands on the floor where the noise pushed it through, as nearly everywhere, and hangs above it elsewhere
+    feet = [simulation.task.model.geom(f"foot_{k}").id for k in range(1, 5)]
+    heights = np.array([simulation.data(i).geom_xpos[feet, 2].min() - 0.08 for i in range(500)])
+    lifted = heights < 1e-9
+    assert -1e-9 < heights.min() and 0.9 < lifted.mean() < 1
+    assert np.abs(noise[~lifted, 2]).max() <= 0.1 + 1e-6 and noise[lifted, 2].max() > 0.2
     assert observation[:, 15:].std() == pytest.approx(0.1, rel=0.05)
     # The humanoid starts upright and at rest, always in the same place
     simulation = Simulation(GoalTask("humanoid", maze="u"), 3, 1)
@@ -525,7 +556,7 @@ def test_thresholds_at_their_edge():
         n = env.task.robot.goal_dim
         for name, threshold in {"success": success, "is_success": success, **others}.items():
             for distance in (threshold, np.nextafter(threshold, 0)):
-                measures = env.simulation._measures(np.array([distance]), np.array([True]))
+                measures = env.task.measures(np.array([distance]), np.array([True]))
                 assert measures[name] == [distance < threshold]
         for distance, reward in ((success, 0.0), (np.nextafter(success, 0), 1.0)):
             goal = np.zeros(n)
@@ -568,7 +599,7 @@ def test_termination_at_the_edge(env_id, low, high):
     env = gym.make(env_id).unwrapped
     qpos = np.zeros((6, env.task.model.nq))
     qpos[:, 2] = low, np.nextafter(low, 0), high, np.nextafter(high, 9), low - 1, high + 1
-    assert env.simulation._is_healthy(qpos).tolist() == [True, False, True, False, False, False]
+    assert env.task.is_healthy(qpos).tolist() == [True, False, True, False, False, False]
 
 
 def test_falling_terminates():
@@ -593,6 +624,26 @@ def test_falling_terminates():
     while not env.step(np.zeros(17, dtype=np.float32))[2]:
         shorter += 1
     assert shorter < steps
+
+
+@pytest.mark.parametrize("env_id", ["AntGoal-v0", "AntUMaze-v0", "HumanoidGoal-v0", "HumanoidUMaze-v0"])
+def test_robots_move_like_those_of_the_released_code(env_id):
+    steps, fallen, distance, velocity = behavior(env_id, "random")
+    expected = RELEASED[env_id, "random"]
+    assert (steps, distance, velocity) == pytest.approx((expected[0], *expected[2:]), rel=0.2)
+    assert fallen == pytest.approx(expected[1], abs=3)
+    # Idle humanoids are all alike
+    assert behavior(env_id, "idle", 8)[0] == pytest.approx(RELEASED[env_id, "idle"][0], rel=0.2)
+
+
+@pytest.mark.parametrize("env_id", [env_id for env_id, kwargs in ENV_TABLE.items() if kwargs["robot"] == "ant"])
+def test_no_idle_ant_dies(env_id):
+    """With feet in the floor, every sixth was thrown out of its healthy range."""
+    vec_env = BatchVecEnv(env_id, 64, n_threads=1)
+    vec_env.seed(0)
+    vec_env.reset()
+    for _ in range(60):
+        assert not vec_env.step(np.zeros((64, 8)))[2].any()
 
 
 def test_time_limit():

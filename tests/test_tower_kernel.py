@@ -549,7 +549,8 @@ def test_flat_parameters_do_what_the_optimizer_does(optimizer_class):
                 with flat.in_place():
                     # A hook makes the tower run as plain modules, while its gradients are written in place
                     hook = ours.first.stem.register_forward_hook(lambda *_: None) if step == 6 else None
-                    flat.step(module(x).square().sum())
+                    flat.backward(module(x).square().sum())
+                    flat.step()
                 if hook is not None:
                     hook.remove()
             else:

@@ -39,7 +39,7 @@ def test_walls_are_where_the_env_has_them(maze_env):
             np.testing.assert_allclose(maze.positions(np.array([row, column])), xy)
             for shift in ([0.0, 0.0], [0.45, -0.45], [-0.45, 0.45]):
                 assert maze.is_wall(xy + shift) == (layout[row][column] == 1)
-    assert maze.limits() == (-4.0, 4.0, -4.0, 4.0)
+    assert maze.extent == (-4.0, 4.0, -4.0, 4.0)
     assert maze.is_wall(np.array([[100.0, 0.0], [0.0, -4.1]])).all()
 
 
@@ -117,8 +117,9 @@ def test_plot(maze_env, tmp_path):
     ax = plot_value_map(model, maze_env, goal=[-2.5, 2.5], points_per_cell=4)
     image = ax.images[0].get_array()
     assert image.shape == (32, 32)
-    # The first row of the picture is the lowest y, that of the maze the highest
-    walls = np.kron(MazeMap.from_env(maze_env).walls[::-1], np.ones((4, 4), dtype=bool))
+    # It reads as the text of the maze, whose first row has the highest y
+    assert ax.images[0].get_extent() == [-4, 4, -4, 4]
+    walls = np.kron(MazeMap.from_env(maze_env).walls, np.ones((4, 4), dtype=bool))
     assert (image.mask == walls).all()
     ax.figure.savefig(tmp_path / "map.png")
     with pytest.raises(ValueError, match="lies in a wall"):
@@ -206,7 +207,7 @@ def test_ways_between_the_straight_line_and_the_steps_from_cell_to_cell(name):
 
 def test_no_way_leads_through_walls():
     walls = np.array([[True] * 5, [True, False, True, False, True], [True, True, False, True, True], [True] * 5])
-    maze = MazeMap(walls, 1.0, np.zeros(2), np.array([0.0, 1.0]), np.array([1.0, 0.0]), goals=np.zeros((0, 2)))
+    maze = MazeMap(walls, 1.0, np.zeros(2), np.eye(2), goals=np.zeros((0, 2)))
     free = maze.places()
     # Cells that touch at a corner are not connected
     np.testing.assert_array_equal(np.isfinite(maze.distances(free, free)), np.eye(3, dtype=bool))

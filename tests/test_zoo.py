@@ -1,5 +1,6 @@
 import csv
 import errno
+import importlib.util
 import inspect
 import json
 import os
@@ -30,7 +31,7 @@ from gymnasium.envs.registration import EnvSpec
 from rl_zoo3.callbacks import TrialEvalCallback
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -38,6 +39,7 @@ from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.__main__ import main
 from sb3_deepcrl.common.utils import STOP_SIGNALS
 from sb3_deepcrl.envs import BatchVecEnv
+from sb3_deepcrl.tensor_envs import WarpVecEnv
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
 from sb3_deepcrl.zoo.config import config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
@@ -871,12 +873,26 @@ def test_default_configs():
         (f"--env {ENV}", BatchVecEnv),
         (f"--env {ENV} --vec-env dummy", DummyVecEnv),
         ("--env PointMaze_UMaze-v3", DummyVecEnv),
+        pytest.param(
+            f"--env {ENV} --vec-env warp --eval-freq 100",
+            WarpVecEnv,
+            marks=[
+                pytest.mark.skipif(importlib.util.find_spec("mujoco_warp") is None, reason="MuJoCo Warp is not installed"),
+                pytest.mark.filterwarnings("ignore:WarpVecEnv simulates on the CPU"),
+            ],
+        ),
         (f"--env {ENV} -params env_wrapper:'gymnasium.wrappers.RecordEpisodeStatistics'", DummyVecEnv),
     ],
 )
 def test_envs_of_this_package_are_stepped_natively(args, vec_env_class, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(GoalExperimentManager, "learn", lambda manager, model: seen.append(type(model.env.unwrapped)))
+
+    def look(manager, model):
+        seen.append(type(model.env.unwrapped))
+        evaluated = [callback.eval_env for callback in manager.callbacks if isinstance(callback, EvalCallback)]
+        assert vec_env_class is not WarpVecEnv or [type(env.unwrapped) for env in evaluated] == [BatchVecEnv]
+
+    monkeypatch.setattr(GoalExperimentManager, "learn", look)
     train(tmp_path, *args.split())
     assert seen == [vec_env_class]
 

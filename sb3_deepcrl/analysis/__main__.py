@@ -2,7 +2,6 @@
 The command ``python -m sb3_deepcrl.analysis``, which is also ``sb3-deepcrl-analysis``: shells complete programs only.
 """
 
-import ast
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ except ImportError as error:
     )
 
 from sb3_deepcrl.analysis import STUDIES
+from sb3_deepcrl.analysis.study import literal_or_text
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import is_for_user, stopped_by_signals, whole_number
 
@@ -60,10 +60,7 @@ def key_value(text: str) -> tuple[str, Any]:
     key, colon, value = text.partition(":")
     if not colon or not key:
         raise ValueError(f"expected key:value, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return key, value
+    return key, literal_or_text(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

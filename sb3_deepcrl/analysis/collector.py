@@ -7,25 +7,23 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
+from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_deepcrl import GoalEvalCallback
 from sb3_deepcrl.analysis.episodes import make_envs
-from sb3_deepcrl.analysis.report import Report, Results, depth_colors, draw_curve, new_figure
+from sb3_deepcrl.analysis.report import MEASURES, Report, Results, depth_colors, draw_curve, new_figure
 from sb3_deepcrl.analysis.runs import FOLDER, Run, mean_evaluations
 from sb3_deepcrl.analysis.statistics import Estimate, curves_of
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @contextlib.contextmanager
@@ -42,6 +40,7 @@ def _own_random_numbers(*seeds: int) -> Iterator[None]:
             np.random.set_state(state)
 
 
+@dataclass(eq=False)
 class Learners(BaseCallback):
     """
     Models of other depths that learn from the replay buffer of the model in training, the collector: as many updates, each
@@ -50,22 +49,15 @@ class Learners(BaseCallback):
     with: it is saved after each of them, which are every ``eval_freq`` env steps.
     """
 
-    def __init__(
-        self,
-        depths: Sequence[int],
-        folder: str,
-        eval_env: str,
-        eval_freq: int,
-        n_eval_episodes: int,
-        env_kwargs: Mapping[str, Any] | None = None,
-    ):
+    depths: Sequence[int]
+    folder: str
+    eval_env: str
+    eval_freq: int
+    n_eval_episodes: int
+    env_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.depths = depths
-        self.folder = Path(folder)
-        self.eval_env = eval_env
-        self.eval_freq = eval_freq
-        self.n_eval_episodes = n_eval_episodes
-        self.env_kwargs = env_kwargs
         self.learners: dict[int, DeepCRL] = {}
         self.evaluations: dict[int, GoalEvalCallback] = {}
 
@@ -77,9 +69,8 @@ class Learners(BaseCallback):
             learner.replay_buffer = self.model.replay_buffer
             learner.num_timesteps = self.model.num_timesteps
             learner.set_logger(Logger(None, []))
-            envs = make_envs(self.eval_env, min(self.n_eval_episodes, 64), self.env_kwargs)
             self.evaluations[depth] = GoalEvalCallback(
-                envs,
+                make_envs(self.eval_env, min(self.n_eval_episodes, 64), self.env_kwargs),
                 n_eval_episodes=self.n_eval_episodes,
                 eval_freq=max(self.eval_freq // self.training_env.num_envs, 1),
                 log_path=str(_learner_folder(self.folder, depth)),
@@ -90,10 +81,10 @@ class Learners(BaseCallback):
 
     def _find(self, depth: int) -> DeepCRL | None:
         """The newest saved model that is not ahead of the collector."""
-        paths = {int(path.stem): path for path in _learner_folder(self.folder, depth).glob("*.zip")}
-        steps = max((steps for steps in paths if steps <= self.model.num_timesteps), default=None)
+        paths = sorted(_learner_folder(self.folder, depth).glob("*.zip"), key=_steps_of)
+        paths = [path for path in paths if _steps_of(path) <= self.model.num_timesteps]
         # What it lacks is made up for before the next rollout
-        return None if steps is None else DeepCRL.load(paths[steps], self.training_env, custom_objects={"buffer_size": 1})
+        return DeepCRL.load(paths[-1], self.training_env, custom_objects={"buffer_size": 1}) if paths else None
 
     def _make(self, depth: int) -> DeepCRL:
         collector = self.model
@@ -115,9 +106,6 @@ class Learners(BaseCallback):
             learner._setup_acceleration(self.locals["total_timesteps"] * max(collector.gradient_steps, 1) // rollout)
             self.evaluations[depth].on_training_start(self.locals, self.globals)
 
-    def _on_rollout_start(self) -> None:
-        self._catch_up()
-
     def _on_step(self) -> bool:
         for depth, learner in self.learners.items():
             learner.num_timesteps = self.num_timesteps
@@ -126,15 +114,12 @@ class Learners(BaseCallback):
             if evaluations.n_calls % evaluations.eval_freq == 0:
                 folder = _learner_folder(self.folder, depth)
                 # The collector may not be saved yet, and goes on with the previous one then
-                for path in sorted(folder.glob("*.zip"), key=lambda path: int(path.stem))[:-1]:
+                for path in sorted(folder.glob("*.zip"), key=_steps_of)[:-1]:
                     path.unlink()
                 learner.save(folder / f"{self.num_timesteps}.zip")
         return True
 
-    def _on_training_end(self) -> None:
-        self._catch_up()
-
-    def _catch_up(self) -> None:
+    def _on_rollout_start(self) -> None:
         assert isinstance(self.model, DeepCRL)
         statistics = self.model.actor.normalizer
         # Counters of Stable-Baselines3 that nothing public tells or sets
@@ -147,10 +132,16 @@ class Learners(BaseCallback):
                 learner.train(self.model._n_updates - learner._n_updates, learner.batch_size)
             self.evaluations[depth].on_rollout_start()
 
+    _on_training_end = _on_rollout_start
 
-def _learner_folder(folder: Path, depth: int) -> Path:
+
+def _steps_of(path: Path) -> int:
+    return int(path.stem)
+
+
+def _learner_folder(folder: Path | str, depth: int) -> Path:
     """Where a learner has its evaluations and models."""
-    return folder / f"learner-depth-{depth}"
+    return Path(folder) / f"learner-depth-{depth}"
 
 
 @dataclass(kw_only=True)
@@ -186,9 +177,9 @@ class CollectorStudy(Study):
             "depths": self._depths,
             "folder": FOLDER,
             "eval_env": self.eval_env,
-            "eval_freq": self.steps // self.n_evaluations,
+            "eval_freq": self.eval_freq,
             "n_eval_episodes": self.n_eval_episodes,
-            "env_kwargs": self.env_kwargs,
+            "env_kwargs": self.all_eval_env_kwargs,
         }
         callback = [{f"{Learners.__module__}.{Learners.__name__}": arguments}]
         return {f"collector depth {depth}": self.make_run(depth=depth, callback=callback) for depth in self._depths}
@@ -213,38 +204,26 @@ class CollectorStudy(Study):
         )
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
-        def difference(better: tuple[int, int], worse: tuple[int, int]) -> str:
-            first, second = (estimates["collector depth {}, learner depth {}".format(*pair)] for pair in (better, worse))
-            return f"{first} against {second}, {first.compare(second)}."
+        def difference(what: str, first: tuple[int, int], second: tuple[int, int]) -> str:
+            one, other = (estimates["collector depth {}, learner depth {}".format(*pair)] for pair in (first, second))
+            return f"{what} {self.deep} against {self.shallow}: {one} against {other}, {one.compare(other)}."
 
-        deep, shallow = self._depths
         return [
-            *(
-                f"From the data of collector {depth}, learner {deep} against {shallow}: "
-                f"{difference((depth, deep), (depth, shallow))}"
-                for depth in self._depths
-            ),
-            *(
-                f"Learner {depth}, from the data of collector {deep} against {shallow}: "
-                f"{difference((deep, depth), (shallow, depth))}"
-                for depth in self._depths
-            ),
+            *(difference(f"From the data of collector {d}, learner", (d, self.deep), (d, self.shallow)) for d in self._depths),
+            *(difference(f"Learner {d}, from the data of collector", (self.deep, d), (self.shallow, d)) for d in self._depths),
         ]
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         figure, axes = new_figure(1, 2)
         colors = depth_colors(self._depths)
+        lines = [(f"learner depth {depth}", f"learner, depth {depth}", colors[depth], "-") for depth in self._depths]
         for ax, collector, kind in zip(axes[0], self._depths, ("Deep", "Shallow"), strict=True):
-            for name, who, color, style in [
-                *((f"learner, depth {depth}", f"learner depth {depth}", colors[depth], "-") for depth in self._depths),
-                ("the collector itself", "itself", "0.5", ":"),
-            ]:
+            for who, name, color, style in (*lines, ("itself", "the collector itself", "0.5", ":")):
                 seeds = results[f"collector depth {collector}, {who}"]
                 steps = curves_of(seeds, "timesteps").mean(axis=0) / 1000
                 draw_curve(ax, steps, curves_of(seeds, "time_at_goal"), name, color, style)
-            ax.set(
-                title=f"{kind} collector (depth {collector})", xlabel="env steps (thousands)", ylabel="time at goal (steps)"
-            )
+            ax.set(xlabel="env steps (thousands)", ylabel=MEASURES["time_at_goal"])
+            ax.set_title(f"{kind} collector (depth {collector})")
         top = max(ax.get_ylim()[1] for ax in axes[0])
         for ax in axes[0]:
             ax.set_ylim(0, top)

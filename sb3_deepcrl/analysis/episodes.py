@@ -89,3 +89,14 @@ def record_episodes(model: PolicyPredictor, env: VecEnv) -> list[Episode]:
                 [step[i] for step in infos],
             )
     return [episodes[i] for i in range(env.num_envs)]
+
+
+def play_episodes(
+    model: PolicyPredictor, env_id: str, n_episodes: int, env_kwargs: Mapping[str, Any] | None = None, seed: int = EVAL_SEED
+) -> list[Episode]:
+    """Play episodes with deterministic actions, the same starts and goals for all models."""
+    env = make_envs(env_id, n_episodes, env_kwargs, seed)
+    try:
+        return record_episodes(model, env)
+    finally:
+        env.close()

@@ -1,16 +1,14 @@
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from sb3_deepcrl.analysis.report import Results, new_figure
 from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import Estimate, final_estimate
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(kw_only=True)
@@ -59,7 +57,7 @@ class GridStudy(Study):
             if cell != low
         ]
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         means = [final_estimate(results[self._label(*cell)]).mean for cell in self._cells]
         grid = np.reshape(means, (len(self.critic_depths), len(self.actor_depths)))
         figure, axes = new_figure(width=2.2 + 0.9 * len(self.actor_depths), height=1.6 + 0.7 * len(self.critic_depths))

@@ -3,17 +3,14 @@ Mazes seen from above: where their walls are, and how long the ways around them.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import numpy as np
+from matplotlib.axes import Axes
 
 from sb3_deepcrl.envs.goal_env import GoalEnv
 from sb3_deepcrl.envs.plotting import draw_walls
 from sb3_deepcrl.envs.scenes import Maze
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # By how much walls are smaller for a line of sight than they are, in cells, so that it may touch them
 TOUCH = 1e-6
@@ -27,33 +24,28 @@ class MazeMap:
     :param walls: Whether each cell is a wall, shape ``(n_rows, n_columns)``
     :param cell_size: Side of a cell, in meters
     :param origin: x and y of the center of the cell in row 0 and column 0, in meters
-    :param column_step: x and y from a cell to the one in the next column, in meters
-    :param row_step: x and y from a cell to the one in the next row, in meters
+    :param steps: x and y from a cell to the ones in the next row and in the next column, in meters, shape ``(2, 2)``
     :param goals: x and y of all goals that the env may set, but for noise, in meters, shape ``(n, 2)``
     """
 
     walls: np.ndarray
     cell_size: float
     origin: np.ndarray
-    column_step: np.ndarray
-    row_step: np.ndarray
+    steps: np.ndarray
     goals: np.ndarray
 
     @classmethod
     def find(cls, env: gym.Env) -> "MazeMap | None":
         """Read the maze of an env of this package or of gymnasium-robotics, wrapped or not; None if it has none."""
-        scene = env.unwrapped.task.scene if isinstance(env.unwrapped, GoalEnv) else None
-        if isinstance(scene, Maze):
-            row_step, column_step = scene.cell_size * np.eye(2)
+        if isinstance(env.unwrapped, GoalEnv) and isinstance(scene := env.unwrapped.task.scene, Maze):
             goals = np.unique(scene.pairs[:, 1], axis=0) * scene.cell_size
-            return cls(scene.layout.walls, scene.cell_size, np.zeros(2), column_step, row_step, goals)
-        maze = getattr(env.unwrapped, "maze", None)
-        if maze is None:
+            return cls(scene.layout.walls, scene.cell_size, np.zeros(2), scene.cell_size * np.eye(2), goals)
+        if (maze := getattr(env.unwrapped, "maze", None)) is None:
             return None
-        origin, next_column, next_row = (np.asarray(maze.cell_rowcol_to_xy(cell)) for cell in ((0, 0), (0, 1), (1, 0)))
+        origin, *neighbors = (np.asarray(maze.cell_rowcol_to_xy(cell)) for cell in ((0, 0), (1, 0), (0, 1)))
         walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])
         goals = np.unique(maze.unique_goal_locations, axis=0)
-        return cls(walls, float(maze.maze_size_scaling), origin, next_column - origin, next_row - origin, goals)
+        return cls(walls, float(maze.maze_size_scaling), origin, np.stack(neighbors) - origin, goals)
 
     @classmethod
     def from_env(cls, env: gym.Env) -> "MazeMap":
@@ -66,11 +58,11 @@ class MazeMap:
 
     def positions(self, cells: np.ndarray) -> np.ndarray:
         """x and y in meters of rows and columns, which may be fractions, shape ``(..., 2)``."""
-        return self.origin + cells @ np.stack([self.row_step, self.column_step])
+        return self.origin + cells @ self.steps
 
     def cells(self, xy: np.ndarray) -> np.ndarray:
         """Rows and columns as fractions of x and y in meters, shape ``(..., 2)``."""
-        return (np.asarray(xy) - self.origin) @ np.linalg.inv(np.stack([self.row_step, self.column_step]))
+        return (np.asarray(xy) - self.origin) @ np.linalg.inv(self.steps)
 
     def places(self, points_per_cell: int = 1) -> np.ndarray:
         """x and y of points in meters that are spread evenly over all free cells, shape ``(n, 2)``."""
@@ -85,25 +77,27 @@ class MazeMap:
         rows, columns = np.moveaxis(np.clip(cells, 0, np.array(self.walls.shape) - 1), -1, 0)
         return ~inside | self.walls[rows, columns]
 
-    def limits(self) -> tuple[float, float, float, float]:
-        """Smallest and largest x, smallest and largest y, in meters."""
-        corners = self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
-        (x_min, y_min), (x_max, y_max) = corners.min(axis=0), corners.max(axis=0)
-        return x_min, x_max, y_min, y_max
+    @property
+    def corners(self) -> np.ndarray:
+        """x and y of the outer corners of the first and of the last cell in meters, shape ``(2, 2)``."""
+        return self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top edge of a picture that reads as the maze's text does: rows from top to bottom."""
+        (left, top), (right, bottom) = self.to_picture(self.corners)
+        return left, right, bottom, top
 
     def to_picture(self, xy: np.ndarray) -> np.ndarray:
         """
         Places or directions ``(..., 2)`` so that a picture reads as the maze's text does: first what runs along its
         rows.
         """
-        return np.asarray(xy)[..., ::-1] if self.column_step[0] == 0 else np.asarray(xy)
+        return np.asarray(xy)[..., ::-1] if self.steps[1, 0] == 0 else np.asarray(xy)
 
-    def draw(self, ax: "Axes") -> None:
-        """Draw the walls, so that the picture reads as the maze's text does: rows from top to bottom."""
-        corners = self.positions(np.array([np.zeros(2), self.walls.shape]) - 0.5)
-        (left, top), (right, bottom) = self.to_picture(corners)
-        across, up = self.to_picture(np.array(["x", "y"]))
-        draw_walls(ax, self.walls, (left, right, bottom, top), (across, up))
+    def draw(self, ax: Axes) -> None:
+        """Draw the walls."""
+        draw_walls(ax, self.walls, self.extent, tuple(self.to_picture(np.array(["x", "y"]))))
 
     def distances(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from sb3_deepcrl.analysis.statistics import (
     Estimate,
@@ -22,12 +24,12 @@ from sb3_deepcrl.analysis.statistics import (
 )
 from sb3_deepcrl.common.utils import atomic_path
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 # By setting, the evaluations of each seed: what was measured, shape (n_evaluations,) each
 Results = dict[str, list[dict[str, np.ndarray]]]
+# How pictures show a goal
+STAR: dict[str, Any] = dict(marker="*", color="tab:red", markeredgecolor="white", linestyle="none")
+# What curves show, and how their axis is named
+MEASURES = {"time_at_goal": "time at goal (steps)", "success_any": "success"}
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Report:
     rows: list[dict[str, Any]]
     table: list[dict[str, Any]]
     notes: list[str]
-    figure: "Figure"
+    figure: Figure
     path: Path | None = None
 
     def write(self, path: Path, command: str) -> None:
@@ -50,7 +52,8 @@ class Report:
         with atomic_path(path.with_suffix(".csv"), ".csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
             writer.writeheader()
-            writer.writerows(self.rows)
+            for row in self.rows:
+                writer.writerow({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         # The layout moves the ticks, whose labels it needs to know
         self.figure.draw_without_rendering()
         with atomic_path(path.with_suffix(".png"), ".png") as temporary:
@@ -69,7 +72,7 @@ def evaluation_rows(results: Results, columns: Mapping[str, Mapping[str, Any]]) 
     return [
         {
             **{"setting": label, **columns.get(label, {}), "seed": number},
-            **{name: round(float(values[i]), 4) for name, values in seed.items()},
+            **{name: float(values[i]) for name, values in seed.items()},
         }
         for label, seeds in results.items()
         for number, seed in enumerate(seeds)
@@ -135,22 +138,20 @@ def _describe(record: Mapping[str, Any]) -> str:
 # --- Figures ------------------------------------------------------------------------------------------------------------
 
 
-def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: float = 3.4) -> tuple["Figure", Any]:
+def new_figure(n_rows: int = 1, n_columns: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figure, Any]:
     """Make a figure that no window shows, and its axes, ``(n_rows, n_columns)``, each of a size in inches."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(n_columns * width, n_rows * height), layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 
-def draw_curve(ax: "Axes", x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: str = "-") -> None:
+def draw_curve(ax: Axes, x: Any, curves: np.ndarray, label: str, color: Any = None, linestyle: str = "-") -> None:
     """Draw the interquartile mean of ``curves``, ``(n_seeds, n_points)``, as a line and its interval as a band."""
     means, lows, highs = np.array(interquartile_means(curves)).T
     (line,) = ax.plot(x, means, label=label, color=color, linestyle=linestyle)
     ax.fill_between(x, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def draw_estimates(ax: "Axes", points: Mapping[float, Estimate], label: str, color: Any = None) -> None:
+def draw_estimates(ax: Axes, points: Mapping[float, Estimate], label: str, color: Any = None) -> None:
     """Draw estimates by their horizontal positions as points with their intervals, and lines between them."""
     means, lows, highs = np.array([points[x] for x in sorted(points)]).T
     # Of a skewed bootstrap distribution the mean may lie outside of the interval
@@ -158,25 +159,26 @@ def draw_estimates(ax: "Axes", points: Mapping[float, Estimate], label: str, col
     ax.errorbar(sorted(points), means, errors, fmt="o-", label=label, color=color, capsize=3)
 
 
-def draw_learning_curves(results: Results, is_ordered: bool = False) -> "Figure":
+def draw_learning_curves(results: Results, is_ordered: bool = False) -> Figure:
     """Draw time at goal and success over env steps and over seconds, in shades if the settings have an order."""
     shades = depth_colors(range(len(results)))
     figure, axes = new_figure(2, 2)
-    for number, (label, seeds) in enumerate(results.items()):
-        color = shades[number] if is_ordered else f"C{number}"
-        for column, (over, name, unit) in enumerate(
-            (("timesteps", "env steps (thousands)", 1000), ("seconds", "CPU seconds", 1))
-        ):
-            x = curves_of(seeds, over).mean(axis=0) / unit
-            for ax, measure in zip(axes[:, column], ("time_at_goal", "success_any"), strict=True):
-                draw_curve(ax, x, curves_of(seeds, measure), label, color)
-                ax.set(xlabel=name, ylabel={"time_at_goal": "time at goal (steps)"}.get(measure, "success"))
-    for time_ax, success_ax in axes.T:
-        time_ax.set_ylim(bottom=0)
-        success_ax.set_ylim(-0.02, 1.02)
+    columns = (("timesteps", 1000, "env steps (thousands)"), ("seconds", 1, "CPU seconds"))
+    for column, (over, unit, xlabel) in enumerate(columns):
+        for ax, (measure, ylabel) in zip(axes[:, column], MEASURES.items(), strict=True):
+            for number, (label, seeds) in enumerate(results.items()):
+                color = shades[number] if is_ordered else f"C{number}"
+                draw_curve(ax, curves_of(seeds, over).mean(axis=0) / unit, curves_of(seeds, measure), label, color)
+            ax.set(xlabel=xlabel, ylabel=ylabel)
+            set_range(ax, measure)
     # Where it hides no line
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def set_range(ax: Axes, measure: str) -> None:
+    """Let an axis of time at goal begin at zero, and one of success show all that there can be."""
+    ax.set_ylim(*((-0.02, 1.02) if measure == "success_any" else (0, None)))
 
 
 def depth_colors(depths: Sequence[int]) -> dict[int, Any]:

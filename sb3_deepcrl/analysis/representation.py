@@ -2,24 +2,22 @@
 How the critic represents the way to a goal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
+from matplotlib.figure import Figure
 
-from sb3_deepcrl.analysis.episodes import Episode, make_env, make_envs, record_episodes
+from sb3_deepcrl.analysis.episodes import Episode, make_env, play_episodes
 from sb3_deepcrl.analysis.mazes import MazeMap
-from sb3_deepcrl.analysis.report import Report, Results, depth_colors, depth_table, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.report import STAR, Report, Results, depth_colors, depth_table, new_figure, scores_by_depth
 from sb3_deepcrl.analysis.statistics import rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths, load_model
 from sb3_deepcrl.analysis.value_map import network_inputs
 from sb3_deepcrl.common.losses import rowwise_energy
 from sb3_deepcrl.deepcrl import DeepCRL
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # A shorter way has no shape
 MIN_STEPS = 3
@@ -135,31 +133,32 @@ class RepresentationStudy(ComparisonOfDepths):
     def _choose(self, seed: int) -> _Choice:
         found: list[_Choice] = []
         for env_id in dict.fromkeys((self.eval_env, self.env)):
-            with make_env(env_id, self.env_kwargs) as single:
-                maze = MazeMap.find(single)
+            maze = MazeMap.find(make_env(env_id, self.all_eval_env_kwargs))
             for depth in sorted(self.depths, reverse=True):
-                run = self.seeds_of(self.make_run(depth=depth))[seed]
-                env = make_envs(env_id, self.n_eval_episodes, self.env_kwargs)
-                way = _choose_way(record_episodes(load_model(run, self.runs), env), maze)
-                env.close()
-                found.append(_Choice(env_id, depth, way, maze))
-                if way.successes.any():
+                model = load_model(self.seeds_of(self.make_run(depth=depth))[seed], self.runs)
+                episodes = play_episodes(model, env_id, self.n_eval_episodes, self.all_eval_env_kwargs)
+                found.append(_Choice(env_id, depth, _choose_way(episodes, maze), maze))
+                if found[-1].way.successes.any():
                     return found[-1]
         return found[0]
 
     def report(self, results: Results) -> Report:
         choices = {seed: self._choose(seed) for seed in range(self.seeds)}
-        rows: list[dict[str, Any]] = []
         paths: dict[int, tuple[_PlanePath, np.ndarray]] = {}
-        for depth, seed, model in self.models():
-            choice = choices[seed]
-            embeddings, goal, energies = _embed(model, choice.way)
-            measures = _path_measures(embeddings, -energies, _remaining_way(choice.way, choice.maze))
-            head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps}
-            episode = {"episode_env": choice.env_id, "episode_of_depth": choice.depth}
-            length = {"success": bool(choice.way.successes.any()), "steps": len(choice.way.actions)}
-            rows.append({**head, **episode, **length, **{name: round(value, 4) for name, value in measures.items()}})
+
+        def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
+            env_id, depth_of_episode, way, maze = choices[seed]
+            embeddings, goal, energies = _embed(model, way)
             paths.setdefault(depth, (_principal_plane(embeddings, goal), -energies))
+            yield {
+                "episode_env": env_id,
+                "episode_of_depth": depth_of_episode,
+                "success": bool(way.successes.any()),
+                "steps": len(way.actions),
+                **_path_measures(embeddings, -energies, _remaining_way(way, maze)),
+            }
+
+        rows = self.measure_models(measure)
         table = depth_table({name.replace("_", " "): scores_by_depth(rows, name) for name in MEASURES})
         way = "straight line to the goal" if choices[0].maze is None else "shortest way through the maze"
         notes = [
@@ -174,31 +173,29 @@ class RepresentationStudy(ComparisonOfDepths):
     def _describe(self, seed: int, choice: _Choice) -> str:
         way = choice.way
         start, goal = (", ".join(f"{x:.1f}" for x in place) for place in (way.positions[0], way.goals[0]))
-        end = "to the goal."
-        if not way.successes.any():
-            failure = f"no model with this seed reached one in {self.n_eval_episodes} episodes"
-            end = f"up to where it came nearest. It does **not** reach its goal: {failure}."
+        failure = (
+            "up to where it came nearest. It does **not** reach its goal: no model with this seed reached one in "
+            f"{self.n_eval_episodes} episodes."
+        )
         return (
             f"Seed {seed}: an episode of depth {choice.depth} in {choice.env_id} from ({start}) to ({goal}), "
-            f"{len(way.actions)} steps {end}"
+            f"{len(way.actions)} steps {'to the goal.' if way.successes.any() else failure}"
         )
 
-    def _figure(self, paths: dict[int, tuple[_PlanePath, np.ndarray]], choice: _Choice) -> "Figure":
+    def _figure(self, paths: dict[int, tuple[_PlanePath, np.ndarray]], choice: _Choice) -> Figure:
         way, maze = choice.way, choice.maze
         figure, axes = new_figure(1, len(paths) + 2, width=4.2, height=4.2)
         remaining = _remaining_way(way, maze)
         style: dict[str, Any] = dict(c=remaining, cmap="viridis_r", s=14, zorder=2)
-        star: dict[str, Any] = dict(marker="*", markersize=16, color="tab:red", markeredgecolor="white", linestyle="none")
+        star: dict[str, Any] = {**STAR, "markersize": 16}
         ax = axes[0, 0]
+        ax.set(title="way of the robot", xlabel="x (m)", ylabel="y (m)", aspect="equal")
         positions, goal = way.positions[:-1, :2], way.goals[0, :2]
-        if maze is None:
-            ax.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
-        else:
+        if maze is not None:
             maze.draw(ax)
             positions, goal = maze.to_picture(positions), maze.to_picture(goal)
         ax.scatter(*positions.T, **style)
         ax.plot(*goal, **star)
-        ax.set_title("way of the robot")
         for ax, (depth, (path, _)) in zip(axes[0, 1:], paths.items(), strict=False):
             ax.plot(*path.points.T, color="0.7", linewidth=0.8, zorder=1)
             points = ax.scatter(*path.points.T, **style)

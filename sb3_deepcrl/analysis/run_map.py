@@ -7,9 +7,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, is_vecenv_wrapped
+from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
 from sb3_deepcrl.analysis import MazeMap, plot_value_map
+from sb3_deepcrl.analysis.report import new_figure
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import how_to_write, is_for_user
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -20,21 +21,16 @@ from sb3_deepcrl.zoo.runs import RunFolder
 
 def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path | None = None) -> Path:
     """Draw the learned value of a run for a goal in meters, by default in the first free cell."""
-    from matplotlib.figure import Figure
 
     vec_env = run.make_env()
     if is_vecenv_wrapped(vec_env, VecFrameStack):
         raise ValueError(f"{run.path} has `frame_stack`: what its model sees cannot be placed on a map")
-    base = vec_env.unwrapped
-    assert isinstance(base, DummyVecEnv)
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    ax = figure.subplots()
-    if goal is None:
-        # The first free cell is the end of a corridor in most mazes
-        goal = MazeMap.from_env(base.envs[0]).places()[0]
-    model = run.load_model(vec_env)
+    model, (env,) = run.load_model(vec_env), vec_env.unwrapped.envs  # type: ignore[attr-defined]
     assert isinstance(model, DeepCRL)
-    plot_value_map(model, base.envs[0], goal, seed=0, ax=ax)
+    figure, axes = new_figure(width=6, height=5)
+    # The first free cell is the end of a corridor in most mazes
+    goal = MazeMap.from_env(env).places()[0] if goal is None else goal
+    ax = plot_value_map(model, env, goal, seed=0, ax=axes[0, 0])
     vec_env.close()
     ax.set_title(f"{run.args()['env']}: learned value and policy")
     output = output or run.path / "value.png"

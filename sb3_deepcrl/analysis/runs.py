@@ -51,6 +51,7 @@ class Run:
     algo: str = "deepcrl"
     hyperparams: dict[str, Any] = field(default_factory=dict)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
+    eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     # Whose agent, with the same seed, makes the data that are learned from before the first step
     data_of: "Run | None" = None
@@ -61,9 +62,10 @@ class Run:
         Folder that the runner is given. The number of steps has no influence: a longer run goes on where a shorter one
         ended.
         """
-        setting = {name: value for name, value in asdict(self).items() if name not in ("steps", "seed")}
+        ignored = {"steps", "seed"} if self.eval_env_kwargs else {"steps", "seed", "eval_env_kwargs"}
         if self.data_of is None:
-            del setting["data_of"], setting["offline_updates"]
+            ignored |= {"data_of", "offline_updates"}
+        setting = {name: value for name, value in asdict(self).items() if name not in ignored}
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True, default=repr).encode()).hexdigest()[:10]
         return runs / f"{self.env.rpartition(':')[2]}-{self.algo}-{digest}" / f"seed-{self.seed}"
 
@@ -79,9 +81,10 @@ class Run:
         ]
         if self.data_of is not None:
             words += ["--dataset", str(self.dataset(runs)), "--offline-updates", str(self.offline_updates)]
-        for flag, values in (("--hyperparams", self.hyperparams), ("--env-kwargs", self.env_kwargs)):
+        options = {"hyperparams": self.hyperparams, "env-kwargs": self.env_kwargs, "eval-env-kwargs": self.eval_env_kwargs}
+        for name, values in options.items():
             if values:
-                words += [flag, *(f"{name}:{value!r}".replace(FOLDER, str(folder)) for name, value in values.items())]
+                words += [f"--{name}", *(f"{key}:{value!r}".replace(FOLDER, str(folder)) for key, value in values.items())]
         return words
 
     def dataset(self, runs: Path) -> Path:
@@ -186,7 +189,7 @@ def _train(command: Sequence[str], folder: Path, n_threads: int) -> None:
     with _locked(folder) as lock, (folder / "train.log").open("ab+") as log:
         if _is_stopped.is_set():
             return
-        start = log.seek(0, os.SEEK_END)
+        start = log.tell()
         # With the lock, which it keeps should this process be killed. In a group of its own: Ctrl-C stops it from here
         process = subprocess.Popen(
             [sys.executable, *command[1:]],
@@ -213,10 +216,9 @@ def _stop() -> None:
     processes = list(_processes)
     for process in processes:
         process.terminate()
-    end = time.monotonic() + SECONDS_TO_SAVE
     try:
         for process in processes:
-            process.wait(max(end - time.monotonic(), 0.1))
+            process.wait(SECONDS_TO_SAVE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         for process in processes:
             process.kill()
@@ -258,18 +260,17 @@ def train_all(
             from ray.util.joblib import register_ray
 
             register_ray()
-        is_local = backend == "threading"
-        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or (cpu_count() if is_local else -1)))
+        default = cpu_count() if backend == "threading" else -1
+        stack.enter_context(parallel_config(backend=backend, n_jobs=jobs or default))
         n_jobs = max(1, min(effective_n_jobs(), len(open_runs)))
         n_threads = max(1, cpu_count() // n_jobs)
         stack.enter_context(_progress(all_runs, runs, len(open_runs), console or get_console()))
         _is_stopped.clear()
         stack.callback(_stop)
         where = runs.absolute()
+        calls = (delayed(_train)(run.command(where), run.folder(where), n_threads) for run in open_runs)
         try:
-            Parallel(n_jobs=n_jobs, batch_size=1)(
-                delayed(_train)(run.command(where), run.folder(where), n_threads) for run in open_runs
-            )
+            Parallel(n_jobs=n_jobs, batch_size=1)(calls)
         except ChildProcessError as error:
             # Without the way that it took through joblib
             raise ChildProcessError(str(error)) from None
@@ -277,31 +278,25 @@ def train_all(
 
 @contextlib.contextmanager
 def _progress(all_runs: Sequence[tuple[str, Run]], runs: Path, n_open: int, console: Console) -> Iterator[None]:
-    """Show how far all runs are, in a log file as lines."""
+    """Show how far all runs are: a line for each evaluation, and on a terminal a bar below."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    is_live = console.is_interactive or console.is_jupyter
-    start, is_over = time.monotonic(), threading.Event()
-    with Progress(*columns, console=console, disable=not is_live) as progress:
-        total = progress.add_task("env steps", total=sum(run.steps for _, run in all_runs))
-        bars = [progress.add_task(name, total=run.steps, visible=False) for name, run in all_runs]
-        if not is_live:
-            console.print(f"{len(all_runs)} runs, {n_open} to train", highlight=False)
+    console.print(f"{len(all_runs)} runs, {n_open} to train", highlight=False)
+    start, is_over, done = time.monotonic(), threading.Event(), dict.fromkeys((name for name, _ in all_runs), 0)
+    with Progress(*columns, console=console, disable=not (console.is_interactive or console.is_jupyter)) as progress:
+        bar = progress.add_task("env steps", total=sum(run.steps for _, run in all_runs))
 
         def refresh() -> None:
-            done, lines = 0, []
-            for bar, (name, run) in zip(bars, all_runs, strict=True):
+            for name, run in all_runs:
                 found = run.evaluations(runs)
                 steps = int(found["timesteps"][-1]) if found else 0
-                done += steps
-                if steps != progress.tasks[bar].completed:
-                    description = f"{name}, time at goal {found['time_at_goal'][-1]:.0f}"
-                    progress.update(bar, completed=steps, visible=n_open > 0, description=description)
-                    lines.append(f"{description}, {steps:,} of {run.steps:,} env steps")
-            progress.update(total, completed=done)
-            for line in lines if n_open and not is_live else ():
-                elapsed = timedelta(seconds=int(time.monotonic() - start))
-                part = f"{progress.tasks[total].percentage:.0f} % of all"
-                console.print(f"{elapsed} {line}; {part}", soft_wrap=True, highlight=False)
+                if steps == done[name]:
+                    continue
+                progress.advance(bar, steps - done[name])
+                done[name] = steps
+                if n_open:
+                    elapsed, part = timedelta(seconds=int(time.monotonic() - start)), progress.tasks[bar].percentage
+                    reached = f"time at goal {found['time_at_goal'][-1]:.0f}, {steps:,} of {run.steps:,} env steps"
+                    console.print(f"{elapsed} {name}, {reached}; {part:.0f} % of all", soft_wrap=True, highlight=False)
 
         def watch() -> None:
             # Reading all files takes time from the runs

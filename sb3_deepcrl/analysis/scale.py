@@ -7,14 +7,15 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch as th
 from gymnasium import spaces
+from matplotlib.figure import Figure
 from torch import nn
 
 from sb3_deepcrl.analysis.episodes import make_env
-from sb3_deepcrl.analysis.report import Results, depth_colors, draw_estimates, new_figure
+from sb3_deepcrl.analysis.report import MEASURES, Results, depth_colors, draw_estimates, new_figure
 from sb3_deepcrl.analysis.runs import Run, config_entry
 from sb3_deepcrl.analysis.statistics import Estimate, final_estimate
 from sb3_deepcrl.analysis.study import Study
@@ -22,9 +23,7 @@ from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.policies import CategoricalActor, DeepCRLPolicy
 from sb3_deepcrl.env_ids import find_spec
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sb3_deepcrl.envs.arguments import default_arguments
 
 
 class _PolicyWithoutNumbers(DeepCRLPolicy):
@@ -45,15 +44,13 @@ def _make_policy(observation_space: spaces.Dict, action_space: spaces.Space, pol
 
 def count_operations(policy: DeepCRLPolicy, batch_size: int) -> int:
     """
-    Operations of the matrix products in an update: two, a multiplication and an addition, for each row, input and output of
-    a layer, in the forward pass, for the gradients of its inputs and for those of its weights. This is three passes for the
-    actor, for each encoder in the loss of the critic, and two for the encoder of state and action in the loss of the actor,
-    which asks for no gradients of its weights: 11 passes through a hidden layer of width ``W``, with depth ``D`` about
-    ``11 * 2 * D * W^2 * batch_size`` operations. First layers have no gradients of their inputs but for that of the actions.
-    Then there are the products of all representations with each other. With discrete actions, the loss of the actor asks the
-    encoder of state and action for one forward pass for each of them.
-
-    What is computed a second time to save memory is not counted, nor are layers of features extractors.
+    Operations of the matrix products in an update, two for each row, input and output of a layer, in the forward pass, for
+    the gradients of its inputs and for those of its weights. These are three passes for the actor and for each encoder in
+    the loss of the critic, and two for the encoder of state and action in the loss of the actor: with depth ``D`` and width
+    ``W`` about ``11 * 2 * D * W^2 * batch_size`` operations. First layers have no gradients of their inputs but for that of
+    the actions. Then there are the products of all representations with each other. With discrete actions, the loss of the
+    actor takes one forward pass for each of them. Features extractors are not counted, nor is what is computed a second time
+    to save memory.
     """
     actor, critic = policy.actor, policy.critic
     passes: list[tuple[nn.Module, int]] = [
@@ -129,8 +126,8 @@ class ScaleStudy(Study):
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
-        entry, parameters = config_entry("deepcrl", find_spec(self.env).id), inspect.signature(DeepCRL).parameters
-        return {name: entry.get(name, parameters[name].default) for name in ("width", "batch_size")}
+        values = {**default_arguments(DeepCRL), **config_entry("deepcrl", find_spec(self.env).id)}
+        return {name: values[name] for name in ("width", "batch_size")}
 
     def _run_of(self, size: Size) -> Run:
         # The same as in other studies where it is the same
@@ -187,30 +184,25 @@ class ScaleStudy(Study):
         return {str(size): self._run_of(size) for size in self.sizes}
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        return {
-            str(size): {
-                "role": "; ".join(names),
-                **asdict(size),
-                **{what: self.count(size, what) for what in ("parameters", "operations")},
-            }
-            for size, names in self.sizes.items()
-        }
+        def describe(size: Size) -> dict[str, Any]:
+            return {**asdict(size), **{what: self.count(size, what) for what in ("parameters", "operations")}}
+
+        return {str(size): {"role": "; ".join(names), **describe(size)} for size, names in self.sizes.items()}
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
         pairs = []
         for (depth, match), size in self.matches.items():
             what = "parameters" if match == "parameters" else "operations an update"
             pairs.append((replace(self.shallow, depth=depth), size, f", which has as many {what}"))
-        if len(self.batch_sizes) > 1:
-            for depth in (self.depth, *self.depths):
-                least, most = (Size(depth, self.shallow.width, edge(self.batch_sizes)) for edge in (min, max))
-                pairs.append((most, least, ""))
+        for depth in (self.depth, *self.depths) if len(self.batch_sizes) > 1 else ():
+            least, most = (Size(depth, self.shallow.width, edge(self.batch_sizes)) for edge in (min, max))
+            pairs.append((most, least, ""))
         return [
             f"Time at goal of {size} against {other}{why}: {estimates[str(size)].compare(estimates[str(other)])}."
             for size, other, why in pairs
         ]
 
-    def draw(self, results: Results) -> "Figure":
+    def draw(self, results: Results) -> Figure:
         estimates = {size: final_estimate(results[str(size)]) for size in self.sizes}
         figure, axes = new_figure(1, 3, width=4.4)
         # What differs from the shallow network
@@ -230,7 +222,6 @@ class ScaleStudy(Study):
         for ax in axes[0]:
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:.4g}")
-            ax.set_ylim(bottom=0)
-            ax.set_ylabel("time at goal (steps)")
+            ax.set(ylim=(0, None), ylabel=MEASURES["time_at_goal"])
             ax.legend()
         return figure

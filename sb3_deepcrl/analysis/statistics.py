@@ -47,25 +47,25 @@ def interquartile_means(curves: np.ndarray) -> list[Estimate]:
     intervals of 95 % over the seeds. With less than four seeds the interquartile mean is the mean.
     """
     from rliable.library import get_interval_estimates
+    from scipy.stats import trim_mean
 
     curves = np.asarray(curves, dtype=np.float64)
     if curves.ndim != 2 or not curves.size:
         raise ValueError(f"Scores must have the shape (n_seeds, n_points) with at least one of each, got {curves.shape}")
 
+    if len(curves) == 1:
+        return [Estimate(float(value), np.nan, np.nan) for value in curves[0]]
+
     def aggregate(scores: np.ndarray) -> np.ndarray:
         # rliable's interquartile mean of all points at once, many times as fast
-        n_cut = len(scores) // 4
-        return np.sort(scores[:, 0], axis=0)[n_cut : len(scores) - n_cut].mean(axis=0)
+        return trim_mean(scores[:, 0], 0.25, axis=0)
 
-    # rliable wants (n_runs, n_tasks, n_points)
-    scores = {"": curves[:, None, :]}
-    if len(curves) == 1:
-        return [Estimate(float(value), np.nan, np.nan) for value in aggregate(scores[""])]
     # rliable draws from NumPy's global generator, whatever its `random_state`
     state = np.random.get_state()
     np.random.seed(0)
     try:
-        means, intervals = get_interval_estimates(scores, aggregate, reps=2000)
+        # Its scores have the shape (n_runs, n_tasks, n_points)
+        means, intervals = get_interval_estimates({"": curves[:, None, :]}, aggregate, reps=2000)
     finally:
         np.random.set_state(state)
     return [Estimate(*map(float, values)) for values in zip(means[""], *intervals[""], strict=True)]
@@ -107,5 +107,5 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 def critical_depth(scores: Mapping[int, Estimate]) -> int | None:
     """The smallest depth whose interval lies above those of all smaller ones (section 4.3 of the paper), if there is one."""
     depths = sorted(scores)
-    jumps = (n for n in range(1, len(depths)) if all(scores[depths[n]].is_above(scores[less]) for less in depths[:n]))
-    return next((depths[n] for n in jumps), None)
+    jumps = (depth for depth in depths[1:] if all(scores[depth].is_above(scores[d]) for d in depths if d < depth))
+    return next(jumps, None)

@@ -2,27 +2,35 @@
 Ways longer than any that was trained.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from matplotlib.figure import Figure
 from stable_baselines3.common.type_aliases import PolicyPredictor
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env, make_envs
-from sb3_deepcrl.analysis.report import Report, Results, depth_colors, draw_curve, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.report import (
+    MEASURES,
+    Report,
+    Results,
+    depth_colors,
+    draw_curve,
+    new_figure,
+    scores_by_depth,
+    set_range,
+)
 from sb3_deepcrl.analysis.statistics import interquartile_mean
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
+from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.goal_env import GoalEnv
 from sb3_deepcrl.envs.layouts import Layout
 from sb3_deepcrl.envs.scenes import Maze
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-CURVES = {"success_any": "success", "time_at_goal": "time at goal (steps)"}
+CURVES = ("success_any", "time_at_goal")
 
 
 def _cells_by_distance(layout: Layout) -> dict[int, np.ndarray]:
@@ -88,36 +96,33 @@ class StitchingStudy(ComparisonOfDepths):
 
     def _read_maze(self, env_id: str) -> tuple[Layout, int | None]:
         """The layout of a maze, and the largest distance between start and goal in cells, None without a limit."""
-        with make_env(env_id, self.env_kwargs) as made:
+        with make_env(env_id, self.env_kwargs if env_id == self.env else self.all_eval_env_kwargs) as made:
             env = made.unwrapped
         if not isinstance(env, GoalEnv) or not isinstance(env.task.scene, Maze):
             raise ValueError(f"The study needs a maze of this package, got {env_id!r}: use PointUMazeStitch-v0, for instance")
         return env.task.scene.layout, env.task_kwargs.get("stitching")
 
     def report(self, results: Results) -> Report:
-        rows: list[dict[str, Any]] = []
-        for depth, seed, model in self.models():
+        def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
             for distance in self._distances:
-                means = evaluate_distance(model, self.eval_env, distance, self.n_eval_episodes, self.env_kwargs)
-                head = {"depth": depth, "seed": seed, "trained": distance <= self._trained, "timesteps": model.num_timesteps}
-                rows.append({**head, "distance": distance, **{name: round(value, 4) for name, value in means.items()}})
+                means = evaluate_distance(model, self.eval_env, distance, self.n_eval_episodes, self.all_eval_env_kwargs)
+                yield {"trained": distance <= self._trained, "distance": distance, **means}
+
+        rows = self.measure_models(measure)
+
+        def curves_of(name: str) -> dict[int, np.ndarray]:
+            values = np.reshape([row[name] for row in rows], (len(self.depths), self.seeds, -1))
+            return dict(zip(self.depths, values, strict=True))
+
         # By measure and depth, shape (n_seeds, n_distances)
-        curves = {
-            name: {
-                depth: np.reshape([row[name] for row in rows if row["depth"] == depth], (self.seeds, -1))
-                for depth in self.depths
-            }
-            for name in CURVES
-        }
+        curves = {name: curves_of(name) for name in CURVES}
         table = [
             {
                 "depth": depth,
                 "distance (cells)": distance,
                 "trained": "yes" if distance <= self._trained else "no",
-                **{
-                    title.removesuffix(" (steps)"): interquartile_mean(curves[name][depth][:, i])
-                    for name, title in CURVES.items()
-                },
+                "success": interquartile_mean(curves["success_any"][depth][:, i]),
+                "time at goal": interquartile_mean(curves["time_at_goal"][depth][:, i]),
                 "success of each seed": ", ".join(f"{score:.2f}" for score in curves["success_any"][depth][:, i]),
             }
             for depth in self.depths
@@ -134,17 +139,16 @@ class StitchingStudy(ComparisonOfDepths):
             notes.append(f"Mean success on {name} ways: {', '.join(found)}.")
         return Report(f"Stitching on {self.env}", rows, table, notes, self._figure(curves))
 
-    def _figure(self, curves: dict[str, dict[int, np.ndarray]]) -> "Figure":
+    def _figure(self, curves: dict[str, dict[int, np.ndarray]]) -> Figure:
         figure, axes = new_figure(1, 2)
         colors = depth_colors(self.depths)
-        for ax, (name, title) in zip(axes[0], CURVES.items(), strict=True):
+        for ax, name in zip(axes[0], CURVES, strict=True):
             ax.axvspan(0.5, self._trained + 0.5, color="0.9", label="trained")
             for depth, scores in curves[name].items():
                 draw_curve(ax, self._distances, scores, f"depth {depth}", colors[depth])
-            ax.set(xlabel="cells from start to goal", ylabel=title, xlim=(0.5, max(self._distances) + 0.5))
-            ax.set_xticks(self._distances)
-        axes[0, 0].set_ylim(-0.02, 1.02)
-        axes[0, 1].set_ylim(bottom=0)
+            xlim = (0.5, max(self._distances) + 0.5)
+            ax.set(xlabel="cells from start to goal", ylabel=MEASURES[name], xlim=xlim, xticks=self._distances)
+            set_range(ax, name)
         axes[0, 1].legend()
         figure.suptitle(self.caption())
         return figure

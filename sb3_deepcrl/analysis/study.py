@@ -5,12 +5,14 @@ What all studies are: settings, each trained with several seeds, and a report of
 import ast
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from tempfile import TemporaryFile
+from typing import Any, ClassVar
 
 import gymnasium as gym
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from sb3_deepcrl.analysis.report import (
@@ -27,9 +29,6 @@ from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.registration import ENV_TABLE
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Options that say how a study is run, not what it asks: the command in a report is without them
 HOW = ("runs", "output", "jobs", "backend", "scheduler", "dry_run", "reuse_other_code")
@@ -55,6 +54,8 @@ class Study(ABC):
     """Env that is evaluated on, by default the one with the evaluation goals of the same maze"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of both envs, e.g. cell_size:4.0"""
+    eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the env that is evaluated on, in place of those or beside them, e.g. random_start:False"""
     hyperparams: dict[str, Any] = field(default_factory=dict)
     """Hyperparameters, where they are not to be those of the env in zoo_configs, e.g. width:32 n_envs:16 ent_coef:auto"""
     seeds: int = 3
@@ -102,47 +103,34 @@ class Study(ABC):
         if self.steps < self.n_evaluations:
             raise ValueError(f"`n_evaluations` must be at most the number of steps {self.steps}, got {self.n_evaluations}")
 
+    @property
+    def eval_freq(self) -> int:
+        """Number of env steps from one evaluation to the next."""
+        return self.steps // self.n_evaluations
+
+    @property
+    def all_eval_env_kwargs(self) -> dict[str, Any]:
+        """Arguments of the env that is evaluated on, those of both envs too."""
+        return {**self.env_kwargs, **self.eval_env_kwargs}
+
     @abstractmethod
     def settings(self) -> dict[str, Run]:
-        """
-        What is trained.
-
-        :return: A run of each setting, by label
-        """
+        """What is trained: a run of each setting, by label."""
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """
-        What else the table and the CSV file say of each setting.
-
-        :return: Columns by label
-        """
+        """What else the table and the CSV file say of each setting, by its label: values by column."""
         return {}
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
-        """
-        Answer the question of the study.
-
-        :param estimates: Time at goal by label
-        :return: Sentences
-        """
+        """Answer the question of the study in sentences, from the time at goal by label."""
         return []
 
-    def draw(self, results: Results) -> "Figure":
-        """
-        Draw the picture, learning curves by default.
-
-        :param results: Evaluations of each seed by label
-        :return: The figure
-        """
+    def draw(self, results: Results) -> Figure:
+        """Draw the picture, learning curves by default, from the evaluations of each seed by label."""
         return draw_learning_curves(results)
 
     def report(self, results: Results) -> Report:
-        """
-        Say what came out.
-
-        :param results: Evaluations of each seed by label, all of them complete
-        :return: The report
-        """
+        """Say what came out, from the complete evaluations of each seed by label."""
         columns = self.columns()
         table = [{"": label, **columns.get(label, {}), **summarize(seeds)} for label, seeds in results.items()]
         notes = [self.protocol(), *self.compare({label: final_estimate(seeds) for label, seeds in results.items()})]
@@ -163,10 +151,11 @@ class Study(ABC):
             env=self.env,
             eval_env=self.eval_env,
             steps=self.steps,
-            eval_freq=self.steps // self.n_evaluations,
+            eval_freq=self.eval_freq,
             n_eval_episodes=self.n_eval_episodes,
             hyperparams=_merge(self.hyperparams, hyperparams),
             env_kwargs=self.env_kwargs,
+            eval_env_kwargs=self.eval_env_kwargs,
         )
 
     def make_run_of_depths(self, actor: int, critic: int) -> Run:
@@ -175,12 +164,12 @@ class Study(ABC):
         not.
         """
         depth = min(actor, critic)
-        deeper = {name: value for name, value in (("actor_depth", actor), ("critic_depth", critic)) if value > depth}
+        deeper = {name: value for name, value in {"actor_depth": actor, "critic_depth": critic}.items() if value > depth}
         return self.make_run(depth=depth, **({"policy_kwargs": deeper} if deeper else {}))
 
     def seeds_of(self, run: Run) -> list[Run]:
         """Repeat a setting with each seed."""
-        return [Run(**{**vars(run), "seed": seed}) for seed in range(self.seeds)]
+        return [replace(run, seed=seed) for seed in range(self.seeds)]
 
     def run(self, console: Console | None = None) -> Report | None:
         """
@@ -220,8 +209,7 @@ class Study(ABC):
         for folder in (self.runs, path.parent):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".writable").touch()
-                (folder / ".writable").unlink()
+                TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise ValueError(f"'{folder}' cannot be written to ({error.strerror}): choose another place") from None
         return path
@@ -236,7 +224,9 @@ class Study(ABC):
                 continue
             words.append(f"--{item.name.replace('_', '-')}")
             if isinstance(value, dict):
-                words += [f"{key}:{_literal(entry)}" for key, entry in value.items()]
+                # Without quotes if it is text that can be nothing else
+                texts = {key: entry if literal_or_text(str(entry)) == entry else repr(entry) for key, entry in value.items()}
+                words += [f"{key}:{text}" for key, text in texts.items()]
             elif not isinstance(value, bool):
                 words += map(str, value if isinstance(value, list | tuple) else [value])
         return shlex.join(words)
@@ -289,6 +279,14 @@ class ComparisonOfDepths(Study):
             for run in self.seeds_of(self.make_run(depth=depth)):
                 yield depth, run.seed, load_model(run, self.runs)
 
+    def measure_models(self, measure: Callable[[int, int, DeepCRL], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Make the rows of what is measured of each model, of which depth, seed and model are given."""
+        return [
+            {"depth": depth, "seed": seed, "timesteps": model.num_timesteps, **row}
+            for depth, seed, model in self.models()
+            for row in measure(depth, seed, model)
+        ]
+
 
 def load_model(run: Run, runs: Path) -> DeepCRL:
     """Load the model of a run that is complete, without an env."""
@@ -326,11 +324,9 @@ def _merge(given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _literal(value: Any) -> str:
-    """How a value of a dict is written on the command line: without quotes if it is text that can be nothing else."""
-    if isinstance(value, str):
-        try:
-            ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            return value
-    return repr(value)
+def literal_or_text(text: str) -> Any:
+    """Read a Python literal; what is none is text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text

@@ -2,25 +2,23 @@
 The learned value over a maze, and how much it looks like the distance to the goal: through the maze, or through its walls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from matplotlib.axes import Axes
 from scipy.spatial.distance import cdist
 
 from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_env
 from sb3_deepcrl.analysis.mazes import MazeMap
-from sb3_deepcrl.analysis.report import Report, Results, depth_table, new_figure, scores_by_depth
+from sb3_deepcrl.analysis.report import STAR, Report, Results, depth_table, new_figure, scores_by_depth
 from sb3_deepcrl.analysis.statistics import interquartile_mean, rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.deepcrl import DeepCRL
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 ALL_PAIRS = "all"
 # Columns of the correlations and what they are with
@@ -80,7 +78,7 @@ def plot_value_map(
     seed: int | None = None,
     ax: Any = None,
     points_per_cell: int = 20,
-) -> "Axes":
+) -> Axes:
     """
     Draw the value over a maze, with the actions of the policy as arrows if they are continuous and two-dimensional.
     The picture reads as the maze's text does: rows from top to bottom.
@@ -98,11 +96,8 @@ def plot_value_map(
     observation, _ = env.reset(seed=seed)
     (place,) = _check_goals(maze, [observation["desired_goal"][:2] if goal is None else goal])
 
-    x_min, x_max, y_min, y_max = maze.limits()
-    n_x, n_y = (round((high - low) / maze.cell_size * points_per_cell) for low, high in ((x_min, x_max), (y_min, y_max)))
-    x = x_min + (np.arange(n_x) + 0.5) * (x_max - x_min) / n_x
-    y = y_min + (np.arange(n_y) + 0.5) * (y_max - y_min) / n_y
-    grid = np.stack(np.meshgrid(x, y), axis=-1)
+    rows, columns = ((np.arange(n * points_per_cell) + 0.5) / points_per_cell - 0.5 for n in maze.walls.shape)
+    grid = maze.positions(np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1))
     free = ~maze.is_wall(grid)
     values = np.full(free.shape, np.nan)
     values[free], actions = value_map(model, observation, grid[free], place)
@@ -111,9 +106,7 @@ def plot_value_map(
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    transposed = maze.column_step[0] == 0
-    (left, bottom), (right, top) = maze.to_picture(np.array([(x_min, y_min), (x_max, y_max)]))
-    image = ax.imshow(values.T if transposed else values, origin="lower", extent=(left, right, bottom, top))
+    image = ax.imshow(values, extent=maze.extent)
     ax.figure.colorbar(image, ax=ax, label="value (minus distance of the representations)", shrink=0.85)
     maze.draw(ax)
     if isinstance(model.action_space, spaces.Box) and model.action_space.shape == (2,):
@@ -123,8 +116,7 @@ def plot_value_map(
         drawn[step // 2 :: step, step // 2 :: step] = True
         starts, arrows = (maze.to_picture(array) for array in (grid[drawn & free], actions[drawn[free]]))
         ax.quiver(*starts.T, *arrows.T, angles="xy", color="white", width=0.003)
-    star: dict[str, Any] = dict(marker="*", markersize=18, color="tab:red", markeredgecolor="white", linestyle="none")
-    ax.plot(*maze.to_picture(place), label="goal", **star)
+    ax.plot(*maze.to_picture(place), label="goal", markersize=18, **STAR)
     ax.legend(loc="upper right", framealpha=0.9)
     return ax
 
@@ -154,12 +146,8 @@ def _correlate(
 ) -> ValueCorrelation:
     """Correlate values with both distances; pairs without a way (of infinite length) are left out."""
     has_way = np.isfinite(ways)
-    return ValueCorrelation(
-        goal,
-        int(has_way.sum()),
-        maze=rank_correlation(values[has_way], -ways[has_way]),
-        straight=rank_correlation(values[has_way], -lines[has_way]),
-    )
+    maze, straight = (rank_correlation(values[has_way], -lengths[has_way]) for lengths in (ways, lines))
+    return ValueCorrelation(goal, int(has_way.sum()), maze, straight)
 
 
 def value_correlations(
@@ -188,10 +176,11 @@ def value_correlations(
     goals = _check_goals(maze, goals)
     targets = np.concatenate([centers, goals])
     values = np.stack([value_map(model, observation, places, goal)[0] for goal in targets], axis=1)
-    ways, lines = maze.distances(places, targets), cdist(places, targets)
-    n = len(centers)
-    return [_correlate(values[:, :n], ways[:, :n], lines[:, :n])] + [
-        _correlate(values[:, n + i], ways[:, n + i], lines[:, n + i], (float(x), float(y))) for i, (x, y) in enumerate(goals)
+    pairs = np.stack([values, maze.distances(places, targets), cdist(places, targets)])
+    of_all, *of_each = np.split(pairs, np.arange(len(centers), len(targets)), axis=-1)
+    return [
+        _correlate(*of_all),
+        *(_correlate(of_one[0], of_one[1], of_one[2], (x, y)) for of_one, (x, y) in zip(of_each, goals.tolist(), strict=True)),
     ]
 
 
@@ -202,7 +191,7 @@ def _check_goals(maze: MazeMap, goals: np.ndarray | Sequence[Any]) -> np.ndarray
     if array.ndim != 2 or array.shape[1] != 2:
         raise ValueError(f"Goals must be x and y each, shape (n, 2), got shape {array.shape}")
     for goal in array[maze.is_wall(array)]:
-        x_min, x_max, y_min, y_max = maze.limits()
+        (x_min, y_min), (x_max, y_max) = np.sort(maze.corners, axis=0)
         raise ValueError(
             f"The goal {goal.tolist()} lies in a wall or outside of the maze, which spans x from {x_min} to {x_max} m and y "
             f"from {y_min} to {y_max} m: choose x and y of a free cell"
@@ -240,24 +229,24 @@ class ValueMapStudy(ComparisonOfDepths):
         if self.goal is not None:
             self.goal = float(self.goal[0]), float(self.goal[1])
         super().__post_init__()
-        with make_env(self.eval_env, self.env_kwargs) as env:
+        with make_env(self.eval_env, self.all_eval_env_kwargs) as env:
             _check_goals(MazeMap.from_env(env), [] if self.goal is None else [self.goal])
 
     def report(self, results: Results) -> Report:
-        with make_env(self.eval_env, self.env_kwargs) as env:
+        with make_env(self.eval_env, self.all_eval_env_kwargs) as env:
             goals = _far_goals(env, EVAL_SEED)
             goal = goals[0] if self.goal is None else np.array(self.goal)
             figure, axes = new_figure(1, len(self.depths) + 1, width=4.4, height=4.6)
-            rows: list[dict[str, Any]] = []
-            for depth, seed, model in self.models():
+
+            def measure(depth: int, seed: int, model: DeepCRL) -> Iterator[dict[str, Any]]:
                 if seed == 0:
                     self._draw_map(axes[0, self.depths.index(depth)], depth, model, env, goal)
                 for found in value_correlations(model, env, goals, self.points_per_cell, EVAL_SEED):
                     name = ALL_PAIRS if found.goal is None else " ".join(f"{x:g}" for x in found.goal)
-                    head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps, "goal": name}
-                    values = {"correlation_maze": round(found.maze, 4), "correlation_straight": round(found.straight, 4)}
-                    rows.append({**head, "n_pairs": found.n_pairs, **values})
-            maze = MazeMap.from_env(env)
+                    correlations = {"correlation_maze": found.maze, "correlation_straight": found.straight}
+                    yield {"goal": name, "n_pairs": found.n_pairs, **correlations}
+
+            rows, maze = self.measure_models(measure), MazeMap.from_env(env)
         # By pairs and distance, for each depth those of all seeds
         scores = {
             f"{kind}: {name}": scores_by_depth([row for row in rows if (row["goal"] == ALL_PAIRS) == is_all], column)
@@ -282,7 +271,7 @@ class ValueMapStudy(ComparisonOfDepths):
         return Report(f"Value maps on {self.env}", rows, depth_table(scores), notes, figure)
 
     @staticmethod
-    def _draw_map(ax: "Axes", depth: int, model: DeepCRL, env: gym.Env, goal: np.ndarray) -> None:
+    def _draw_map(ax: Axes, depth: int, model: DeepCRL, env: gym.Env, goal: np.ndarray) -> None:
         plot_value_map(model, env, goal, EVAL_SEED, ax)
         observation, _ = env.reset(seed=EVAL_SEED)
         start = MazeMap.from_env(env).to_picture(observation["achieved_goal"][:2])
@@ -291,12 +280,11 @@ class ValueMapStudy(ComparisonOfDepths):
         ax.get_legend().remove()  # type: ignore[union-attr]
         ax.images[0].colorbar.set_label("value")  # type: ignore[union-attr]
 
-    def _draw_correlations(self, ax: "Axes", scores: dict[str, dict[int, np.ndarray]]) -> None:
+    def _draw_correlations(self, ax: Axes, scores: dict[str, dict[int, np.ndarray]]) -> None:
         for (name, by_depth), color, style in zip(scores.items(), ("C0", "C1") * 2, ("-", "-", "--", "--"), strict=True):
             means = [interquartile_mean(by_depth[depth]).mean for depth in self.depths]
             ax.plot(range(len(means)), means, style, marker="o", color=color, label=name)
-            for position, depth in enumerate(self.depths):
-                ax.plot([position] * len(by_depth[depth]), by_depth[depth], ".", color=color, alpha=0.6)
+            ax.plot(range(len(means)), [by_depth[depth] for depth in self.depths], ".", color=color, alpha=0.6)
         ax.set(xlabel="depth", ylabel="rank correlation with the value", xlim=(-0.5, len(self.depths) - 0.5))
         ax.set_xticks(range(len(self.depths)), map(str, self.depths))
         ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, handlelength=4)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 from stable_baselines3.common.type_aliases import PolicyPredictor
 
-from sb3_deepcrl.analysis.episodes import EVAL_SEED, Episode, make_env, make_envs, record_episodes
+from sb3_deepcrl.analysis.episodes import EVAL_SEED, Episode, make_env, play_episodes
 from sb3_deepcrl.analysis.mazes import MazeMap
 from sb3_deepcrl.analysis.report import Report, Results, depth_colors, new_figure
 from sb3_deepcrl.analysis.statistics import interquartile_means
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
+from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs.registration import ENV_TABLE
 
 # What may happen in an episode, from good to bad
@@ -52,11 +53,10 @@ def _classify(
         return "goes over the wall"
     if _longest_stay(at_goal) * dt >= STAY_SECONDS:
         return "walks"
-    positions, goals = positions[:, :2], goals[:, :2]
     if not fell:
-        moved = np.linalg.norm(positions - positions[0], axis=1).max()
+        moved = np.linalg.norm((positions - positions[0])[:, :2], axis=1).max()
         return "walks" if moved > STANDING_RADIUS or at_goal.any() else "stands"
-    distances = np.linalg.norm(positions - goals, axis=1)
+    distances = np.linalg.norm((positions - goals)[:, :2], axis=1)
     thrown = distances[-1] <= AT_GOAL and distances[0] - distances[-1] >= APPROACH * distances[0]
     return "falls at the goal" if thrown else "falls on the way"
 
@@ -111,18 +111,15 @@ def walk_episodes(
     :raises ValueError: if it is not a humanoid's env
     """
     _check_humanoid(env_id)
-    with make_env(env_id, env_kwargs) as single:
-        maze = MazeMap.find(single)
-    env = make_envs(env_id, n_episodes, env_kwargs, seed)
-    dt = float(env.get_attr("task")[0].dt)
-    episodes = record_episodes(model, env)
-    env.close()
+    single = make_env(env_id, env_kwargs)
+    maze, dt = MazeMap.find(single), float(single.unwrapped.task.dt)  # type: ignore[attr-defined]
+    episodes = play_episodes(model, env_id, n_episodes, env_kwargs, seed)
     return [{**measure_walk(episode, dt, maze), "dt": dt} for episode in episodes]
 
 
 def _shares(episodes: Sequence[dict[str, Any]]) -> list[float]:
     """Share of each of ``CLASSES``."""
-    return [float(np.mean([episode["kind"] == kind for episode in episodes])) for kind in CLASSES]
+    return [np.mean([episode["kind"] == kind for episode in episodes]).item() for kind in CLASSES]
 
 
 @dataclass(kw_only=True)
@@ -147,13 +144,15 @@ class WalkStudy(ComparisonOfDepths):
             _check_humanoid(env_id)
 
     def report(self, results: Results) -> Report:
-        walks: dict[int, list[list[dict[str, Any]]]] = {}
-        rows = []
-        for depth, seed, model in self.models():
-            episodes = walk_episodes(model, self.eval_env, self.n_eval_episodes, self.env_kwargs)
-            walks.setdefault(depth, []).append(episodes)
-            head = {"depth": depth, "seed": seed, "timesteps": model.num_timesteps}
-            rows += [{**head, "episode": number, **episode} for number, episode in enumerate(episodes)]
+        def measure(depth: int, seed: int, model: DeepCRL) -> list[dict[str, Any]]:
+            episodes = walk_episodes(model, self.eval_env, self.n_eval_episodes, self.all_eval_env_kwargs)
+            return [{"episode": number, **episode} for number, episode in enumerate(episodes)]
+
+        rows = self.measure_models(measure)
+        walks = {
+            depth: [[row for row in rows if (row["depth"], row["seed"]) == (depth, seed)] for seed in range(self.seeds)]
+            for depth in self.depths
+        }
         notes = [
             f"Trained on {self.env}. Each seed plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, "
             f"with deterministic actions. Shares of the episodes: {self.averaging().lower()}. "
@@ -164,11 +163,9 @@ class WalkStudy(ComparisonOfDepths):
             f"never fell otherwise. Falls at the goal: at most {AT_GOAL:g} m from it, after at least {APPROACH:g} of the "
             "distance at the start. Falls on the way: all other falls.",
         ]
-        columns = {depth: self._describe(seeds) for depth, seeds in walks.items()}
-        table = [
-            {"": measure, **{f"depth {depth}": column[measure] for depth, column in columns.items()}}
-            for measure in columns[self.depths[0]]
-        ]
+        columns = {f"depth {depth}": self._describe(seeds) for depth, seeds in walks.items()}
+        measures = columns[f"depth {self.depths[0]}"]
+        table = [{"": measure, **{depth: column[measure] for depth, column in columns.items()}} for measure in measures]
         return Report(f"Gaits on {self.eval_env}", rows, table, notes, self._figure(walks))
 
     @staticmethod

@@ -13,7 +13,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_deepcrl.common.datasets import Episode, open_minari, read_episodes
-from sb3_deepcrl.common.utils import check_class, check_number
+from sb3_deepcrl.common.tensor_env import TensorObs, TensorStep, to_arrays
+from sb3_deepcrl.common.utils import check_choice, check_class, check_number, delayed_signals
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -32,7 +33,7 @@ EMPTY = "Cannot sample from an empty replay buffer: collect at least one transit
 def check_finite(values: Mapping[str, ArrayLike]) -> None:
     """Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name, are numbers."""
     for key, value in values.items():
-        value = np.asarray(value)
+        value = np.asarray(value.cpu() if isinstance(value, th.Tensor) else value)
         if value.dtype.kind != "f" or np.isfinite(value).all():
             continue
         env_idx = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
@@ -100,7 +101,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     :param handle_timeout_termination: Whether ``dones`` of the samples are false where the episode ended by timeout
     :param gamma: Parameter of the geometric law, between 0 (the next state) and 1 (uniform over the future)
     :param on_device: Whether to keep states and actions on ``device`` too, so that minibatches are gathered there. What was
-        added since the last sample is copied there at once. Same law, same file; worth it on a GPU with memory to spare.
+        added since the last sample is copied there at once. Same law, same file. ``"auto"`` does it on a GPU if it takes at
+        most half of the memory that is free at the first sample.
     :raises ValueError: if an argument is out of its range
     """
 
@@ -121,7 +123,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         gamma: float = 0.99,
-        on_device: bool = False,
+        on_device: bool | str = "auto",
     ):
         # Skip the parent, which would allocate observations and next observations
         super(ReplayBuffer, self).__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -158,7 +160,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         # Whether `add` has begun and not ended: it was interrupted
         self._adding = False
         self._env_indices = np.arange(n_envs)
-        self.on_device = on_device
+        self.on_device = check_choice(on_device, (True, False, "auto"), "on_device")
         self._forget_copies()
 
     def _forget_copies(self) -> None:
@@ -167,11 +169,18 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self._written: list[np.ndarray] = []
         # What was read in order since the last change
         self._copies_in_order: dict[tuple[str, int], Any] = {}
+        # Tensors that were added to the copy: what the host has still to know of each step, head and episode steps of the
+        # rings after them, and whether states and actions are newer there than here
+        self._unread: list[th.Tensor] = []
+        self._device_rings: tuple[th.Tensor, th.Tensor] | None = None
+        self._is_behind = False
 
     def __getstate__(self) -> dict[str, Any]:
+        self._fetch()
         state = dict(self.__dict__)
         # The file is the same for all devices
-        del state["_device_copy"], state["_written"], state["_copies_in_order"]
+        for name in ("_device_copy", "_written", "_copies_in_order", "_unread", "_device_rings", "_is_behind"):
+            del state[name]
         # Slots that were never used need no room in it
         state["observations"] = {key: values[: self.n_used] for key, values in state.pop("_observations").items()}
         state.update({name: state.pop(f"_{name}")[: self.n_used] for name in TRANSITION_ARRAYS})
@@ -219,6 +228,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def size(self) -> int:
         """Number of transitions of each env that can be sampled, the smallest one of the envs."""
+        self.read_added()
         return int(np.count_nonzero(self.remaining, axis=0).min()) if self.full else self.pos
 
     def _count(self) -> None:
@@ -228,6 +238,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def _read_in_order(self, name: str, shift: int) -> Any:
         """That of the newest ``size()`` transitions of each env, oldest first, read-only as nobody would store a change."""
+        self._fetch()
         if (name, shift) not in self._copies_in_order:
             size = self.size()
             indices = np.empty((size, self.n_envs), dtype=np.int64)
@@ -278,6 +289,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         done = np.asarray(done, dtype=bool)
         check_finite(obs)
         check_finite({**next_obs, "action": action})
+        self._fetch()
+        self._device_rings = None
 
         jumped = np.zeros(self.n_envs, dtype=bool)
         for key, value in obs.items():
@@ -296,21 +309,104 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         for key, value in obs.items():
             self._observations[key][slots, envs] = value
         self._actions[slots, envs] = np.asarray(action).reshape(self.n_envs, self.action_dim)
-        self._rewards[slots, envs] = reward
-        self._dones[slots, envs] = done
-        if self.handle_timeout_termination:
-            self._timeouts[slots, envs] = [info.get("TimeLimit.truncated", False) for info in infos]
-        self.remaining[slots, envs] = RUNNING
-        self.episode_steps += 1
-
-        self._advance(envs)
+        timeouts = [info.get("TimeLimit.truncated", False) for info in infos] if self.handle_timeout_termination else False
+        self._start_next_step(reward, done, timeouts)
         for key, value in next_obs.items():
             self._observations[key][self.head, envs] = value
+        self._end_step(done)
+
+    def _start_next_step(self, reward: np.ndarray, done: np.ndarray, timeout: Any) -> None:
+        """Let a transition start at the heads, and move these to where it ends."""
+        slots, envs = self.head.copy(), self._env_indices
+        self._rewards[slots, envs] = reward
+        self._dones[slots, envs] = done
+        self._timeouts[slots, envs] = timeout
+        self.remaining[slots, envs] = RUNNING
+        self.episode_steps += 1
+        self._advance(envs)
+
+    def _end_step(self, done: np.ndarray) -> None:
         self._end_episodes(np.flatnonzero(done))
         self._adding = False
-
         self.full = self.n_used == self.n_slots
         self.pos = 0 if self.full else self.pos + 1
+
+    def add_tensors(self, obs: TensorObs, action: th.Tensor, step: TensorStep) -> None:
+        """
+        Add one transition of every env that hands out tensors. With ``on_device`` nothing waits for the device: what the host
+        has to know of the transition is read by ``read_added``, at the latest when the buffer is sampled.
+
+        :param obs: Observations of shape ``(n_envs, ...)`` by key
+        :param action: Actions in [-1, 1], shape ``(n_envs, action_dim)``
+        :param step: What they led to
+        :raises ValueError: as ``add`` does; with ``on_device`` it is ``read_added`` that raises it
+        """
+        done, timeout = step.terminated | step.truncated, step.truncated & ~step.terminated
+        if not self._is_on_device():
+            check_finite(step.observation)
+            infos = [{"TimeLimit.truncated": value} for value in timeout.tolist()]
+            other = to_arrays({"action": action, "reward": step.reward, "done": done})
+            self.add(to_arrays(obs), to_arrays(step.terminal_observation), **other, infos=infos)
+            return
+        storage, envs = self._update_device_copy(), th.arange(self.n_envs, device=self.device)
+        if self._device_rings is None:
+            head, n_steps = (th.tensor(values, device=self.device) for values in (self.head, self.episode_steps))
+        else:
+            head, n_steps = self._device_rings
+        self._adding = self._is_behind = True
+        self._copies_in_order = {}
+        jumped, finite = th.zeros_like(done), []
+        for key in self._observations:
+            for new in (step.terminal_observation[key], step.observation[key]):
+                finite.append(th.isfinite(new).flatten(1).all(dim=1))
+            if key != "desired_goal":
+                stored = storage[key][head * self.n_envs + envs]
+                jumped |= (stored != obs[key].reshape(stored.shape).to(stored.dtype)).flatten(1).any(dim=1)
+        finite.append(th.isfinite(action).all(dim=1))
+        # Nothing is stored from the first step on that is not finite
+        is_sound = th.stack(finite).all()
+        if self._unread:
+            is_sound &= self._unread[-1][0].all()
+        broken = (jumped & (n_steps > 0)) | (n_steps >= self.buffer_size)
+        first = (head + broken) % self.n_slots
+        second = (first + 1) % self.n_slots
+        for slots, values in ((first, {**obs, "action": action}), (second, step.terminal_observation)):
+            rows = slots * self.n_envs + envs
+            for key, stored in storage.items():
+                if key in values:
+                    value = values[key].reshape(-1, *stored.shape[1:]).to(stored.dtype)
+                    stored[rows] = th.where(is_sound, value, stored[rows])
+        record = (is_sound.expand(self.n_envs), broken, done, timeout, step.reward, *finite)
+        self._unread.append(th.stack([row.to(th.float32) for row in record]))
+        n_steps = th.where(broken, 1, n_steps + 1) * ~done
+        self._device_rings = th.where(is_sound, (second + done) % self.n_slots, head), n_steps
+        self._adding = False
+
+    def read_added(self) -> None:
+        """Read on the host what it has to know of the transitions that ``add_tensors`` stored on the device."""
+        if not self._unread:
+            return
+        records = th.stack(self._unread).numpy(force=True)
+        names = [key for key in self._observations for _ in range(2)] + ["action"]
+        with delayed_signals():
+            # Whether the next one was interrupted is still to be known
+            was_adding, self._unread = self._adding, []
+            for is_sound, broken, done, timeout, reward, *finite in records:
+                if not is_sound.all():
+                    for name, values in zip(names, finite, strict=True):
+                        check_finite({name: np.where(values, 0, np.nan)})
+                self._end_episodes(np.flatnonzero(broken), truncated=True)
+                self._start_next_step(reward, done, timeout if self.handle_timeout_termination else False)
+                self._end_step(done)
+            self._adding = was_adding
+
+    def _fetch(self) -> None:
+        """Bring the host up to date with what was added on the device."""
+        self.read_added()
+        if self._is_behind:
+            for key, values in {**self._observations, "action": self._actions}.items():
+                values[:] = self._device_copy[key].numpy(force=True).reshape(values.shape)
+            self._is_behind = False
 
     def _advance(self, envs: np.ndarray) -> None:
         """Move the head of some envs to the next slot, from which no transition starts yet."""
@@ -342,6 +438,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         :raises ValueError: if a value is NaN or infinite; its episode and those that follow are not stored then
         """
         self.truncate_last_trajectory()
+        self._fetch()
         added = np.zeros(self.n_envs, dtype=np.int64)
         for episode in episodes:
             check_finite({**episode.observations, "action": episode.actions})
@@ -370,6 +467,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes that it holds, and the parts that are left of them, those of one env after the other."""
+        self.read_added()
+        self._fetch()
         remaining = self.remaining.copy()
         slots, envs = np.nonzero(remaining == RUNNING)
         remaining[slots, envs] = (self.head[envs] - slots) % self.n_slots
@@ -414,6 +513,8 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         End the running episodes: what is added next belongs to new ones. If the last ``add`` was interrupted,
         the running episodes are dropped, because nobody knows how much of it was done.
         """
+        self.read_added()
+        self._device_rings = None
         if self._adding:
             self.remaining[self.remaining == RUNNING] = 0
             self.episode_steps[:] = 0
@@ -429,6 +530,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         Draw transitions uniformly, and for each a state that its episode reached later, as flat indices
         (``slot * n_envs + env``), each of shape ``(batch_size,)``.
         """
+        self.read_added()
         if self.n_used == 0:
             raise ValueError(EMPTY)
         check_number(self.gamma, "gamma", maximum=1.0)
@@ -460,19 +562,31 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         # Several times as fast as indexing with slots and envs
         return values.reshape(-1, *values.shape[2:]).take(indices, axis=0)
 
+    def _is_on_device(self) -> bool:
+        if self.on_device == "auto":
+            n_bytes = sum(values.nbytes for values in (*self._observations.values(), self._actions))
+            self.on_device = self.device.type == "cuda" and n_bytes <= th.cuda.mem_get_info(self.device)[0] / 2
+        return bool(self.on_device)
+
     def _update_device_copy(self) -> dict[str, th.Tensor]:
         """States and actions on the device, as flat storage."""
         storage = {**self._observations, "action": self._actions}
         copy = self._device_copy
         if not copy or copy["action"].device != th.empty(0, device=self.device).device:
+            self._fetch()
             self._device_copy = {key: th.tensor(values, device=self.device).flatten(0, 1) for key, values in storage.items()}
         elif self._written:
             slots = np.unique(np.concatenate(self._written))
-            on_device = th.as_tensor(slots, device=self.device)
+            on_device = self._move(slots)
             for key, values in storage.items():
-                copy[key][on_device] = th.as_tensor(self._take(values, slots), device=self.device)
+                copy[key][on_device] = self._move(self._take(values, slots))
         self._written = []
         return self._device_copy
+
+    def _move(self, values: np.ndarray) -> th.Tensor:
+        """Values on the device, for which nobody waits: a GPU reads pinned memory while the host goes on."""
+        tensor = th.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def _sample_steps(self, horizon: np.ndarray) -> np.ndarray:
         """
@@ -494,18 +608,19 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self, indices: np.ndarray, goal_indices: np.ndarray, env: VecNormalize | None
     ) -> tuple[dict[str, th.Tensor], th.Tensor]:
         """Observations with the achieved goals of other states as desired ones, and actions."""
-        if self.on_device:
+        if self._is_on_device():
             copy = self._update_device_copy()
-            rows, goal_rows = (th.as_tensor(i, device=self.device) for i in (indices, goal_indices))
+            rows, goal_rows = self._move(indices), self._move(goal_indices)
             on_device = {key: copy[key][rows] for key in self._observations if key != "desired_goal"}
             on_device["desired_goal"] = copy["achieved_goal"][goal_rows]
             return self._normalize_on_device(on_device, env), copy["action"][rows]
+        self._fetch()
         obs = {key: self._take(values, indices) for key, values in self._observations.items() if key != "desired_goal"}
         obs["desired_goal"] = self._take(self._observations["achieved_goal"], goal_indices)
         normalized = self._normalize_obs(obs, env)
         assert isinstance(normalized, dict)
-        observations = {key: self.to_torch(value, copy=False) for key, value in normalized.items()}
-        return observations, self.to_torch(self._take(self._actions, indices), copy=False)
+        observations = {key: self._move(value) for key, value in normalized.items()}
+        return observations, self._move(self._take(self._actions, indices))
 
     def _normalize_on_device(self, obs: dict[str, th.Tensor], env: VecNormalize | None) -> dict[str, th.Tensor]:
         """What ``VecNormalize.normalize_obs`` does, without moving the observations."""

@@ -20,6 +20,7 @@ from stable_baselines3.common.logger import HumanOutputFormat
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
+from sb3_deepcrl.common.tensor_env import LazyArray
 from sb3_deepcrl.common.utils import atomic_path
 
 # What the logger holds of the last update, where the algorithm has it
@@ -108,12 +109,23 @@ class TrainingDisplay(BaseCallback):
     def _on_rollout_start(self) -> None:
         self._show()
 
+    def _on_rollout_end(self) -> None:
+        for info in self.locals.pop("episode_infos", ()):
+            self.successes.append(info.get("time_at_goal", 0) > 0)
+            self.times_at_goal.append(info.get("time_at_goal", 0) / info["episode"]["l"])
+
     def _on_step(self) -> bool:
         infos = self.locals["infos"]
+        if isinstance(self.locals["dones"], LazyArray):
+            # They come at the end of the rollout
+            return True
         self._steps_at_goal += [bool(info.get("is_success", info.get("success", False))) for info in infos]
         self._episode_steps += 1
         # VecEnvs of simulators return them as numbers, lists or tensors
         dones = np.asarray(self.locals["dones"], dtype=bool).reshape(-1)
+        for i in np.flatnonzero(dones):
+            # Where only the end of an episode has an info
+            self._steps_at_goal[i] = infos[i].get("time_at_goal", self._steps_at_goal[i])
         self.successes.extend(self._steps_at_goal[dones] > 0)
         self.times_at_goal.extend(self._steps_at_goal[dones] / self._episode_steps[dones])
         self._steps_at_goal[dones] = self._episode_steps[dones] = 0

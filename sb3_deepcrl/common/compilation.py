@@ -1,25 +1,22 @@
 """
-How a deep forward pass runs: compiled, in bfloat16. What it computes is elsewhere.
+How a deep forward pass runs: compiled, in lower precision. What it computes is elsewhere.
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
 from torch import nn
 
-from sb3_deepcrl.common.torch_layers import ResidualBlock, residual_blocks, residual_towers
+from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, residual_blocks, residual_towers
 from sb3_deepcrl.common.tower_kernel import TowerKernel, describe_error, load_kernel, tower_kernels
 from sb3_deepcrl.common.tracing import is_traced, is_watched
 from sb3_deepcrl.common.utils import check_choice
 
-PRECISIONS = ("float32", "bfloat16", "auto")
-
-# With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up, which takes
-# seconds.
-MIN_COMPILED_LAYERS = 4_000
+PRECISIONS = ("float32", "tf32", "bfloat16", "auto")
 
 # Blocks of all models of a process share their code, so each width, batch size and precision counts as a recompilation
 RECOMPILE_LIMIT = 128
@@ -49,27 +46,11 @@ def can_compile(device_type: str) -> bool:
     return reason is None
 
 
-def compile_pays(device: th.device, n_layers: int) -> bool:
-    """
-    Whether ``compile="auto"`` compiles. On a CPU it does for the kernel of the towers, if so many layers will be updated
-    (updates times depth) that they earn the start-up.
-    """
-    if device.type == "cpu":
-        return n_layers >= MIN_COMPILED_LAYERS and load_kernel() is not None
-    return can_compile(device.type)
-
-
-class _CompiledBlock:
-    """What a compiled residual block does when it is called. It is the plain one where somebody sees its operations."""
-
-    def __init__(self, block: ResidualBlock, compiled: Callable[[th.Tensor], th.Tensor]):
-        self.block = block
-        self.compiled = compiled
-
-    def __call__(self, x: th.Tensor) -> th.Tensor:
-        if is_traced(x) or is_watched(self.block, *self.block.branch):
-            return self.block._call_impl(x)
-        return self.compiled(x)
+def _call_compiled(block: ResidualBlock, compiled: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
+    """What a compiled residual block does: it is the plain one where somebody sees its operations."""
+    if is_traced(x) or is_watched(block, *block.branch):
+        return block._call_impl(x)
+    return compiled(x)
 
 
 def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -106,7 +87,8 @@ def compile_blocks(module: nn.Module) -> bool:
     device_type = next(blocks[0].parameters()).device.type
     if device_type == "cpu" and (library := load_kernel()) is not None:
         for tower in residual_towers(module):
-            if (kernel := TowerKernel(library, tower)).layout() is not None:
+            is_new = not isinstance(tower._compiled_call_impl, TowerKernel)
+            if is_new and (kernel := TowerKernel(library, tower)).layout() is not None:
                 tower._compiled_call_impl = kernel
     in_kernels = {block for kernel in tower_kernels(module) for block in kernel.tower.blocks}
     blocks = [block for block in blocks if block not in in_kernels]
@@ -116,7 +98,9 @@ def compile_blocks(module: nn.Module) -> bool:
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
     for block in blocks:
         # What nn.Module.compile() would put there
-        block._compiled_call_impl = _CompiledBlock(block, th.compile(block._call_impl, backend=lean_inductor))
+        if block._compiled_call_impl is None:
+            compiled = th.compile(block._call_impl, backend=lean_inductor)
+            block._compiled_call_impl = functools.partial(_call_compiled, block, compiled)
     return True
 
 
@@ -126,25 +110,82 @@ def uncompile_blocks(module: nn.Module) -> None:
         compiled._compiled_call_impl = None
 
 
-def has_native_bfloat16(device: th.device) -> bool:
-    """Whether matrices of bfloat16 are multiplied faster on a device than those of float32."""
-    if device.type == "cuda":
-        return th.cuda.is_bf16_supported(including_emulation=False)
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 faster than those of float32."""
     # There are no public names
     return bool(th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported())
 
 
-def set_precision(module: nn.Module, precision: str, device: th.device) -> None:
+def set_precision(module: nn.Module, precision: str, device: th.device) -> bool:
     """
-    Choose the precision of the matrix products of all residual towers of a network. Parameters, residual sums, heads and
-    whatever is done with the outputs stay in float32.
+    Choose the precision of the matrix products of all residual towers of a network. Parameters, residual sums and whatever is
+    done with the outputs stay in float32. TF32, in which GPUs multiply float32 with 10 bits of the mantissa at several times
+    the speed, is a setting of all products on a GPU: see :func:`tf32_products`.
 
     :param module: Any network
-    :param precision: ``"float32"``, ``"bfloat16"``, or ``"auto"`` for bfloat16 where the hardware has it
+    :param precision: ``"float32"``, ``"tf32"`` (on a CPU the same), ``"bfloat16"``, or ``"auto"`` for what is fast: TF32 on
+        GPUs, bfloat16 on CPUs that have it
     :param device: Where the network runs
+    :return: Whether the products that it trains with are to be TF32
     :raises ValueError: if there is no such precision
     """
     check_choice(precision, PRECISIONS, "precision")
-    low = precision == "bfloat16" or (precision == "auto" and has_native_bfloat16(device))
+    on_gpu = device.type == "cuda"
+    low = precision == "bfloat16" or (precision == "auto" and not on_gpu and has_native_bfloat16())
     for tower in residual_towers(module):
         tower.autocast_dtype = th.bfloat16 if low else None
+    return on_gpu and precision in ("tf32", "auto")
+
+
+class CastParameters:
+    """
+    Parameters of all Dense layers inside of residual towers in bfloat16, cast at once for an update. By itself, autocast casts
+    each of them in each forward pass: on a GPU a kernel each, that takes as long as a matrix product.
+
+    :param towers: The towers
+    """
+
+    def __init__(self, towers: Sequence[ResidualTower]):
+        layers = [layer for tower in towers for part in (tower.stem, tower.blocks) for layer in part.modules()]
+        dense: list[dict[str, Any]] = [layer._parameters for layer in layers if type(layer) is nn.Linear]
+        self.slots = [(of, name) for of in dense for name, parameter in of.items() if parameter is not None]
+        self.parameters: list[Any] = [of[name] for of, name in self.slots]
+        self.copies: list[Any] = [nn.Parameter(parameter.detach().bfloat16()) for parameter in self.parameters]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Context of an update, in which the layers have the copies."""
+        self.parameters = [of[name] for of, name in self.slots]
+        with th.no_grad():
+            th._foreach_copy_(self.copies, self.parameters)
+        for (of, name), parameter, copy in zip(self.slots, self.parameters, self.copies, strict=True):
+            of[name] = copy.requires_grad_(parameter.requires_grad)
+        try:
+            yield
+        finally:
+            for (of, name), parameter in zip(self.slots, self.parameters, strict=True):
+                of[name] = parameter
+
+    def give_gradients(self) -> None:
+        """Move the gradients of the copies to the parameters."""
+        pairs = [(p, c) for p, c in zip(self.parameters, self.copies, strict=True) if c.grad is not None]
+        for parameter, _ in pairs:
+            parameter.grad = th.empty_like(parameter)
+        if pairs:
+            th._foreach_copy_([parameter.grad for parameter, _ in pairs], [copy.grad for _, copy in pairs])
+        for _, copy in pairs:
+            copy.grad = None
+
+
+@contextmanager
+def tf32_products(enabled: bool) -> Iterator[None]:
+    """Context in which products of float32 matrices on a GPU are TF32, or are not."""
+    try:
+        before = th.get_float32_matmul_precision()
+    except RuntimeError:  # it does not know what was set by its successor
+        before = "high" if th.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    th.set_float32_matmul_precision("high" if enabled else "highest")
+    try:
+        yield
+    finally:
+        th.set_float32_matmul_precision(before)

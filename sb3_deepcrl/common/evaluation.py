@@ -7,6 +7,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
+from sb3_deepcrl.common.tensor_env import TensorVecEnv
+
 
 @dataclass
 class GoalEpisode:
@@ -59,6 +61,8 @@ class GoalEpisodeRecorder:
 
     def __init__(self, env: VecEnv):
         self.vec_normalize = unwrap_vec_normalize(env)
+        # Their infos are empty within an episode
+        self.is_told_at_end = isinstance(env.unwrapped, TensorVecEnv)
         self.episodes: list[GoalEpisode] = []
         # Successes, distances and rewards of the running episode of each env
         self._running: list[tuple[list[bool], list[float], list[float]]] = [([], [], []) for _ in range(env.num_envs)]
@@ -73,7 +77,7 @@ class GoalEpisodeRecorder:
         if not np.isfinite(action := locals_["actions"][index]).all():
             raise ValueError(f"The policy gives actions that are NaN or infinite, {action}: check its weights and the env")
         success = info.get("is_success", info.get("success"))
-        if success is None:
+        if success is None and (done or not self.is_told_at_end):
             raise ValueError(
                 "The info dict of the evaluation env has neither `is_success` nor `success`, "
                 f"only {sorted(info)}: wrap the env so that `step` reports one of them"
@@ -99,15 +103,16 @@ class GoalEpisodeRecorder:
             original = self.vec_normalize.unnormalize_obs(last)
             distances.append(_distance(original["achieved_goal"], original["desired_goal"]))
         if done:
+            time_at_goal = info["time_at_goal"] if self.is_told_at_end else sum(successes)
             self.episodes.append(
                 GoalEpisode(
                     env_index=index,
                     episode_reward=float(info["episode"]["r"]) if "episode" in info else sum(rewards),
                     episode_length=len(successes),
-                    success_any=any(successes),
+                    success_any=time_at_goal > 0,
                     success_last=successes[-1],
-                    time_at_goal=sum(successes),
-                    time_at_goal_fraction=float(np.mean(successes)),
+                    time_at_goal=time_at_goal,
+                    time_at_goal_fraction=time_at_goal / len(successes),
                     mean_distance=float(np.mean(distances)),
                 )
             )

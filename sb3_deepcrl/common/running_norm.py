@@ -96,6 +96,10 @@ class RunningNorm(nn.Module):
             added = mean.new_tensor(len(rows[0])), mean, var
             self._added = added if self._added is None else _combine(self._added, added)
 
+    def forget_added(self) -> None:
+        """Forget what was added since the last update."""
+        self._added = None
+
     def update(self) -> None:
         """Update the statistics with what was added since the last time."""
         if self._added is not None:

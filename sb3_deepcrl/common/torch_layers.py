@@ -212,3 +212,16 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+def set_training_mode(module: nn.Module, mode: bool) -> None:
+    """What ``module.train(mode)`` does, in a fraction of its time: with a thousand modules it takes milliseconds."""
+    modules = [module]
+    for part in modules:
+        # Some features extractors let a part of them be as it is
+        if type(part).train is not nn.Module.train and part is not module:
+            part.train(mode)
+            continue
+        part.__dict__["training"] = mode
+        if part._modules:
+            modules += [child for child in part._modules.values() if child is not None]

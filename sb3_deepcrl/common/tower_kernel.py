@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from operator import is_
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch as th
 from torch import nn
@@ -106,10 +107,6 @@ def _addresses(tensors: list[th.Tensor | None]) -> ctypes.Array[ctypes.c_void_p]
     return (_ADDRESS * len(tensors))(*[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _is_plain(tensor: th.Tensor) -> bool:
-    return type(tensor) in PLAIN_TENSORS and tensor.dtype is th.float32 and tensor.is_cpu and tensor.is_contiguous()
-
-
 class _Layout:
     """
     Where the parameters of a residual tower are, in the order of the kernel, as long as nobody changes the tower. A ValueError
@@ -160,10 +157,11 @@ class _Layout:
         tensors = [None if slot is None else slot[0].get(slot[1]) for slot in self.slots]
         if [None if tensor is None else tuple(tensor.shape) for tensor in tensors] != shapes:
             raise ValueError("parameters of other shapes")
-        if not all([tensor is None or _is_plain(tensor) for tensor in tensors]):
+        found = [tensor for tensor in tensors if tensor is not None]
+        if not all([type(t) in PLAIN_TENSORS and t.dtype is th.float32 and t.is_cpu and t.is_contiguous() for t in found]):
             raise ValueError("parameters that are not float32 on the CPU, one after the other")
         self.tensors = tensors
-        self.parameters: list[nn.Parameter] = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+        self.parameters: list[nn.Parameter] = [tensor for tensor in found if isinstance(tensor, nn.Parameter)]
         if len({*map(id, self.parameters)}) < len(self.parameters):
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -224,7 +222,7 @@ class _Tower(th.autograd.Function):
         ctx.how = (layout.shape, len(x), bfloat16, not kernel.tower.checkpoint_activations)
         ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare)
         ctx.save_for_backward(x, *(parameters if gradients is None else ()))
-        return kernel._forward(layout, ctx.how, x, ctx.memory.values.data_ptr())
+        return kernel.forward(layout, ctx.how, x, ctx.memory.values.data_ptr())
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: th.Tensor) -> Any:
@@ -303,18 +301,14 @@ class TowerKernel:
             heads = (self.tower.head,)
         if self._layout is None or self._layout.heads != heads or not self._layout.holds():
             try:
-                layout = _Layout(self.tower, heads)
+                self._layout = _Layout(self.tower, heads)
             except ValueError:
                 self._layout = None
                 return None
-            if self._layout is None or layout.pointers != self._layout.pointers:
-                self._layout = layout
-            else:  # somebody registered a hook somewhere
-                vars(self._layout).update(vars(layout))
         multiple = self.multiples[bfloat16]
         return self._layout if multiple and self._layout.shape.width % multiple == 0 else None
 
-    def _forward(self, layout: _Layout, how: tuple[Any, ...], x: th.Tensor, kept: int | None) -> tuple[th.Tensor, ...]:
+    def forward(self, layout: _Layout, how: tuple[Any, ...], x: th.Tensor, kept: int | None) -> tuple[th.Tensor, ...]:
         """Output of each head, or the features; ``how`` are the first arguments of all functions of the kernel."""
         outputs = tuple([x.new_empty(len(x), n_outputs) for n_outputs in layout.n_outputs])
         enough_memory = self.library.tower_forward(*how, _count_threads(), x.data_ptr(), _addresses(list(outputs)), kept)
@@ -340,7 +334,7 @@ class TowerKernel:
                 parameters = [self.token]
             outputs = _Tower.apply(self, layout, bfloat16, gradients, x, *parameters)
         else:
-            outputs = self._forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
+            outputs = self.forward(layout, (layout.shape, len(x), bfloat16, True), x, None)
         return outputs if heads else outputs[0]
 
 
@@ -368,20 +362,19 @@ class FlatParameters:
     Parameters of an optimizer, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
     call. Parameters and the state of the optimizer stay what they were to all others, as views of these tensors.
 
-    :param library: See :func:`load_kernel`
     :param optimizer: The optimizer
     :param kernels: Kernels of the towers that it trains
     """
 
-    def __init__(self, library: ctypes.CDLL, optimizer: th.optim.Optimizer, kernels: list[TowerKernel]):
-        self.library = library
+    def __init__(self, optimizer: th.optim.Optimizer, kernels: list[TowerKernel]):
         self.optimizer = optimizer
         self.kernels = kernels
         self.parameters: list[th.Tensor] = optimizer.param_groups[0]["params"]
         # Each begins at a line of the cache. The numbers between stay zero.
         sizes = [-(-parameter.numel() // _LINE) * _LINE for parameter in self.parameters]
-        self.values, self.gradients, self.exp_avg, self.exp_avg_sq = self.flat = [th.zeros(sum(sizes)) for _ in range(4)]
-        values, self.gradient_views, *moments = (
+        # Values, gradients, and the two moments
+        self.flat = [th.zeros(sum(sizes)) for _ in range(4)]
+        values, self.gradients, *moments = (
             [
                 part[: parameter.numel()].view_as(parameter)
                 for part, parameter in zip(flat.split(sizes), self.parameters, strict=True)
@@ -406,7 +399,7 @@ class FlatParameters:
         #: Whether the gradients are written in place now
         self.is_active = False
         # Where towers write their gradients, and which of them will
-        self.addresses: dict[_Layout, ctypes.Array[ctypes.c_void_p]] = {}
+        self.addresses: WeakKeyDictionary[_Layout, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
         self.written: list[_Layout] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -419,14 +412,13 @@ class FlatParameters:
         Lay out the parameters of an optimizer, and of the network that it trains, if there are towers in it. Gives None unless
         it is Adam and does nothing unusual, and no towers share parameters.
         """
-        library = load_kernel()
         groups = optimizer.param_groups
         parameters = groups[0]["params"]
         kernels = [] if module is None else tower_kernels(module)
         layouts = [layout for kernel in kernels if (layout := kernel.layout()) is not None]
         in_towers = [id(parameter) for layout in layouts for parameter in layout.parameters]
         if (
-            library is None
+            load_kernel() is None
             or type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
             or len(groups) > 1
             or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable", "capturable"))
@@ -437,7 +429,7 @@ class FlatParameters:
             or len({float(optimizer.state.get(p, {}).get("step", 0.0)) for p in parameters}) > 1
         ):
             return None
-        return cls(library, optimizer, kernels)
+        return cls(optimizer, kernels)
 
     def holds(self) -> bool:
         """Whether parameters and optimizer are still those."""
@@ -466,36 +458,43 @@ class FlatParameters:
                 kernel.flat = None
 
     def _write_gradients(self, layout: _Layout) -> ctypes.Array[ctypes.c_void_p] | None:
-        """Where a tower writes its gradients in the next :meth:`step`, None if it has others than these parameters."""
+        """Where a tower writes its gradients in the next :meth:`backward`, None if it has others than these parameters."""
         if layout not in self.addresses:
-            of = {id(parameter): gradient for parameter, gradient in zip(self.parameters, self.gradient_views, strict=True)}
+            of = {id(parameter): gradient for parameter, gradient in zip(self.parameters, self.gradients, strict=True)}
             if any(id(parameter) not in of for parameter in layout.parameters):
                 return None
             self.addresses[layout] = _addresses([of.get(id(tensor)) for tensor in layout.tensors])
         self.written.append(layout)
         return self.addresses[layout]
 
-    def step(self, loss: th.Tensor) -> None:
-        """One step of the optimizer, from the gradients of a loss, within :meth:`in_place`."""
-        for parameter, gradient in zip(self.parameters, self.gradient_views, strict=True):
+    def backward(self, loss: th.Tensor) -> None:
+        """Compute the gradients of a loss, in place of the last ones, within :meth:`in_place`."""
+        written = {id(parameter) for layout in self.written for parameter in layout.parameters}
+        added = []
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        written = {id(parameter) for layout in self.written for parameter in layout.parameters}
-        added = [gradient for p, gradient in zip(self.parameters, self.gradient_views, strict=True) if id(p) not in written]
+            if id(parameter) not in written:
+                added.append(gradient)
         if added:
             # What `zero_grad` calls
             th._foreach_zero_(added)
         loss.backward()
         self.written.clear()
+
+    def step(self) -> None:
+        """One step of the optimizer along these gradients."""
+        library = load_kernel()
+        assert library is not None
         group = self.optimizer.param_groups[0]
         self.steps += 1
         n_steps = self.steps[0].item()
         learning_rate, decay = float(group["lr"]), group["weight_decay"]
         decoupled = group.get("decoupled_weight_decay", False)
         beta1, beta2 = map(float, group["betas"])
-        self.library.adam(
+        library.adam(
             *[flat.data_ptr() for flat in self.flat],
-            len(self.values),
+            len(self.flat[0]),
             learning_rate / (1.0 - beta1**n_steps),
             beta1,
             beta2,

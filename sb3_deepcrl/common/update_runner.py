@@ -3,19 +3,29 @@ How the updates of actor and critic run, whatever they compute.
 """
 
 from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch as th
 
-from sb3_deepcrl.common.compilation import compile_blocks, compile_pays, set_precision, uncompile_blocks
-from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer
+from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products, uncompile_blocks
+from sb3_deepcrl.common.cuda_graphs import (
+    BRANCHES,
+    Branch,
+    GraphedFunction,
+    can_capture,
+    cuda_graph_backend,
+    prepare_optimizer,
+)
 from sb3_deepcrl.common.torch_layers import residual_towers
-from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, threads_of_kernel
+from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, load_kernel, threads_of_kernel
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice
 
 # Name of the actions in a minibatch, next to those of the observations
 ACTION_KEY = "__action__"
+# With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up, which takes
+# seconds
+MIN_COMPILED_LAYERS = 4_000
 
 
 class UpdateRunner:
@@ -23,7 +33,7 @@ class UpdateRunner:
     Runs updates in the fastest way that there is: as a CUDA graph, with the kernel for CPUs, or as they are.
 
     :param update: Function of the observations and actions of a minibatch that returns a tensor, and steps its optimizers by
-        :meth:`step`. Nothing in it waits for the device or depends on a value.
+        :meth:`backward` and :meth:`step`. Nothing in it waits for the device or depends on a value.
     :param policy: Policy with ``actor`` and ``critic``, each with its ``optimizer``, and ``graph_actor``
     :param optimizers: Function that returns all optimizers of an update
     """
@@ -39,39 +49,65 @@ class UpdateRunner:
         self.optimizers = optimizers
         self.towers = residual_towers(policy)
         self.graph: GraphedFunction | None = None
-        # Whether the residual blocks are compiled, None if nobody has tried
-        self.is_compiled: bool | None = None
+        #: What the update may do beside the rest, in a graph
+        self.branches = BRANCHES
+        self._is_compiled = False
+        self._tf32 = False
+        self._cast: CastParameters | None = None
+        # With which the graphs, and what is in them, were made
+        self._settings: tuple[Hashable, ...] = ()
         # What the kernel steps, by optimizer
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._is_compiled:
+            # Copies of modules are plain
+            compile_blocks(self.policy)
+
     def set_up(
-        self, compile: bool | str, cuda_graph: bool | str, precision: str, checkpoint_activations: bool, n_updates: int
+        self,
+        compile: bool | str,
+        cuda_graph: bool | str,
+        precision: str,
+        checkpoint_activations: bool,
+        n_updates: int | None = None,
     ) -> None:
         """
-        Choose how networks and updates run, as the arguments of :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL` say.
-        ``compile="auto"`` depends on the number of updates ahead.
+        Choose how networks and updates run, as the arguments of :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL` say. What takes
+        time waits until there are updates ahead, on whose number ``compile="auto"`` depends.
         """
         check_choice(compile, (True, False, "auto"), "compile")
         check_choice(cuda_graph, (True, False, "auto"), "cuda_graph")
         check_choice(checkpoint_activations, (True, False), "checkpoint_activations")
         device = next(self.policy.parameters()).device
-        set_precision(self.policy, precision, device)
-        for tower in self.towers:
-            tower.checkpoint_activations = checkpoint_activations
-        n_layers = n_updates * LAYERS_PER_BLOCK * max(len(tower.blocks) for tower in self.towers)
-        if compile is True or (compile == "auto" and compile_pays(device, n_layers)):
-            # Tried once, so that there is one warning where it fails
-            if self.is_compiled is None:
-                self.is_compiled = compile_blocks(self.policy)
-        elif compile is False:
-            uncompile_blocks(self.policy)
-            self.is_compiled = None
-        required = cuda_graph is True
-        if required and device.type != "cuda":
+        if cuda_graph is True and device.type != "cuda":
             raise ValueError(
                 f'`cuda_graph=True` needs a GPU, but the device is {device}: leave it at "auto", which is off there'
             )
-        backend = CudaGraphBackend(device) if device.type == "cuda" and cuda_graph is not False else None
+        self._tf32 = set_precision(self.policy, precision, device)
+        for tower in self.towers:
+            tower.checkpoint_activations = checkpoint_activations
+        if n_updates is None:
+            return
+        n_layers = n_updates * LAYERS_PER_BLOCK * max(len(tower.blocks) for tower in self.towers)
+        pays = device.type != "cpu" or (n_layers >= MIN_COMPILED_LAYERS and load_kernel() is not None)
+        if compile is True or (compile == "auto" and pays):
+            self._is_compiled = compile_blocks(self.policy)
+        elif compile is False:
+            uncompile_blocks(self.policy)
+            self._is_compiled = False
+        settings = (device, cuda_graph, precision, checkpoint_activations, self._is_compiled)
+        if settings != self._settings:
+            self._settings = settings
+            # The kernel for CPUs casts them by itself
+            is_low = device.type == "cuda" and self.towers[0].autocast_dtype is not None
+            self._cast = CastParameters(self.towers) if is_low else None
+            self._set_up_graphs(device, cuda_graph)
+
+    def _set_up_graphs(self, device: th.device, cuda_graph: bool | str) -> None:
+        required = cuda_graph is True
+        backend = cuda_graph_backend(device) if device.type == "cuda" and cuda_graph is not False else None
         self.graph = None
         if backend is not None and can_capture(self.optimizers(), required):
             self.graph = GraphedFunction(self.update_minibatch, backend, required=required)
@@ -79,42 +115,81 @@ class UpdateRunner:
         self.prepare_optimizers()
 
     def prepare_optimizers(self) -> None:
-        """Let the optimizers step in the graph, or without it: what was loaded into them may come from another device."""
+        """Let the optimizers step in a new graph, or without it: what was loaded into them may come from another device."""
+        if self.graph is not None:
+            self.graph.invalidate()
         for optimizer in self.optimizers():
             prepare_optimizer(optimizer, capturable=self.graph is not None)
 
     def update_minibatch(self, minibatch: dict[str, th.Tensor]) -> th.Tensor:
         """The update, with the actions among the observations."""
         observations = dict(minibatch)
-        return self.update(observations, observations.pop(ACTION_KEY))
+        with nullcontext() if self._cast is None else self._cast.in_place():
+            return self.update(observations, observations.pop(ACTION_KEY))
 
     def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
         """
         Do an update on a minibatch. The key is what a graph keeps besides it, see
         :func:`~sb3_deepcrl.common.cuda_graphs.graph_key`.
         """
-        if self.graph is not None:
-            return self.graph({**observations, ACTION_KEY: actions}, key)
-        if not has_kernel(*self.towers):
-            return self.update(observations, actions)
         with ExitStack() as stack:
-            stack.enter_context(threads_of_kernel())
-            networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}
-            for optimizer in self.optimizers():
-                flat = self._flat.pop(optimizer, None)
-                if flat is None or not flat.holds():
-                    flat = FlatParameters.make(networks.get(optimizer), optimizer)
-                if flat is not None:
-                    self._flat[optimizer] = flat
-                    stack.enter_context(flat.in_place())
-            return self.update(observations, actions)
+            if self._tf32:
+                stack.enter_context(tf32_products(True))
+            if self.graph is not None:
+                return self._run_graph(self.graph, {**observations, ACTION_KEY: actions}, key)
+            if has_kernel(*self.towers):
+                stack.enter_context(threads_of_kernel())
+                networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}
+                for optimizer in self.optimizers():
+                    flat = self._flat.pop(optimizer, None)
+                    if flat is None or not flat.holds():
+                        flat = FlatParameters.make(networks.get(optimizer), optimizer)
+                    if flat is not None:
+                        self._flat[optimizer] = flat
+                        stack.enter_context(flat.in_place())
+            return self.update_minibatch({**observations, ACTION_KEY: actions})
 
-    def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        """Step an optimizer along the gradient of a loss."""
+    def _run_graph(self, graph: GraphedFunction, minibatch: dict[str, th.Tensor], key: Hashable) -> th.Tensor:
+        try:
+            return graph(minibatch, key)
+        except BaseException:
+            # Gradients may lie in the memory of a graph that was not finished
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            raise
+
+    def float32_products(self) -> AbstractContextManager[None]:
+        """Context in which an update multiplies float32 as such, whatever the precision of the networks."""
+        return tf32_products(False) if self._tf32 else nullcontext()
+
+    def fork(self) -> tuple[Branch, Branch]:
+        """Let the branches of the update, for goals and critic, start here."""
+        for branch in self.branches:
+            branch.fork()
+        return self.branches
+
+    def join(self) -> None:
+        """Wait for the branches of the update."""
+        for branch in self.branches:
+            branch.join()
+
+    def backward(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
+        """Compute the gradients of a loss, in place of the last ones."""
         flat = self._flat.get(optimizer)
         if flat is not None and flat.is_active:
-            flat.step(loss)
+            flat.backward(loss)
         else:
             optimizer.zero_grad()
             loss.backward()
+            if self._cast is not None:
+                self._cast.give_gradients()
+
+    def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor | None = None) -> None:
+        """Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed."""
+        if loss is not None:
+            self.backward(optimizer, loss)
+        flat = self._flat.get(optimizer)
+        if flat is not None and flat.is_active:
+            flat.step()
+        else:
             optimizer.step()

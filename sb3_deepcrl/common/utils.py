@@ -220,6 +220,16 @@ def uninterrupted() -> contextlib.AbstractContextManager[None]:
     return _handled(lambda number, frame: None)
 
 
+@contextlib.contextmanager
+def delayed_signals() -> Iterator[None]:
+    """Context at the end of which the program is stopped, if a signal has come in between."""
+    numbers: list[int] = []
+    with _handled(lambda number, frame: numbers.append(number)):
+        yield
+    for number in numbers[:1]:
+        signal.raise_signal(number)
+
+
 def tell(text: str) -> None:
     """
     Print a line, without an error if the terminal was closed or nobody reads the pipe any more: from then on what is printed

@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, replace_her_replay_buffer
 from sb3_deepcrl.common.cuda_graphs import graph_key, set_learning_rate
-from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce
+from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
 from sb3_deepcrl.common.running_norm import check_normalized_once, warn_of_clipped_goals
 from sb3_deepcrl.common.torch_layers import frozen
 from sb3_deepcrl.common.tower_kernel import has_kernel
@@ -43,6 +43,7 @@ from sb3_deepcrl.common.utils import (
 )
 from sb3_deepcrl.deepcrl.offline import SPACES, OfflineLearning, read_replay_buffer
 from sb3_deepcrl.deepcrl.policies import GOAL_KEY, Actor, ContrastiveCritic, DeepCRLPolicy, check_observation_space
+from sb3_deepcrl.deepcrl.tensor_rollout import collect_tensors
 from sb3_deepcrl.env_ids import find_spec
 
 SelfDeepCRL = TypeVar("SelfDeepCRL", bound="DeepCRL")
@@ -79,15 +80,13 @@ class DeepCRL(OfflineLearning):
         like ``(5, "step")`` or ``(2, "episode")``. 1 if only ``gradient_steps`` is given.
     :param gradient_steps: How many gradient steps to do after each rollout (see ``train_freq``). Set to ``-1`` means to do as
         many gradient steps as steps done in the environment during the rollout. 1 if only ``train_freq`` is given.
-    :param action_noise: the action noise type (None by default), this can help for hard exploration problem.
-        Cf common.noise for the different action noise type.
+    :param action_noise: the action noise type (None by default), cf ``common.noise`` of Stable-Baselines3
     :param replay_buffer_class: :class:`~sb3_deepcrl.common.buffers.ContrastiveReplayBuffer` or a subclass of it
         (``HerReplayBuffer`` is replaced by it with a warning)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: must be False, the replay buffer always stores observations once
     :param n_steps: must be 1, there are no n-step returns in contrastive RL
-    :param ent_coef: Entropy regularization coefficient. Set it to 'auto' to learn it automatically
-        (and 'auto_0.1' for using 0.1 as initial value)
+    :param ent_coef: Entropy regularization coefficient, 'auto' to learn it ('auto_0.1' with 0.1 as initial value)
     :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
     :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the actions
         (SAC: minus the dimension), or 0.75 of the largest entropy of discrete ones, that of drawing them uniformly
@@ -108,8 +107,9 @@ class DeepCRL(OfflineLearning):
     :param compile: Whether to compile the networks, see :func:`~sb3_deepcrl.common.compilation.compile_blocks`. ``"auto"``
         does it on GPUs, and on CPUs with AVX2 or AVX-512 if ``learn()`` is long enough to earn it.
     :param cuda_graph: Whether to run the updates, and the policy in ``predict``, as CUDA graphs. ``"auto"`` does it on GPUs.
-    :param precision: ``"float32"`` or ``"bfloat16"`` for the matrix products of the networks; parameters, optimizers, residual
-        sums and losses are float32 in any case. ``"auto"`` is bfloat16 where the hardware has it.
+    :param precision: ``"float32"``, ``"tf32"`` (on GPUs, as in the paper's code) or ``"bfloat16"`` for the matrix products of
+        the networks; parameters, optimizers, residual sums and losses are float32 in any case. ``"auto"`` is TF32 on GPUs,
+        and bfloat16 on CPUs that have it.
     :param checkpoint_activations: Whether to compute the inside of residual blocks again in the backward pass instead of
         keeping it: less memory, about one third more work
     :param normalize_observations: Whether actor and critic normalize observations by running statistics of the model, see
@@ -284,7 +284,7 @@ class DeepCRL(OfflineLearning):
             # Force conversion, this will also throw an error for unexpected string
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
         self._runner = UpdateRunner(self._update, self.policy, self._optimizers)
-        self._setup_acceleration()
+        self._setup_acceleration(None)
 
     def _check_arguments(self) -> None:
         """Check what neither Stable-Baselines3 nor the policy nor the replay buffer checks."""
@@ -314,8 +314,8 @@ class DeepCRL(OfflineLearning):
         if self.use_sde:
             raise ValueError("`use_sde=True` is not supported: use `ent_coef` or `action_noise` for more exploration")
 
-    def _setup_acceleration(self, n_updates: int = 0) -> None:
-        """Let networks and updates run as the arguments say, for so many updates."""
+    def _setup_acceleration(self, n_updates: int | None) -> None:
+        """Let networks and updates run as the arguments say, for so many updates; without any, only check them."""
         self._runner.set_up(self.compile, self.cuda_graph, self.precision, self.checkpoint_activations, n_updates)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
@@ -326,7 +326,7 @@ class DeepCRL(OfflineLearning):
         settings = (self.logsumexp_coef, self.random_goals, self.contrastive_loss, self.target_entropy, self.critic.energy)
         settings = (*settings, self._bc_coef)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef
-        return graph_key(settings, self.policy, self._optimizers(), [ent_coef])
+        return graph_key(settings, self._optimizers(), [ent_coef])
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -382,7 +382,8 @@ class DeepCRL(OfflineLearning):
         continue_training = False
         try:
             with keep_normalization(self._vec_normalize_env):
-                rollout = super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
+                rollout = collect_tensors(self, env, callback, train_freq, *args, **kwargs)
+                rollout = rollout or super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
             if self.actor.normalizer is not None:
@@ -464,7 +465,9 @@ class DeepCRL(OfflineLearning):
         """
         # Neither depends on the actor: computed once for both losses
         state_features = self.critic.extract_state_features(observations)
-        goal_repr = self.critic.encode_goal(observations)
+        goal_branch, critic_branch = self._runner.fork()
+        with goal_branch.beside():
+            goal_repr = self.critic.encode_goal(observations)
 
         # The critic is differentiated with respect to the actions only. Encoding policy and data actions in one pass would not
         # pay, as the latter need the gradients of the parameters too.
@@ -475,8 +478,7 @@ class DeepCRL(OfflineLearning):
         # What its graph held serves the next one
         actor_loss = actor_loss.detach()
 
-        # Optimize entropy coefficient, also called
-        # entropy temperature or alpha in the paper
+        # Optimize entropy coefficient, also called entropy temperature or alpha in the paper
         ent_coef_losses = []
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             assert isinstance(self.target_entropy, float)
@@ -485,8 +487,13 @@ class DeepCRL(OfflineLearning):
             self._runner.step(self.ent_coef_optimizer, ent_coef_loss)
             ent_coef_losses.append(ent_coef_loss.detach())
 
-        critic_loss, contrastive_metrics = self._critic_loss(state_features, actions, goal_repr)
-        self._runner.step(self.critic.optimizer, critic_loss)
+        with critic_branch.beside():
+            goal_branch.join()
+            critic_loss, contrastive_metrics = self._critic_loss(state_features, actions, goal_repr)
+            self._runner.backward(self.critic.optimizer, critic_loss)
+        self._runner.join()
+        # After the actor, which needed the critic as it was
+        self._runner.step(self.critic.optimizer)
 
         losses = [actor_loss, critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
         return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])
@@ -497,7 +504,8 @@ class DeepCRL(OfflineLearning):
         """Compute the loss of the critic (equation 2 of the paper with the penalty of its table 7) and its metrics."""
         state_action_repr = self.critic.encode_state_action(state_features, actions)
         settings = (self.critic.energy, self.contrastive_loss, self.logsumexp_coef)
-        return info_nce(state_action_repr, goal_repr, *settings, fused=has_kernel(self.critic.g_encoder))
+        with self._runner.float32_products():
+            return info_nce(state_action_repr, goal_repr, *settings, fused=has_kernel(self.critic.g_encoder))
 
     def _actor_loss(
         self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor, actions: th.Tensor
@@ -505,15 +513,20 @@ class DeepCRL(OfflineLearning):
         """Compute the loss of the actor (equation 3) and, detached, log-probability of its actions and ``ent_coef``."""
         batch_size = len(goal_repr)
         n_random = int(self.random_goals * batch_size)
-        if n_random > 0:
-            # The rows are in random order: take the goal of the next one
-            order = th.arange(batch_size, device=goal_repr.device)
-            order = th.where(order < n_random, (order + 1) % batch_size, order)
-            goal_repr = goal_repr.index_select(0, order)
-            observations = {**observations, GOAL_KEY: observations[GOAL_KEY].index_select(0, order)}
+        # The rows are in random order: take the goal of the next one
+        order = th.arange(batch_size, device=goal_repr.device)
+        order = th.where(order < n_random, (order + 1) % batch_size, order)
+        goals = observations[GOAL_KEY].index_select(0, order)
 
-        params = self.actor.get_action_dist_params(observations)
-        values, log_prob = self.actor.expected_value(params, lambda a: self.critic.values(state_features, a, goal_repr))
+        def values_of(actions_pi: th.Tensor) -> th.Tensor:
+            state_action_repr = self.critic.encode_state_action(state_features, actions_pi)
+            self._runner.branches[0].join()
+            n_each = len(actions_pi) // batch_size
+            rows = order if n_each == 1 else order.repeat_interleave(n_each)
+            return rowwise_energy(state_action_repr, goal_repr.index_select(0, rows), self.critic.energy)
+
+        params = self.actor.get_action_dist_params({**observations, GOAL_KEY: goals})
+        values, log_prob = self.actor.expected_value(params, values_of)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
         loss = (ent_coef * log_prob - values).mean()
         if self._bc_coef > 0:
@@ -535,7 +548,7 @@ class DeepCRL(OfflineLearning):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         super().set_parameters(load_path_or_dict, exact_match, device)
-        # They may come from another device, where their steps were captured
+        # They may come from another device, where their steps were captured, and are elsewhere than those of a graph
         self._runner.prepare_optimizers()
 
     @classmethod
@@ -586,7 +599,7 @@ class DeepCRL(OfflineLearning):
             loaded.truncate_last_trajectory()
         # Update saved replay buffer device to match current setting
         loaded.device = self.device
-        loaded.on_device = self.replay_buffer_kwargs.get("on_device", False)
+        loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
@@ -599,9 +612,6 @@ class DeepCRL(OfflineLearning):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
-        if self.ent_coef_optimizer is not None:
-            saved_pytorch_variables = ["log_ent_coef"]
-            state_dicts.append("ent_coef_optimizer")
-        else:
-            saved_pytorch_variables = ["ent_coef_tensor"]
-        return state_dicts, saved_pytorch_variables
+        if self.ent_coef_optimizer is None:
+            return state_dicts, ["ent_coef_tensor"]
+        return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]

@@ -19,7 +19,7 @@ from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import ENERGIES, rowwise_energy
 from sb3_deepcrl.common.policies import CheckedPolicy
 from sb3_deepcrl.common.running_norm import RunningNorm
-from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_
+from sb3_deepcrl.common.torch_layers import ResidualTower, lecun_uniform_, set_training_mode
 from sb3_deepcrl.common.tower_kernel import apply_heads, has_kernel
 from sb3_deepcrl.common.utils import check_choice, check_depth, check_positive_int
 
@@ -313,7 +313,12 @@ class ContrastiveCritic(BaseModel):
         return self.extract_features({key: obs[key] for key in obs if key != GOAL_KEY}, self.features_extractor)
 
     def encode_state_action(self, state_features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """Encode state features and actions, as the replay buffer has them, with shape ``(batch_size, repr_dim)``."""
+        """
+        Encode state features and actions, as the replay buffer has them, with shape ``(n_actions, repr_dim)``.
+        A state may have several actions, which follow each other.
+        """
+        if len(actions) > len(state_features):
+            state_features = state_features.repeat_interleave(len(actions) // len(state_features), dim=0)
         if not isinstance(self.action_space, spaces.Box):
             actions = preprocess_obs(actions, self.action_space).flatten(1)  # type: ignore[union-attr]
         return self.sa_encoder(th.cat([state_features, actions], dim=1))
@@ -328,14 +333,8 @@ class ContrastiveCritic(BaseModel):
         InfoNCE it is the log-ratio of the probability of reaching that goal from here and of reaching it at all, up to a
         constant that the penalty fixes.
         """
-        return self.values(self.extract_state_features(obs), actions, self.encode_goal(obs)).unsqueeze(1)
-
-    def values(self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor) -> th.Tensor:
-        """Values, shape ``(n,)``, of actions of which each state and goal may have several, one after the other."""
-        n_each = len(actions) // len(goal_repr)
-        if n_each > 1:
-            state_features, goal_repr = (rows.repeat_interleave(n_each, dim=0) for rows in (state_features, goal_repr))
-        return rowwise_energy(self.encode_state_action(state_features, actions), goal_repr, self.energy)
+        state_action = self.encode_state_action(self.extract_state_features(obs), actions)
+        return rowwise_energy(state_action, self.encode_goal(obs), self.energy).unsqueeze(1)
 
 
 class DeepCRLPolicy(CheckedPolicy):
@@ -502,14 +501,14 @@ class DeepCRLPolicy(CheckedPolicy):
         Run the actor as a CUDA graph when it predicts, one for stochastic and one for deterministic actions; without a
         backend, as it is. Where it is required, an actor that cannot be captured is an error.
         """
-        actors = (self.actor, partial(self.actor, deterministic=True))
-        self._graphed_actors = (
-            None if backend is None else tuple(GraphedFunction(actor, backend, required=required) for actor in actors)
-        )
+        self._graphed_actors = None
+        if backend is not None:
+            actors = (self.actor, partial(self.actor, deterministic=True))
+            self._graphed_actors = tuple(GraphedFunction(actor, backend, required=required) for actor in actors)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Graphs can neither be copied nor pickled
-        return {**super().__getstate__(), "_graphed_actors": None}
+    def set_training_mode(self, mode: bool) -> None:
+        """Put the policy in either training or evaluation mode, which affects batch normalization and dropout."""
+        set_training_mode(self, mode)
 
 
 MultiInputPolicy = DeepCRLPolicy

@@ -1,5 +1,5 @@
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mujoco
 import numpy as np
@@ -93,6 +93,16 @@ class Arm(Robot):
     # qpos holds 7 arm joints, 2 fingers, then the cube
     start_address = slice(9, 11)
 
+    def __init__(self, on_field: bool = False):
+        super().__init__(on_field)
+        # The number in the action that commands each joint and finger, and the targets between which it chooses
+        self.action_columns, self.target_low, self.target_span = np.full(9, 4), np.zeros(9), np.full(9, FINGER_STROKE)
+        for joint, target in HELD_TARGETS.items():
+            self.target_low[joint], self.target_span[joint] = target, 0
+        joints = list(MOVED_JOINTS)
+        self.action_columns[joints] = range(4)
+        self.target_low[joints], self.target_span[joints] = TARGET_LOW, TARGET_HIGH - TARGET_LOW
+
     def make_spec(self) -> mujoco.MjSpec:
         spec = mujoco.MjSpec()
         spec.modelname = "arm"
@@ -137,22 +147,18 @@ class Arm(Robot):
     def home(self) -> np.ndarray:
         return np.array([*START_ANGLES, FINGER_STROKE, FINGER_STROKE, 0, 0, CUBE_DROP_HEIGHT, 1, 0, 0, 0])
 
-    def observation(self, state: State) -> np.ndarray:
+    def observe(self, state: State, observation: Any) -> None:
         qpos = state["qpos"]
-        observation = np.empty((len(qpos), self.observation_dim), dtype=np.float32)
         observation[:, :3] = qpos[:, 9:12]
         observation[:, 3:10] = qpos[:, :7]
         observation[:, 10:16] = state["sensordata"]
         observation[:, 16] = qpos[:, 7] + qpos[:, 8]
-        return observation
 
-    def control(self, actions: np.ndarray) -> np.ndarray:
-        control = np.empty((len(actions), 9))
-        control[:, MOVED_JOINTS] = TARGET_LOW + (TARGET_HIGH - TARGET_LOW) * (actions[:, :4] + 1) / 2
-        for joint, target in HELD_TARGETS.items():
-            control[:, joint] = target
-        control[:, 7:] = np.where(actions[:, 4:] > 0, 0, FINGER_STROKE)
-        return control
+    def control(self, actions: Any) -> Any:
+        commands = actions[:, self.action_columns]
+        # The fingers close or open
+        commands[:, 7:] = 1 - 2 * (commands[:, 7:] > 0)
+        return self.target_low + self.target_span * (commands + 1) / 2
 
 
 def _add_hand(link: mujoco.MjsBody) -> None:

@@ -223,10 +223,7 @@ class BatchVecEnv(VecEnv):
             if result.diverged[i]:
                 info["diverged"] = True
             info["episode"] = {"r": round(float(self._returns[i]), 6), "l": int(self._lengths[i]), "t": elapsed}
-            for keyword in self._info_keywords:
-                info["episode"][keyword] = info[keyword]
-            if self._writers and (writer := self._writers[i]) is not None:
-                writer.write_row(info["episode"])
+            self._write_episode(i, info)
         self._lengths[indices] = 0
         self._returns[indices] = 0
         observation, measures = self.simulation.reset(indices)
@@ -234,6 +231,13 @@ class BatchVecEnv(VecEnv):
             result.observation[key][indices] = value
         for i, row in zip(indices.tolist(), _rows(measures), strict=True):
             self.reset_infos[i] = row
+
+    def _write_episode(self, index: int, info: dict[str, Any]) -> None:
+        """Write what Monitor would write of a finished episode."""
+        for keyword in self._info_keywords:
+            info["episode"][keyword] = info[keyword]
+        if self._writers and (writer := self._writers[index]) is not None:
+            writer.write_row(info["episode"])
 
     def _views(self, indices: VecEnvIndices) -> list[EnvView]:
         # Made anew each time: if they were kept, they and this object would keep each other alive

@@ -1,3 +1,5 @@
+from typing import Any
+
 import mujoco
 import numpy as np
 
@@ -51,5 +53,6 @@ class Point(Robot):
     def home(self) -> np.ndarray:
         return np.zeros(2)
 
-    def observation(self, state: State) -> np.ndarray:
-        return np.concatenate((state["qpos"], state["qvel"]), axis=1, dtype=np.float32)
+    def observe(self, state: State, observation: Any) -> None:
+        observation[:, :2] = state["qpos"]
+        observation[:, 2:] = state["qvel"]

@@ -1,7 +1,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gymnasium
 import mujoco
@@ -11,14 +11,18 @@ import numpy as np
 # needs no more iterations from the unconstrained acceleration than from the last one
 DISABLED_SOLVER_PARTS = int(mujoco.mjtDisableBit.mjDSBL_ISLAND) | int(mujoco.mjtDisableBit.mjDSBL_WARMSTART)
 
+# Moment of inertia in kg m^2 of each link about each axis in the physics of the released code (its spring_inertia_scale is 1)
+LINK_INERTIA = 1.0
+
 # The simulation's arrays by MjData name, each with a leading batch axis
-State = Mapping[str, np.ndarray]
+State = Mapping[str, Any]
 
 
 class Robot(ABC):
     """
     The physical half of a task: a model, its home state, what is observed and what an action does.
-    Everything works on arrays with a leading batch axis and knows nothing of mazes.
+    Everything works on arrays with a leading batch axis and knows nothing of mazes. ``observe`` and ``control`` take NumPy's
+    arrays and PyTorch's tensors: slices and operators mean the same for both.
 
     The observation starts with the coordinates that a goal is compared to, so the achieved goal is always
     ``observation[:, :goal_dim]``.
@@ -33,8 +37,7 @@ class Robot(ABC):
     goal_dim: ClassVar[int]
     #: Coordinates that all goals share, behind x and y, in meters
     goal_tail: ClassVar[tuple[float, ...]] = ()
-    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``. They may not depend on where the
-    #: robot starts.
+    #: Derived MjData fields that the observation needs besides ``qpos`` and ``qvel``
     derived_fields: ClassVar[tuple[str, ...]] = ()
     #: Up to which stage of MuJoCo they are computed at the new state after a step. With none they are those of the last
     #: physics step, which starts one time step earlier, as in Gymnasium's environments, and cost nothing.
@@ -74,10 +77,16 @@ class Robot(ABC):
         """The ``qpos`` at which the robot stands at the origin."""
 
     @abstractmethod
+    def observe(self, state: State, observation: Any) -> None:
+        """Write all columns of observations, shape (n, observation_dim), of the simulation's arrays."""
+
     def observation(self, state: State) -> np.ndarray:
         """Observations in float32 of the simulation's arrays, shape (n, observation_dim)."""
+        observation = np.empty((len(state["qpos"]), self.observation_dim), dtype=np.float32)
+        self.observe(state, observation)
+        return observation
 
-    def control(self, actions: np.ndarray) -> np.ndarray:
+    def control(self, actions: Any) -> Any:
         """The ``ctrl`` of actions in [-1, 1], shapes (n, nu) and (n, action_dim)."""
         return actions
 
@@ -90,3 +99,14 @@ def gymnasium_spec(file_name: str) -> mujoco.MjSpec:
     floor.size = [0, 0, 1]
     material.texuniform, material.texrepeat, material.reflectance = True, [0.5, 0.5], 0
     return spec
+
+
+def set_link_inertia(spec: mujoco.MjSpec) -> None:
+    """Give each body with a joint the moment of inertia of the released code's links, at its mass and center of mass."""
+    model = spec.compile()
+    # Gymnasium's models take inertia from shapes, even where a body has its own
+    spec.compiler.inertiafromgeom = int(mujoco.mjtInertiaFromGeom.mjINERTIAFROMGEOM_AUTO)
+    for body in spec.bodies:
+        if model.body_dofnum[body.id] > 0:
+            body.explicitinertial, body.inertia, body.iquat = True, [LINK_INERTIA] * 3, [1, 0, 0, 0]
+            body.mass, body.ipos = model.body_mass[body.id], model.body_ipos[body.id]

@@ -89,7 +89,6 @@ class Maze(Scene):
         self._starts = positions[:, 0].astype(np.float64)
         self._goals = np.hstack((positions[:, 1], np.tile(goal_tail, (len(positions), 1))))
         self._all_goals = np.unique(self._goals, axis=0)
-        # Goals that can be reached from a cell, but for the cell itself
         self._other_goals: dict[tuple[int, int], np.ndarray] = {}
 
     def build(self, spec: mujoco.MjSpec) -> None:
@@ -111,12 +110,13 @@ class Maze(Scene):
         # Any other goal to which a way leads, each equally likely; the only one stays where it is
         next_goals = goals.copy()
         for i, goal in enumerate(goals):
-            others = self._goals_from(self.cell_of(goal))
+            others = self.goals_from(self.cell_of(goal))
             if len(others) > 0:
                 next_goals[i] = others[int(uniform[i, 0] * len(others))]
         return next_goals
 
-    def _goals_from(self, cell: tuple[int, int]) -> np.ndarray:
+    def goals_from(self, cell: tuple[int, int]) -> np.ndarray:
+        """Goals that can be reached from a cell, but for the cell itself, shape (n, goal_dim)."""
         if cell not in self._other_goals:
             steps = self.layout.distances(cell)
             self._other_goals[cell] = np.array([goal for goal in self._all_goals if steps[self.cell_of(goal)] > 0])

@@ -47,7 +47,6 @@ class Simulation:
         self.batch.reset(stage=int(mujoco.mjtStage.mjSTAGE_NONE))
         self._fresh_row = self.batch.state[0].copy()
         self._state = {name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *task.robot.derived_fields)}
-        self._home_derived = self._derive_home()
         self._warnings = self.batch.warning[:, :, 1]
         self._observation = np.zeros((n_envs, task.robot.observation_dim), dtype=np.float32)
         self._running = False
@@ -60,14 +59,6 @@ class Simulation:
         self.check_open()
         assert self._batch is not None
         return self._batch
-
-    def _derive_home(self) -> dict[str, np.ndarray]:
-        """Derived fields at home, for each env. They hold anywhere, so that without noise a reset needs no forward pass."""
-        fields = self.task.robot.derived_fields if self.task.reset_noise_scale == 0 else ()
-        if fields:
-            self._state["qpos"][0] = self.task.robot.home()
-            self.batch.forward([0], stage=int(mujoco.mjtStage.mjSTAGE_VEL))
-        return {name: np.repeat(self._state[name][:1], self.n_envs, axis=0) for name in fields}
 
     def seed(self, index: int, generator: np.random.Generator) -> None:
         """Give an environment other random numbers, from its next reset on."""
@@ -100,24 +91,21 @@ class Simulation:
         self._state["qvel"][indices] = qvel
         self._warnings[indices] = 0
         self.goals[indices] = goal
-        if task.robot.derived_fields and not self._home_derived:
+        if task.robot.derived_fields:
             batch.forward(indices, stage=int(mujoco.mjtStage.mjSTAGE_VEL))
-        state = {
-            name: self._home_derived[name][: len(indices)] if name in self._home_derived else values[indices]
-            for name, values in self._state.items()
-        }
+        state = {name: values[indices] for name, values in self._state.items()}
         observation = task.robot.observation(state)
         self._observation[indices] = observation
         observations = self._with_goals(observation, self.goals[indices])
         distance = task.goal_distance(observations["achieved_goal"], observations["desired_goal"])
-        return observations, self._measures(distance, self._is_healthy(state["qpos"]))
+        return observations, _lists(task.measures(distance, task.is_healthy(state["qpos"])))
 
     def step(self, actions: np.ndarray) -> Transition:
         """Advance all environments by one control step with actions of shape (n_envs, action_dim)."""
         batch, task = self.batch, self.task
         if not self._running:
             raise RuntimeError("No episode is running. Call reset() before the first step().")
-        self._state["ctrl"][:] = task.robot.control(np.clip(self._check_actions(actions), -1.0, 1.0))
+        self._state["ctrl"][:] = task.robot.control(np.clip(self.check_actions(actions), -1.0, 1.0))
         failed: np.ndarray | list[int] = []
         try:
             batch.step(nstep=task.frame_skip, stage=int(task.robot.derived_stage))
@@ -125,7 +113,7 @@ class Simulation:
             failed = error.ids
         observation = task.robot.observation(self._state)
         diverged = np.zeros(self.n_envs, dtype=bool)
-        healthy = self._is_healthy(self._state["qpos"])
+        healthy = task.is_healthy(self._state["qpos"])
         # A comparison with NaN is false, so this also finds NaN
         if len(failed) or self._warnings.any() or not np.abs(observation).max() < MAX_OBSERVATION:
             diverged |= ~(np.abs(observation).max(axis=1) < MAX_OBSERVATION) | self._warnings.any(axis=1)
@@ -137,14 +125,15 @@ class Simulation:
         self._observation[:] = observation
         observations = self._with_goals(observation, self.goals)
         distance = task.goal_distance(observations["achieved_goal"], self.goals)
-        info = self._measures(distance, healthy)
+        info = _lists(task.measures(distance, healthy))
         if task.goal_mode == "continuing" and len(reached := np.flatnonzero(info["is_success"])):
             # What the step led to belongs to the goal that was pursued in it; the next action is for the new one
             uniform = np.array([self.generators[i].random(task.scene.n_uniform) for i in reached])
             self.goals[reached] = task.scene.next_goals(uniform, self.goals[reached])
             observations["desired_goal"] = self.goals.copy()
         terminated = ~healthy if task.terminate_when_unhealthy else np.zeros(self.n_envs, dtype=bool)
-        return Transition(observations, task.reward_from_distance(distance), terminated, diverged, info)
+        reward = task.reward_from_distance(distance).astype(np.float32)
+        return Transition(observations, reward, terminated, diverged, info)
 
     def _with_goals(self, observation: np.ndarray, goals: np.ndarray) -> dict[str, np.ndarray]:
         achieved = observation[:, : self.task.robot.goal_dim].copy()
@@ -167,7 +156,8 @@ class Simulation:
         if self._batch is None:
             raise RuntimeError("The environment is closed, it cannot be used any more. Make a new one.")
 
-    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
+    def check_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Refuse actions that are no finite numbers of shape (n_envs, action_dim)."""
         actions = np.asarray(actions)
         if actions.dtype.kind not in "fiu":
             raise ValueError(f"Actions have the data type {actions.dtype}, expected numbers in [-1, 1], e.g. float32.")
@@ -185,23 +175,6 @@ class Simulation:
             )
         return actions
 
-    def _is_healthy(self, qpos: np.ndarray) -> np.ndarray:
-        if self.task.healthy_z_range is None:
-            return np.ones(len(qpos), dtype=bool)
-        low, high = self.task.healthy_z_range
-        return (qpos[:, 2] >= low) & (qpos[:, 2] <= high)
-
-    def _measures(self, distance: np.ndarray, healthy: np.ndarray) -> dict[str, list[Any]]:
-        task = self.task
-        success = (distance < task.success_threshold).tolist()
-        # Stable-Baselines3 reads is_success, gymnasium-robotics' mazes write success
-        measures: dict[str, list[Any]] = {"is_success": success, "success": success, "distance": distance.tolist()}
-        for name, threshold in task.robot.extra_thresholds.items():
-            measures[name] = (distance < threshold).tolist()
-        if task.healthy_z_range is not None:
-            measures["is_healthy"] = healthy.tolist()
-        return measures
-
     def _report(self, diverged: np.ndarray) -> None:
         if self.n_diverged == 0:
             warnings.warn(
@@ -209,3 +182,7 @@ class Simulation:
                 "the other environments go on. The info holds diverged=True, and n_diverged counts them; this is said once."
             )
         self.n_diverged += int(diverged.sum())
+
+
+def _lists(measures: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    return {name: values.tolist() for name, values in measures.items()}

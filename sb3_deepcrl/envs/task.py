@@ -8,13 +8,15 @@ from gymnasium import spaces
 
 from sb3_deepcrl.envs.ant import Ant
 from sb3_deepcrl.envs.arm import Arm
-from sb3_deepcrl.envs.humanoid import Humanoid
+from sb3_deepcrl.envs.humanoid import GymnasiumHumanoid, Humanoid, UnscaledHumanoid
 from sb3_deepcrl.envs.layouts import Layout, make_layout
 from sb3_deepcrl.envs.point import Point
 from sb3_deepcrl.envs.robot import Robot
 from sb3_deepcrl.envs.scenes import TABLES, Maze, OpenField, Scene, Table
 
-ROBOTS: dict[str, type[Robot]] = {robot.name: robot for robot in (Point, Ant, Humanoid, Arm)}
+ROBOTS: dict[str, type[Robot]] = {
+    robot.name: robot for robot in (Point, Ant, Humanoid, GymnasiumHumanoid, UnscaledHumanoid, Arm)
+}
 REWARD_TYPES = ("sparse", "dense")
 GOAL_MODES = ("resample", "fixed", "continuing")
 # Attributes of a task that may change while it runs
@@ -26,7 +28,8 @@ class GoalTask:
     The law of a goal-reaching task, written once for any number of environments: model, spaces, start, goal, success,
     termination and reward. ``GoalEnv`` and ``BatchVecEnv`` are its two faces.
 
-    :param robot: "point", "ant", "humanoid" or "arm"
+    :param robot: "point", "ant", "humanoid" or "arm". "humanoid_gymnasium" has the joints, gears and inertia of Gymnasium's
+        model instead of the released code's, "humanoid_unscaled" observes actuator forces in Nm, as the released code does
     :param maze: Name of a maze, or a maze as text (one string a row, see ``layouts``). None puts the ant and the humanoid
         on an open field
     :param table: What the arm works on: "push_easy", "push_hard" or "binpick_hard". For the arm only
@@ -48,7 +51,8 @@ class GoalTask:
     :param healthy_z_range: Lowest and highest allowed height of the torso in meters. None takes the released code's:
         0.2 to 1.0 for the ant, 1.0 to 2.0 for the humanoid; point and arm have none
     :param reset_noise_scale: Start noise: uniform in +-scale on every position, scale times a standard normal on every
-        velocity. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the arm
+        velocity. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the arm. A robot that can fall is
+        lifted as far as the noise pushed it into the floor
     :param frame_skip: Physics steps of one env step. None takes the robot's: 0.05 s for ant and arm, 0.1 s for the
         point, 0.015 s for the humanoid in mazes and 0.03 s on the field
     :param cell_size: Side of a maze cell in meters. None takes 4 for the ant, 2 for humanoid and point
@@ -115,6 +119,7 @@ class GoalTask:
         self._home = self.robot.home()
         free = self.model.jnt_type == int(mujoco.mjtJoint.mjJNT_FREE)
         self._quaternions = (self.model.jnt_qposadr[free] + 3).tolist()
+        self._data = mujoco.MjData(self.model)
 
         observation = spaces.Box(-np.inf, np.inf, (self.robot.observation_dim,), np.float32)
         goal_space = spaces.Box(-np.inf, np.inf, (self.robot.goal_dim,), np.float32)
@@ -167,7 +172,18 @@ class GoalTask:
                 quaternion /= np.sqrt((quaternion * quaternion).sum(axis=1, keepdims=True))
             qvel += self.reset_noise_scale * velocity_noise
         qpos[:, self.robot.start_address] += starts
+        if self.reset_noise_scale > 0 and self.robot.healthy_z_range is not None:
+            qpos[:, 2] += [self._depth_in_floor(row) for row in qpos]
         return qpos, qvel
+
+    def _depth_in_floor(self, qpos: np.ndarray) -> float:
+        """How far a robot reaches into the floor in meters. MuJoCo would throw it up, out of its healthy range."""
+        self._data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self._data)
+        mujoco.mj_collision(self.model, self._data)
+        contact = self._data.contact
+        on_floor = (contact.geom == self.model.geom("floor").id).any(axis=1)
+        return max(0.0, -contact.dist[on_floor].min(initial=0.0))
 
     def check_options(self, options: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Check the options of a reset: "start" (x and y) and "goal" in meters, each None in the result if not given."""
@@ -193,19 +209,37 @@ class GoalTask:
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
 
-    @staticmethod
-    def goal_distance(achieved_goal: np.ndarray, desired_goal: np.ndarray) -> np.ndarray:
-        """Distances in meters between goals of shape (..., goal_dim)."""
-        difference = np.asarray(achieved_goal) - np.asarray(desired_goal)
-        return np.sqrt((difference * difference).sum(axis=-1))
+    # All but the last one take NumPy's arrays and PyTorch's tensors
 
-    def reward_from_distance(self, distance: np.ndarray) -> np.ndarray:
-        """Rewards in float32 for distances to the goal in meters."""
-        return (distance < self.success_threshold if self.reward_type == "sparse" else -distance).astype(np.float32)
+    @staticmethod
+    def goal_distance(achieved_goal: Any, desired_goal: Any) -> Any:
+        """Distances in meters between goals of shape (..., goal_dim)."""
+        difference = achieved_goal - desired_goal
+        return (difference * difference).sum(axis=-1) ** 0.5
+
+    def reward_from_distance(self, distance: Any) -> Any:
+        """Rewards, of any number type, for distances to the goal in meters."""
+        return distance < self.success_threshold if self.reward_type == "sparse" else -distance
+
+    def is_healthy(self, qpos: Any) -> Any:
+        """Whether robots are within ``healthy_z_range``, shape (n,), by ``qpos`` of shape (n, nq)."""
+        if self.healthy_z_range is None:
+            return qpos[:, 0] < np.inf
+        low, high = self.healthy_z_range
+        return (qpos[:, 2] >= low) & (qpos[:, 2] <= high)
+
+    def measures(self, distance: Any, healthy: Any) -> dict[str, Any]:
+        """What the info of a step holds, arrays of shape (n,) by name."""
+        success = distance < self.success_threshold
+        # Stable-Baselines3 reads is_success, gymnasium-robotics' mazes write success
+        measures = {"is_success": success, "success": success, "distance": distance}
+        measures |= {name: distance < threshold for name, threshold in self.robot.extra_thresholds.items()}
+        return measures if self.healthy_z_range is None else {**measures, "is_healthy": healthy}
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         """Rewards in float32, shape (...), of goals of shape (..., goal_dim), whatever happened on the way. HER calls it."""
-        return self.reward_from_distance(self.goal_distance(achieved_goal, desired_goal))
+        distance = self.goal_distance(np.asarray(achieved_goal), np.asarray(desired_goal))
+        return np.asarray(self.reward_from_distance(distance), dtype=np.float32)
 
 
 def _make_scene(robot: Robot, maze: Any, table: str | None, maze_kwargs: dict[str, Any]) -> Scene:

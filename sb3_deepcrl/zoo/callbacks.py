@@ -7,7 +7,7 @@ import optuna
 from gymnasium import spaces
 from rl_zoo3.callbacks import TrialEvalCallback
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.callbacks import GoalEvalCallback
@@ -60,22 +60,14 @@ def save_model(model: BaseAlgorithm, path: Path, save_replay_buffer: bool) -> No
             buffer.unlink(missing_ok=True)
 
 
-class ResumableCheckpointCallback(BaseCallback):
+class ResumableCheckpointCallback(CheckpointCallback):
     """
     Callback for saving checkpoints a run can be continued from, whenever it is killed. The newest one has its replay buffer.
-
-    :param save_freq: Save checkpoints every ``save_freq`` call of the callback.
-    :param save_path: Path to the folder where the model will be saved.
-    :param save_replay_buffer: Save the model replay buffer
+    Its arguments are those of ``CheckpointCallback``.
     """
-
-    def __init__(self, save_freq: int, save_path: str, save_replay_buffer: bool = False):
-        super().__init__()
-        self.save_freq = save_freq
-        self.save_path = Path(save_path)
-        self.save_replay_buffer = save_replay_buffer
 
     def _on_step(self) -> bool:
         if self.n_calls % self.save_freq == 0:
-            save_model(self.model, self.save_path / f"rl_model_{self.num_timesteps}_steps.zip", self.save_replay_buffer)
+            path = Path(self.save_path) / f"rl_model_{self.num_timesteps}_steps.zip"
+            save_model(self.model, path, self.save_replay_buffer)
         return True

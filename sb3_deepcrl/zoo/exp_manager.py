@@ -30,8 +30,9 @@ from sb3_deepcrl.common.callbacks import GoalEvalCallback, ResumableEvalCallback
 from sb3_deepcrl.common.utils import atomic_path, check_positive_int, tell, uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
-from sb3_deepcrl.envs.arguments import checked_env_kwargs
+from sb3_deepcrl.envs.arguments import checked_env_kwargs, default_arguments
 from sb3_deepcrl.envs.registration import ENTRY_POINT
+from sb3_deepcrl.tensor_envs import WarpVecEnv
 from sb3_deepcrl.zoo.callbacks import ResumableCheckpointCallback, reports_goals, save_model
 from sb3_deepcrl.zoo.config import describe_input_error, find_config
 from sb3_deepcrl.zoo.provenance import made_with
@@ -55,12 +56,6 @@ def _derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
-def _close(env: VecEnv) -> None:
-    # Its processes may have been ended by the signal that stops this one
-    with contextlib.suppress(EOFError, OSError):
-        env.close()
-
-
 class GoalExperimentManager(ExperimentManager):
     """
     RL Zoo's experiment manager with what it lacks: configs of this package, ``BatchVecEnv``, evaluation by success and time
@@ -73,7 +68,7 @@ class GoalExperimentManager(ExperimentManager):
     :param env_id: Id of the env
     :param log_folder: Folder of all runs
     :param positional: Other arguments of RL Zoo's experiment manager
-    :param vec_env_type: "dummy", "subproc", "batch", or "auto" for the last one where the env is one of this package
+    :param vec_env_type: "dummy", "subproc", "batch", "warp", or "auto" for "batch" where the env is one of this package
     :param config: Config, see :func:`~sb3_deepcrl.zoo.config.find_config`
     :param kwargs: Other arguments of RL Zoo's experiment manager
     """
@@ -138,7 +133,11 @@ class GoalExperimentManager(ExperimentManager):
             assert model.env is not None
             # Envs are seeded with consecutive numbers: with those of the models, seeds 0 and 1 would share all envs but one
             model.env.seed(_derived_seed(self.seed, self.n_done))
-            self._save_made_with(model, hyperparams)
+            envs = {"env": (self.env_name.gym_id, self.env_kwargs), "eval_env": (self.eval_env_id, self.eval_env_kwargs)}
+            before = self.source.made_with() if self.continue_training else []
+            records = [record for record in before if record["num_timesteps"] < self.n_done]
+            with atomic_path(Path(self.params_path) / "made_with.json", ".json") as temporary:
+                temporary.write_text(json.dumps([*records, made_with(model, hyperparams, envs)], indent=2) + "\n")
         return result
 
     def _source(self, message: str) -> str:
@@ -148,13 +147,6 @@ class GoalExperimentManager(ExperimentManager):
             if re.search(rf"\b{re.escape(name)}\b", message):
                 return f"--hyperparams {name}:{value}"
         return f"{self.config}{' with --hyperparams' if given else ''}, {self.env_name.gym_id}"
-
-    def _save_made_with(self, model: BaseAlgorithm, hyperparams: dict[str, Any]) -> None:
-        envs = {"env": (self.env_name.gym_id, self.env_kwargs), "eval_env": (self.eval_env_id, self.eval_env_kwargs)}
-        before = self.source.made_with() if self.continue_training else []
-        records = [record for record in before if record["num_timesteps"] < self.n_done]
-        with atomic_path(Path(self.params_path) / "made_with.json", ".json") as temporary:
-            temporary.write_text(json.dumps([*records, made_with(model, hyperparams, envs)], indent=2) + "\n")
 
     def create_log_folder(self) -> None:
         """
@@ -207,10 +199,9 @@ class GoalExperimentManager(ExperimentManager):
             return super().read_hyperparameters()
         self.config = str(self.source.params_path)
         print(f"Loading hyperparameters from: {self.config}")
-        hyperparams = {**self.resumed_config, **(self.custom_hyperparams or {})}
-        if self.env_kwargs:
-            hyperparams["env_kwargs"] = self.env_kwargs
-        saved_hyperparams = OrderedDict((key, hyperparams[key]) for key in sorted(hyperparams))
+        given = {"env_kwargs": self.env_kwargs} if self.env_kwargs else {}
+        hyperparams = {**self.resumed_config, **(self.custom_hyperparams or {}), **given}
+        saved_hyperparams = OrderedDict(sorted(hyperparams.items()))
         pprint(saved_hyperparams)
         return hyperparams, saved_hyperparams
 
@@ -260,9 +251,12 @@ class GoalExperimentManager(ExperimentManager):
         """See RL Zoo's experiment manager. Evaluation may have another env, and has the same seed in all runs."""
         env_id = self.eval_env_id if eval_env else self.env_name.gym_id
         env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
-        if self.vec_env_type in ("auto", "batch"):
+        if self.vec_env_type in ("auto", "batch", "warp"):
             is_batch = self.entry_point(env_id) == ENTRY_POINT and self.env_wrapper is None
-            self.vec_env_class = BatchVecEnv if is_batch or self.vec_env_type == "batch" else DummyVecEnv
+            self.vec_env_class = BatchVecEnv if is_batch or self.vec_env_type != "auto" else DummyVecEnv
+            if self.vec_env_type == "warp" and not eval_env:
+                # Evaluations are exact, and their infos tell of each step
+                self.vec_env_class = WarpVecEnv
             self.vec_env_kwargs = {"n_threads": min(th.get_num_threads(), n_envs)} if is_batch else {}
         env_name, seed = self.env_name, self.seed
         if eval_env:
@@ -277,19 +271,17 @@ class GoalExperimentManager(ExperimentManager):
         if not self.continue_training:
             return super()._maybe_normalize(env, eval_env)
         path = self.source.sibling(Path(self.trained_agent), "vecnormalize")
-        if not path.is_file():
-            if self.normalize:
-                raise ValueError(
-                    f"{path} is missing, the statistics of VecNormalize that {self.trained_agent} was trained with: "
-                    "new ones would spoil it. Choose a model that has them"
-                )
-            return env
-        print(f"Loading VecNormalize stats: {path}")
-        vec_normalize = VecNormalize.load(str(path), env)
-        if eval_env:
-            vec_normalize.training = False
-            vec_normalize.norm_reward = False
-        return vec_normalize
+        if path.is_file():
+            print(f"Loading VecNormalize stats: {path}")
+            env = VecNormalize.load(str(path), env)
+            if eval_env:
+                env.training = env.norm_reward = False
+        elif self.normalize:
+            raise ValueError(
+                f"{path} is missing, the statistics of VecNormalize that {self.trained_agent} was trained with: "
+                "new ones would spoil it. Choose a model that has them"
+            )
+        return env
 
     def create_callbacks(self) -> None:
         """Create the callbacks that the command line asks for."""
@@ -299,10 +291,8 @@ class GoalExperimentManager(ExperimentManager):
         has_goals = self.algo == "deepcrl" if eval_env is None else reports_goals(eval_env)
         # Unless the user asks for the tables of Stable-Baselines3
         takes_display = has_goals and not self.optimize_hyperparameters and self.verbose == 1 and self.log_interval == -1
-        if takes_display or (has_goals and self.show_progress):
-            self.callbacks.append(TrainingDisplay(replaces_tables=takes_display))
-        elif self.show_progress:
-            self.callbacks.append(ProgressBarCallback())
+        if takes_display or self.show_progress:
+            self.callbacks.append(TrainingDisplay(replaces_tables=takes_display) if has_goals else ProgressBarCallback())
         if eval_env is not None:
             if self.continue_training and not self.resume:
                 self._copy_evaluations()
@@ -323,17 +313,16 @@ class GoalExperimentManager(ExperimentManager):
         if self.save_freq > 0:
             # After the evaluation of the same step, which would be missing if the run was killed in between
             save_freq = max(self.save_freq // self.n_envs, 1)
-            self.callbacks.append(ResumableCheckpointCallback(save_freq, self.save_path, self.save_replay_buffer))
+            checkpoints = ResumableCheckpointCallback(save_freq, self.save_path, save_replay_buffer=self.save_replay_buffer)
+            self.callbacks.append(checkpoints)
 
     def _copy_evaluations(self) -> None:
         """Let the evaluations before and after the stop be one curve, and the best model the best of both."""
         best_model = self.source.path / "best_model.zip"
-        files = {self.source.path / "evaluations.npz": self.save_path}
-        if best_model.is_file():
-            files |= {best_model: self.save_path, self.source.sibling(best_model, "vecnormalize"): self.params_path}
-        for path, folder in files.items():
+        statistics = self.source.sibling(best_model, "vecnormalize")
+        for path in (self.source.path / "evaluations.npz", best_model, statistics):
             if path.is_file():
-                shutil.copy(path, folder)
+                shutil.copy(path, self.params_path if path == statistics else self.save_path)
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         path = Path(self.trained_agent)
@@ -356,7 +345,7 @@ class GoalExperimentManager(ExperimentManager):
             model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
         elif isinstance(model, OffPolicyAlgorithm):
             # Learning from the first few transitions alone would spoil the policy
-            warmup = hyperparams.get("learning_starts", inspect.signature(type(model)).parameters["learning_starts"].default)
+            warmup = hyperparams.get("learning_starts", default_arguments(type(model))["learning_starts"])
             print(f"No replay buffer of {path.name}: collecting {warmup} steps of random actions first")
             model.learning_starts = model.num_timesteps + warmup
         for callback in self.callbacks:
@@ -389,11 +378,11 @@ class GoalExperimentManager(ExperimentManager):
             with uninterrupted():
                 # A training that is interrupted leaves them open, and RL Zoo those of the evaluations
                 for callback in self.callbacks:
-                    if isinstance(callback, EvalCallback):
-                        _close(callback.eval_env)
-                    # The terminal may be closed
-                    with contextlib.suppress(OSError):
-                        if isinstance(callback, TrainingDisplay):
+                    # The terminal may be closed, and processes of envs may have been ended by the signal that stops this one
+                    with contextlib.suppress(EOFError, OSError):
+                        if isinstance(callback, EvalCallback):
+                            callback.eval_env.close()
+                        elif isinstance(callback, TrainingDisplay):
                             callback.stop()
                         elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
                             callback.pbar.close()
@@ -414,15 +403,14 @@ class GoalExperimentManager(ExperimentManager):
 
     def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
         """Save a model after an error, whose notes tell below the traceback where it is."""
-        if not all(bool(th.isfinite(parameter).all()) for parameter in model.policy.parameters()):
-            error.add_note("The model is not saved: its parameters are no finite numbers")
-            return
-        try:
-            self.save_trained_model(model)
-        except Exception as saving_error:
-            error.add_note(f"The model could not be saved: {type(saving_error).__name__}: {saving_error}")
-        else:
-            error.add_note(self._how_to_go_on(model))
+        note = "The model is not saved: its parameters are no finite numbers"
+        if all(bool(th.isfinite(parameter).all()) for parameter in model.policy.parameters()):
+            try:
+                self.save_trained_model(model)
+                note = self._how_to_go_on(model)
+            except Exception as saving_error:
+                note = f"The model could not be saved: {type(saving_error).__name__}: {saving_error}"
+        error.add_note(note)
 
     def _how_to_go_on(self, model: BaseAlgorithm) -> str:
         return f"Stopped and saved after {model.num_timesteps:,} env steps. To go on from there: sb3-deepcrl train " + (
@@ -441,4 +429,5 @@ class GoalExperimentManager(ExperimentManager):
             tell(f"To watch it: sb3-deepcrl enjoy {run}")
             tell(f"To train it further: sb3-deepcrl train -i {shlex.quote(self.save_path)} -n 10000")
         assert model.env is not None
-        _close(model.env)
+        with contextlib.suppress(EOFError, OSError):
+            model.env.close()

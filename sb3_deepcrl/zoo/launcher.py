@@ -10,6 +10,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,14 +60,14 @@ class StoreDict(rl_zoo3.utils.StoreDict):
 class TrainParser(argparse.ArgumentParser):
     """RL Zoo's arguments of ``train``, and more of :class:`~sb3_deepcrl.zoo.exp_manager.GoalExperimentManager`."""
 
-    def __init__(self) -> None:
-        super().__init__(prog="sb3-deepcrl train")
-
     def add_argument(self, *flags: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         """See ``argparse.ArgumentParser``. Some of RL Zoo's arguments mean more here."""
         if "--vec-env" in flags:
-            kwargs.update(default="auto", choices=["auto", "batch", "dummy", "subproc"])
-            kwargs["help"] = "VecEnv type, batch: native, for the tasks of sb3_deepcrl; auto: batch for these, else dummy"
+            kwargs.update(default="auto", choices=["auto", "batch", "warp", "dummy", "subproc"])
+            kwargs["help"] = (
+                "VecEnv type, batch: native, for the tasks of sb3_deepcrl; warp: these on a GPU (evaluated with batch); auto: "
+                "batch for these, else dummy"
+            )
         elif kwargs.get("type") is int:
             kwargs["type"] = whole_number
         elif "-i" in flags:
@@ -108,12 +109,10 @@ def _prepare_run(script: str, argv: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--env", default=DEFAULT_ENV)
     parser.add_argument("--gym-packages", nargs="+", default=[])
-    parser.add_argument("--no-render", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
     args, _ = parser.parse_known_args(argv)
     spec = find_spec(args.env, args.gym_packages)
     has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    draws = not args.no_render and not args.help and str(spec.entry_point).startswith(MUJOCO_ENVS)
+    draws = not {"--no-render", "-h", "--help"} & set(argv) and str(spec.entry_point).startswith(MUJOCO_ENVS)
     if draws and not has_screen and (script == "enjoy" or not os.environ.get("MUJOCO_GL")):
         # MuJoCo would abort the process
         raise ValueError(
@@ -129,17 +128,15 @@ def _run_plot(script: str, argv: Sequence[str]) -> None:
     args, sys.argv[1:] = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
-    import matplotlib
+    import matplotlib.pyplot as plt
 
     if args.figure is not None:
         # It shows nothing, so that the figures are still there afterwards
-        matplotlib.use("Agg")
+        plt.switch_backend("Agg")
         warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
         if not args.figure.parent.exists():
             args.figure.parent.mkdir(parents=True)
     getattr(importlib.import_module("rl_zoo3.plots"), script)()
-    import matplotlib.pyplot as plt
-
     for index, number in enumerate(plt.get_fignums() if args.figure else [], start=1):
         target = args.figure if index == 1 else args.figure.with_stem(f"{args.figure.stem}-{index}")
         plt.figure(number).savefig(target, dpi=150)
@@ -164,10 +161,11 @@ def run(script: str, argv: Sequence[str]) -> None:
     """
     end_start()
     sys.argv = [f"sb3-deepcrl {script}", *argv]
-    # What RL Zoo's scripts find under these names when they run: this process is theirs
+    # What RL Zoo's scripts find under these names while they run
+    unsafe_loader = yaml.UnsafeLoader
     vars(yaml).update(UnsafeLoader=RunLoader)
-    train_parts = {"argparse": SimpleNamespace(ArgumentParser=TrainParser), "ExperimentManager": GoalExperimentManager}
-    vars(rl_zoo3.train).update(train_parts, StoreDict=StoreDict)
+    parsers = SimpleNamespace(ArgumentParser=partial(TrainParser, prog="sb3-deepcrl train"))
+    vars(rl_zoo3.train).update(argparse=parsers, ExperimentManager=GoalExperimentManager, StoreDict=StoreDict)
     vars(rl_zoo3.utils).update(StoreDict=StoreDict)
     numbers: list[int] = []
     try:
@@ -187,10 +185,11 @@ def run(script: str, argv: Sequence[str]) -> None:
         if not numbers:
             raise
     except Exception as error:
-        message = describe_input_error(error) or how_to_write(error, argv)
-        if message is None:
+        if (message := describe_input_error(error) or how_to_write(error, argv)) is None:
             raise
         sys.exit(f"sb3-deepcrl {script}: error: {message}")
+    finally:
+        vars(yaml).update(UnsafeLoader=unsafe_loader)
     if numbers:
         # As shells do
         sys.exit(128 + numbers[0])
@@ -203,19 +202,15 @@ def main(others: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] | Non
     :param others: For each other command, a line about it, and what runs it with its arguments
     """
     end_start()
-    others = others or {}
-    commands = {**SCRIPTS, **{name: line for name, (line, _) in others.items()}}
+    commands = {script: (line, partial(run, script)) for script, line in SCRIPTS.items()} | dict(others or {})
     parser = argparse.ArgumentParser(
         prog="sb3-deepcrl",
         description="RL Zoo's scripts with DeepCRL. Each has its own --help.",
-        epilog="\n".join(["commands:", *(f"  {name:<16}{line}" for name, line in commands.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:<16}{line}" for name, (line, _) in commands.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sb3-deepcrl {sb3_deepcrl.__version__}")
     parser.add_argument("command", choices=commands, metavar="command", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
-    parsed = parser.parse_args()
-    if parsed.command in others:
-        others[parsed.command][1](parsed.arguments)
-    else:
-        run(parsed.command, parsed.arguments)
+    args = parser.parse_args()
+    commands[args.command][1](args.arguments)

@@ -4,6 +4,7 @@ What a run is made with: code, machine and all arguments, defaults included.
 
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -67,12 +68,6 @@ def _packages() -> dict[str, str]:
 
 def _plain(value: Any) -> Any:
     """What JSON has in place of an object, the same in each process."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if isinstance(value, np.generic):
         return value.item()
     if callable(value) and hasattr(value, "__qualname__"):
@@ -128,5 +123,5 @@ def made_with(
         "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": th.get_num_threads(),
         "precision": "bfloat16" if is_low else "float32",
-        "arguments": _plain(_arguments(model, hyperparams, envs)),
+        "arguments": json.loads(json.dumps(_arguments(model, hyperparams, envs), default=_plain, skipkeys=True)),
     }

@@ -43,10 +43,8 @@ def _is_data(text: str) -> bool:
     except SyntaxError:
         # Evaluating it will say so
         return True
-    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
-    return all(isinstance(node, DATA_NODES) for node in nodes) and all(
-        isinstance(function, ast.Name) and function.id in DATA_FUNCTIONS for function in calls
-    )
+    names = [getattr(node.func, "id", None) for node in nodes if isinstance(node, ast.Call)]
+    return all(isinstance(node, DATA_NODES) for node in nodes) and set(names) <= DATA_FUNCTIONS
 
 
 def _names_class(entry: Any) -> bool:
@@ -66,10 +64,7 @@ class RunLoader(yaml.SafeLoader):
     """
 
     def get_single_data(self) -> Any:
-        """
-        :return: What is in the file
-        :raises ValueError: If it cannot be read, or is more than data
-        """
+        """What is in the file. A ValueError tells if it cannot be read, or is more than data."""
         try:
             data = super().get_single_data()
         except yaml.YAMLError as error:
@@ -206,10 +201,8 @@ class RunFolder:
         if (path := self.model_path) is None:
             raise ValueError(f"There is no model in {self.path}, neither a final one nor a checkpoint (`--save-freq`)")
         # Without an env it needs no place to store transitions
-        small: dict[str, Any] = (
-            {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}} if env is None else {}
-        )
-        return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=small)
+        small: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
+        return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=small if env is None else None)
 
     def make_env(self) -> VecEnv:
         """
