@@ -219,6 +219,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         """Warn if rows of a minibatch must be the same transition. Gives whether it was necessary."""
         n_transitions = (self.buffer_size if self.full else self.pos) * self.n_envs
         if n_transitions < batch_size:
+            # Some envs may have more
+            n_transitions = np.count_nonzero(self.remaining)
+        if n_transitions < batch_size:
             warnings.warn(
                 f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer: negatives of "
                 "the contrastive loss are copies of its positives. Use a larger `learning_starts` or `buffer_size`, or a "

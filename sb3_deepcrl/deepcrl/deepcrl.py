@@ -323,10 +323,9 @@ class DeepCRL(OfflineLearning):
         return optimizers if self.ent_coef_optimizer is None else [*optimizers, self.ent_coef_optimizer]
 
     def _graph_key(self) -> tuple[Hashable, ...]:
-        settings = (self.logsumexp_coef, self.random_goals, self.contrastive_loss, self.target_entropy, self.critic.energy)
-        settings = (*settings, self._bc_coef)
+        settings = (self.logsumexp_coef, self.random_goals, self._bc_coef, self.contrastive_loss, self.target_entropy)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef
-        return graph_key(settings, self._optimizers(), [ent_coef])
+        return graph_key((*settings, self.critic.energy), self._optimizers(), [ent_coef])
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor

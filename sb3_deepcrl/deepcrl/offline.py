@@ -46,6 +46,8 @@ class OfflineLearning(OffPolicyAlgorithm):
 
     replay_buffer: ContrastiveReplayBuffer | None
     actor: Actor
+    bc_coef: float
+    _setup_acceleration: Any
     # Coefficient of behavior cloning in the updates, 0 while the agent learns from what it does itself
     _bc_coef = 0.0
 
@@ -85,10 +87,8 @@ class OfflineLearning(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         check_positive_int(n_updates, "n_updates")
         check_positive_int(log_interval, "log_interval")
-        if self.replay_buffer.size() == 0:
-            raise ValueError(
-                "There is nothing to learn from: fill the replay buffer by `load_dataset` or `load_replay_buffer`"
-            )
+        if self.replay_buffer.n_used == 0:
+            raise ValueError("There is nothing to learn from: fill the replay buffer by `load_dataset`")
         if not self._custom_logger:
             self._logger = configure_logger(self.verbose, self.tensorboard_log, "DeepCRL_offline")
         self._setup_acceleration(n_updates)

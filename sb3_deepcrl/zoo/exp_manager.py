@@ -394,7 +394,7 @@ class GoalExperimentManager(ExperimentManager):
         if not isinstance(model, DeepCRL):
             raise ValueError(f"--dataset: {self.algo} does not learn from data, only deepcrl does")
         assert model.replay_buffer is not None
-        if model.replay_buffer.size() == 0:
+        if model.replay_buffer.n_used == 0:
             model.load_dataset(self.dataset)
         if self.args.offline_updates > model._n_updates:
             model.learn_offline(self.args.offline_updates - model._n_updates)
