@@ -12,7 +12,7 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     The reward is that of ``compute_reward`` for this goal, and ``is_success`` and ``success`` in the info tell whether it is
     as high as that of being there. The env starts and ends episodes as it does for its own goals.
 
-    In a config of RL Zoo: ``env_wrapper: [{sb3_deepcrl.envs.wrappers.SingleGoalWrapper: {goal: [24.0, 8.0]}}]``.
+    In a config of RL Zoo: ``env_wrapper: [{sb3_deepcrl.envs.wrappers.SingleGoalWrapper: {goal: [8.0, 2.0]}}]``.
 
     :param env: Goal-conditioned environment with ``compute_reward``
     :param goal: The goal, with the form of ``desired_goal``
