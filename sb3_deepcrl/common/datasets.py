@@ -12,8 +12,6 @@ from gymnasium import spaces
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-GOALS = ("achieved_goal", "desired_goal")
-
 
 class Episode(NamedTuple):
     """
@@ -51,7 +49,7 @@ def open_minari(dataset: "str | Path | MinariDataset") -> "MinariDataset":
         if path.is_dir():
             return minari.MinariDataset(path / "data" if (path / "data").is_dir() else path)
         return minari.load_dataset(str(dataset))
-    except (FileNotFoundError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         raise ValueError(
             f"There is no data set {str(dataset)!r} here ({error}): give a file of OGBench (.npz), or the folder of a data "
             "set of Minari, or the id of one that was fetched by `minari download ID`"
@@ -93,6 +91,8 @@ def _read_ogbench(path: Path) -> Iterator[tuple[Any, ...]]:
         if missing := {"observations", "actions", "terminals"} - set(file):
             raise ValueError(f"{path} is no data set of OGBench: it has no {', '.join(sorted(missing))}, only {sorted(file)}")
         observations, actions, ends = file["observations"], file["actions"], np.flatnonzero(file["terminals"])
+    if len(ends) == 0:
+        raise ValueError(f"{path} holds no whole episode: its `terminals` are all 0")
     for start, end in zip([0, *(ends[:-1] + 1)], ends, strict=True):
         if end > start:
             yield observations[start : end + 1], actions[start:end], np.zeros(end - start), False

@@ -529,7 +529,9 @@ class DeepCRL(OfflineLearning):
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
         loss = (ent_coef * log_prob - values).mean()
         if self._bc_coef > 0:
-            loss = loss / values.detach().abs().mean() + self._bc_coef * self.actor.cloning_loss(params, actions)
+            loss = loss / values.detach().abs().mean().clamp(min=1e-6) + self._bc_coef * self.actor.cloning_loss(
+                params, actions
+            )
         return loss, log_prob.detach(), ent_coef
 
     def learn(
