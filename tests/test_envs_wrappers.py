@@ -96,16 +96,18 @@ def test_ogbench_wrapper_refuses_others():
         OGBenchGoalWrapper(gym.make("Pendulum-v1"))
 
 
-@pytest.mark.parametrize("make", [lambda: gym.make("PointUMazeEval-v0"), lambda: GoalReachEnv(max_steps=50)])
-def test_single_goal(make):
-    env = SingleGoalWrapper(make(), [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("make", "goal"), [(lambda: gym.make("PointUMazeEval-v0"), [3.0, 2.5]), (lambda: GoalReachEnv(max_steps=50), [1.0, 0.5])]
+)
+def test_single_goal(make, goal):
+    env = SingleGoalWrapper(make(), goal)
     check_env(env, warn=False)
     observation, _ = env.reset(seed=0)
     rewards, successes = [], []
     for _ in range(50):
         step = env.unwrapped.action_space.high * np.sign(env.goal - observation["achieved_goal"])
         observation, reward, _, _, info = env.step(step.astype(np.float32))
-        np.testing.assert_array_equal(observation["desired_goal"], np.array([1.0, 0.5]))
+        np.testing.assert_array_equal(observation["desired_goal"], goal)
         rewards.append(reward)
         successes.append((info["is_success"], info["success"]))
     # Those of the goal, whatever the env wanted

@@ -208,9 +208,9 @@ def test_runs_with_data(tmp_path):
     assert folder.evaluations()["timesteps"].tolist() == [0, 200, 400]
     assert folder.evaluations()["n_updates"].tolist()[0] == 30 and model._n_updates == 30 + 400 // 16
     # Nothing is learned a second time
-    run("train", [*args, "-n", "600", *params])
-    assert folder.load_model()._n_updates == 30 + 600 // 16
-    assert folder.evaluations()["timesteps"].tolist() == [0, 200, 400, 600]
+    run("train", [*args, "-n", "800", *params])
+    assert folder.load_model()._n_updates == 30 + 800 // 16
+    assert folder.evaluations()["timesteps"].tolist() == [0, 200, 400, 600, 800]
 
 
 def test_study(tmp_path):
