@@ -5,12 +5,19 @@ The command ``sb3-deepcrl``. It stands outside of the rooms, as it runs what is 
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 
 def _value_map(argv: Sequence[str]) -> None:
     from sb3_deepcrl.analysis.run_map import main
 
     main(argv)
+
+
+def _deploy(command: str, argv: Sequence[str]) -> None:
+    from sb3_deepcrl.zoo.deployment import main
+
+    main(command, argv)
 
 
 def main() -> None:
@@ -23,7 +30,14 @@ def main() -> None:
         if error.name != "sb3_deepcrl.zoo":
             raise
         sys.exit(f"sb3-deepcrl: error: {error}")
-    launcher.main({"value_map": ("draw what a trained agent has learned over its maze", _value_map)})
+    launcher.main(
+        {
+            "value_map": ("draw what a trained agent has learned over its maze", _value_map),
+            "export": ("write the policy of a trained agent to an ONNX file", partial(_deploy, "export")),
+            "distill": ("let a shallow agent learn from a deep one", partial(_deploy, "distill")),
+            "prune": ("drop layers of a trained agent that contribute little", partial(_deploy, "prune")),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.analysis.scale import count_operations
 from sb3_deepcrl.common.evaluation import evaluate_goals
+from sb3_deepcrl.deploy import distill, export_policy, make_student
 from sb3_deepcrl.zoo.hyperparams_opt import sample_deepcrl_params
 from tests.test_acceleration import fake, graph, needs_compiler
 
@@ -156,3 +157,21 @@ def test_operations_of_an_update():
     difference = count_operations(policies[0], 8) - count_operations(policies[1], 8)
     one_pass = 2 * 8 * sum(layer.in_features * layer.out_features for layer in layers)
     assert 4 * one_pass < difference < 6 * one_pass
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_policy_taken_along(space, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = make_model(space).learn(200)
+    student = distill(model, depth=4, width=32, steps=1200)
+    observations, _ = model.replay_buffer.sample_contrastive(200)
+    with th.no_grad():
+        probabilities = [
+            m.actor.get_action_dist_params(observations)[0].exp() for m in (model, student, make_student(model, 4))
+        ]
+    learned, fresh = ((probabilities[0] - other).abs().sum(dim=1).mean() for other in probabilities[1:])
+    assert learned < 0.5 * fresh
+    raw = {key: np.stack([make_env(space).reset(seed=i)[0][key] for i in range(9)]) for key in observations}
+    session = onnxruntime.InferenceSession(export_policy(model, tmp_path / "policy"))
+    (found,) = session.run(["action"], {value.name: raw[value.name] for value in session.get_inputs()})
+    np.testing.assert_array_equal(found, model.predict(raw, deterministic=True)[0])

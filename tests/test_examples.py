@@ -11,6 +11,7 @@ TOY = {
     "train": (1100, "point_umaze/evaluations.npz"),
     "load_and_continue": (200, "point_umaze/model.zip"),
     "value_map": (0, "point_umaze/value.png"),
+    "export": (0, "point_umaze/policy.onnx"),
     "own_maze": (1100, "own_maze.png"),
     "own_env": (1100, None),
     "deep_sac": (210, "deep_sac.zip"),

@@ -2,6 +2,7 @@ from sb3_deepcrl.analysis.ablation import AblationStudy
 from sb3_deepcrl.analysis.baselines import BaselinesStudy
 from sb3_deepcrl.analysis.collector import CollectorStudy
 from sb3_deepcrl.analysis.depth import DepthStudy
+from sb3_deepcrl.analysis.distillation import DistillationStudy
 from sb3_deepcrl.analysis.grid import GridStudy
 from sb3_deepcrl.analysis.mazes import MazeMap
 from sb3_deepcrl.analysis.offline import OfflineStudy
@@ -23,7 +24,8 @@ STUDIES: dict[str, type[Study]] = {
     study.name: study
     for study in (
         *(DepthStudy, ScaleStudy, GridStudy, AblationStudy, BaselinesStudy),
-        *(ValueMapStudy, StitchingStudy, RepresentationStudy, CollectorStudy, WalkStudy, OfflineStudy),
+        *(ValueMapStudy, StitchingStudy, RepresentationStudy, CollectorStudy, WalkStudy),
+        *(DistillationStudy, OfflineStudy),
     )
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "BaselinesStudy",
     "CollectorStudy",
     "DepthStudy",
+    "DistillationStudy",
     "GridStudy",
     "MazeMap",
     "OfflineStudy",

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Time for a run that is stopped to save what it has
 SECONDS_TO_SAVE = 60
-# In a hyperparameter, where the folder of the run has to stand
-FOLDER = "{folder}"
+# In a hyperparameter, where the folder of the run, or its seed, has to stand
+FOLDER, SEED = "{folder}", "{seed}"
 
 
 class Expression(str):
@@ -84,7 +84,8 @@ class Run:
         options = {"hyperparams": self.hyperparams, "env-kwargs": self.env_kwargs, "eval-env-kwargs": self.eval_env_kwargs}
         for name, values in options.items():
             if values:
-                words += [f"--{name}", *(f"{key}:{value!r}".replace(FOLDER, str(folder)) for key, value in values.items())]
+                given = [f"{key}:{value!r}" for key, value in values.items()]
+                words += [f"--{name}", *(text.replace(FOLDER, str(folder)).replace(SEED, str(self.seed)) for text in given)]
         return words
 
     def dataset(self, runs: Path) -> Path:

@@ -44,7 +44,8 @@ class UpdateRunner:
         policy: Any,
         optimizers: Callable[[], list[th.optim.Optimizer]],
     ):
-        self.update = update
+        # What runs now: a callback may put something else in its place until the end of a training
+        self.update = self.own_update = update
         self.policy = policy
         self.optimizers = optimizers
         self.towers = residual_towers(policy)
@@ -77,6 +78,7 @@ class UpdateRunner:
         Choose how networks and updates run, as the arguments of :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL` say. What takes
         time waits until there are updates ahead, on whose number ``compile="auto"`` depends.
         """
+        self.update = self.own_update
         check_choice(compile, (True, False, "auto"), "compile")
         check_choice(cuda_graph, (True, False, "auto"), "cuda_graph")
         check_choice(checkpoint_activations, (True, False), "checkpoint_activations")
@@ -136,7 +138,7 @@ class UpdateRunner:
             if self._tf32:
                 stack.enter_context(tf32_products(True))
             if self.graph is not None:
-                return self._run_graph(self.graph, {**observations, ACTION_KEY: actions}, key)
+                return self._run_graph(self.graph, {**observations, ACTION_KEY: actions}, (self.update, key))
             if has_kernel(*self.towers):
                 stack.enter_context(threads_of_kernel())
                 networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}

@@ -154,6 +154,11 @@ class Actor(CheckedPolicy):
         """Mean loss of behavior cloning of actions of shape ``(batch_size, action_dim)``, to be differentiated."""
         raise NotImplementedError
 
+    @staticmethod
+    def kl_divergence(target: tuple[th.Tensor, ...], params: tuple[th.Tensor, ...]) -> th.Tensor:
+        """KL(target || own) of the distributions of actions with these parameters, shape ``(batch_size,)``."""
+        raise NotImplementedError
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
 
@@ -206,6 +211,13 @@ class GaussianActor(Actor):
         # Minus the log-probability of a Gaussian of variance 1 around the deterministic action, up to a constant
         return 0.5 * (th.tanh(params[0]) - actions).square().sum(dim=1).mean()
 
+    @staticmethod
+    def kl_divergence(target: tuple[th.Tensor, ...], params: tuple[th.Tensor, ...]) -> th.Tensor:
+        # That of the Gaussians before squashing, which does not change it
+        (target_mean, target_log_std), (mean, log_std) = target, params
+        gap = ((target_mean - mean).square() + (2 * target_log_std).exp()) * (-2 * log_std).exp()
+        return (log_std - target_log_std + 0.5 * gap - 0.5).sum(dim=1)
+
 
 class CategoricalActor(Actor):
     """
@@ -254,6 +266,11 @@ class CategoricalActor(Actor):
         # Which of them these are
         index = (self.actions == actions.unsqueeze(1)).all(dim=2).to(log_probs.dtype).argmax(dim=1, keepdim=True)
         return -log_probs.gather(1, index).mean()
+
+    @staticmethod
+    def kl_divergence(target: tuple[th.Tensor, ...], params: tuple[th.Tensor, ...]) -> th.Tensor:
+        (target_log_probs,), (log_probs,) = target, params
+        return (target_log_probs.exp() * (target_log_probs - log_probs)).sum(dim=1)
 
 
 class ContrastiveCritic(BaseModel):

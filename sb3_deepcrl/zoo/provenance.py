@@ -29,8 +29,8 @@ PACKAGE = Path(sb3_deepcrl.__file__).parent
 # Where the code is that decides what comes out of a run
 CODE = ("common", "deep_policies", "deepcrl", "envs", "env_ids.py", "zoo/exp_manager.py")
 DEPENDENCIES = ("torch", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "gymnasium-robotics", "mujoco", "numpy")
-# Arguments of algorithms, and entries of configs, that say nothing about what is learned
-OTHER_ARGUMENTS = ("_init_setup_model", "device", "env", "n_timesteps", "seed", "tensorboard_log", "verbose")
+# Arguments of algorithms, and entries of configs, that say nothing about what is learned, or name folders
+OTHER_ARGUMENTS = ("_init_setup_model", "callback", "device", "env", "n_timesteps", "seed", "tensorboard_log", "verbose")
 
 
 @functools.cache

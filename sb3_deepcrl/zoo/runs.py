@@ -204,10 +204,11 @@ class RunFolder:
         small: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
         return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=small if env is None else None)
 
-    def make_env(self) -> VecEnv:
+    def make_env(self, env_id: str | None = None) -> VecEnv:
         """
         Make an env for the model.
 
+        :param env_id: Another env than that of the training
         :return: One env with the arguments, wrappers and statistics of ``VecNormalize`` of the run
         :raises ValueError: If the statistics are not there, or a file is more than data
         """
@@ -216,5 +217,9 @@ class RunFolder:
         args = self.args()
         hyperparams, stats_path = get_saved_hyperparams(str(self.params_path), test_mode=True)
         return create_test_env(
-            args["env"], stats_path=stats_path, should_render=False, hyperparams=hyperparams, env_kwargs=args["env_kwargs"]
+            env_id or args["env"],
+            stats_path=stats_path,
+            should_render=False,
+            hyperparams=hyperparams,
+            env_kwargs=args["env_kwargs"],
         )

@@ -1,0 +1,97 @@
+"""
+Does a shallow policy do what a deep one has learned, if it is taught by it or cut out of it?
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from sb3_deepcrl.analysis.report import Report
+from sb3_deepcrl.analysis.runs import FOLDER, SEED, Run, check_origin, config_entry, train_all
+from sb3_deepcrl.analysis.statistics import Estimate
+from sb3_deepcrl.analysis.study import Study
+from sb3_deepcrl.common.utils import check_depth
+from sb3_deepcrl.deploy import Distillation
+
+
+@dataclass(kw_only=True)
+class DistillationStudy(Study):
+    """
+    Does a shallow policy do what a deep one has learned? A student of a small depth that learns from a deep teacher, and the
+    teacher without most of its residual blocks, are compared with the teacher and with a model of the small depth that learned
+    by itself. Students make their env steps after those of their teacher.
+    """
+
+    name: ClassVar[str] = "distillation"
+
+    env: str = "PointBigMaze-v0"
+    teacher_depth: int = 64
+    """Depth of the teacher"""
+    depths: tuple[int, ...] = (4,)
+    """Depths of the students"""
+    pruned_depths: tuple[int, ...] = (16, 8)
+    """Depths that are left of the teacher"""
+    student_steps: int = 250_000
+    """Number of env steps of students and pruned teachers"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for depth in (self.teacher_depth, *self.depths, *self.pruned_depths):
+            check_depth(depth)
+        if max(*self.depths, *self.pruned_depths) >= self.teacher_depth:
+            raise ValueError(f"`teacher_depth` must be larger than all other depths, got {self.teacher_depth}")
+
+    @property
+    def _teacher(self) -> Run:
+        return self.make_run(depth=self.teacher_depth)
+
+    def _taught(self, depth: int, prune: bool) -> Run:
+        name = self.env.rpartition(":")[2]
+        # Beside the folder of the student, wherever that is
+        teacher = f"{FOLDER}/../../{self._teacher.folder(self.runs).parent.name}/seed-{SEED}/deepcrl/{name}_1"
+        arguments: dict[str, Any] = {
+            "teacher": f"{teacher}/{name}.zip",
+            "replay_buffer": f"{teacher}/replay_buffer.pkl",
+            "prune": prune,
+        }
+        callback = [{f"{Distillation.__module__}.{Distillation.__name__}": arguments}]
+        run = self.make_run(depth=depth, callback=callback)
+        of_env = {**config_entry(run.algo, name), **run.hyperparams}.get("transitions_per_update", 16)
+        # As many updates as the others have
+        hyperparams = {**run.hyperparams, "transitions_per_update": max(of_env * self.student_steps // self.steps, 1)}
+        steps = {"steps": self.student_steps, "eval_freq": self.student_steps // self.n_evaluations}
+        return Run(**{**vars(run), **steps, "hyperparams": hyperparams})
+
+    def settings(self) -> dict[str, Run]:
+        return {
+            f"teacher, depth {self.teacher_depth}": self._teacher,
+            **{f"by itself, depth {depth}": self.make_run(depth=depth) for depth in self.depths},
+            **{f"student, depth {depth}": self._taught(depth, prune=False) for depth in self.depths},
+            **{f"pruned to depth {depth}": self._taught(depth, prune=True) for depth in self.pruned_depths},
+        }
+
+    def protocol(self) -> str:
+        return (
+            "Students and pruned teachers learn from the teacher of their seed, on states of its replay buffer and their own: "
+            f"{self.student_steps:,} env steps with as many updates as the others have. {super().protocol()}"
+        )
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        return {label: {"env steps": f"{run.steps:,}"} for label, run in self.settings().items()}
+
+    def run(self, console: Console | None = None) -> Report | None:
+        if not self.dry_run:
+            # Without them nobody can be taught
+            teachers = self.seeds_of(self._teacher)
+            if not self.reuse_other_code:
+                check_origin(teachers, self.runs)
+            train_all({"teacher": teachers}, self.runs, self.jobs, self.backend, self.scheduler, console)
+        return super().run(console)
+
+    def compare(self, estimates: dict[str, Estimate]) -> list[str]:
+        taught = [label for label in estimates if label.startswith(("student", "pruned"))]
+        others = [label for label in estimates if label not in taught]
+        return [
+            f"{label} against {other}: {estimates[label].compare(estimates[other])}." for label in taught for other in others
+        ]
