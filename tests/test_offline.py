@@ -214,7 +214,7 @@ def test_runs_with_data(tmp_path):
 
 
 def test_study(tmp_path):
-    study = OfflineStudy(env="PointUMaze-v0", agent_steps=160, data_steps=200, offline_updates=20, runs=tmp_path, **TOY)
+    study = OfflineStudy(env="PointUMaze-v0", agent_steps=160, offline_updates=20, runs=tmp_path, **TOY)
     report = study.run()
     text = check_files(report)
     assert [row[""] for row in report.table] == ["agent that made the data", "offline", "then 160 steps online"]

@@ -4,12 +4,10 @@ from typing import Any, ClassVar
 import numpy as np
 from rich.console import Console
 
-from sb3_deepcrl.analysis.episodes import EVAL_SEED, make_envs
 from sb3_deepcrl.analysis.report import Report, Results, evaluation_rows
 from sb3_deepcrl.analysis.runs import Run, train_all
 from sb3_deepcrl.analysis.statistics import interquartile_mean
 from sb3_deepcrl.analysis.study import Study
-from sb3_deepcrl.deepcrl import DeepCRL
 
 AGENT, LEARNER = "agent that made the data", "offline, then online"
 MEASURES = {"success_any": "success", "time_at_goal": "time at goal"}
@@ -20,8 +18,8 @@ class OfflineStudy(Study):
     """
     Learning from data that exist.
 
-    An agent is trained for a part of the usual steps and makes data by acting as in training. Another one learns from these
-    data alone, and is evaluated before its first step. Then it goes on in the env, for as many steps as the study has.
+    An agent is trained for a part of the usual steps. Another one learns from all that it saw alone, and is evaluated before its
+    first step. Then it goes on in the env, for as many steps as the study has.
     """
 
     name: ClassVar[str] = "offline"
@@ -30,11 +28,9 @@ class OfflineStudy(Study):
     """Number of env steps after learning offline"""
     n_evaluations: int = 10
     """Number of evaluations of each run"""
-    agent_steps: int = 300_000
+    agent_steps: int = 200_000
     """Number of env steps that the agent is trained which makes the data"""
-    data_steps: int = 300_000
-    """Number of env steps in the data"""
-    offline_updates: int = 20_000
+    offline_updates: int = 16_000
     """Number of updates on the data"""
     bc_coef: float = 0.0
     """Coefficient of behavior cloning in these"""
@@ -45,25 +41,11 @@ class OfflineStudy(Study):
         return {AGENT: agent, LEARNER: learner}
 
     def run(self, console: Console | None = None) -> Report | None:
-        """See :meth:`Study.run`. The data are made between the two trainings."""
+        """See :meth:`Study.run`. The agent that makes the data is trained first."""
         if not self.dry_run:
-            agent, learner = self.settings().values()
+            agent = self.settings()[AGENT]
             train_all({AGENT: self.seeds_of(agent)}, self.runs, self.jobs, self.backend, self.scheduler, console)
-            for run in self.seeds_of(learner):
-                self._make_data(run)
         return super().run(console)
-
-    def _make_data(self, run: Run) -> None:
-        if (path := run.dataset(self.runs)).is_file():
-            return
-        assert run.data_of is not None
-        folder = replace(run.data_of, seed=run.seed).read(self.runs)
-        model = folder.load_model(make_envs(self.env, folder.config()["n_envs"], self.env_kwargs, seed=EVAL_SEED + run.seed))
-        assert isinstance(model, DeepCRL)
-        # It does nothing but act
-        model.learning_starts, model.gradient_steps = 0, 0
-        model.learn(self.data_steps, log_interval=None)  # type: ignore[arg-type]
-        model.save_replay_buffer(path)
 
     def report(self, results: Results) -> Report:
         """See :meth:`Study.report`. What was learned is taken apart: before the first step, and after the last."""
@@ -86,9 +68,9 @@ class OfflineStudy(Study):
     def protocol(self) -> str:
         """See :meth:`Study.protocol`."""
         return (
-            f"The agent was trained for {self.agent_steps:,} env steps on {self.env}, and made data of {self.data_steps:,} "
-            f"steps with actions drawn as in training. All were evaluated on {self.eval_env}, {self.n_eval_episodes} episodes "
-            "each time, with deterministic actions. Success is reaching the goal at any step, time at goal the number of "
+            f"The agent was trained on {self.env}; the data are its {self.agent_steps:,} env steps. All were evaluated on "
+            f"{self.eval_env}, {self.n_eval_episodes} episodes each time, with deterministic actions. Success is reaching the "
+            "goal at any step, time at goal the number of "
             f"steps there. {self.averaging()}. The curve begins where learning offline has ended."
         )
 

@@ -53,7 +53,7 @@ class Run:
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    # Whose agent, with the same seed, makes the data that are learned from before the first step
+    # Whose replay buffer, with the same seed, is learned from before the first step
     data_of: "Run | None" = None
     offline_updates: int = 0
 
@@ -91,7 +91,8 @@ class Run:
     def dataset(self, runs: Path) -> Path:
         """Replay buffer with the data that it learns from."""
         assert self.data_of is not None
-        return replace(self.data_of, seed=self.seed).folder(runs) / "data.pkl"
+        folder = replace(self.data_of, seed=self.seed).folder(runs)
+        return folder / self.data_of.algo / f"{self.env.rpartition(':')[2]}_1" / "replay_buffer.pkl"
 
     def read(self, runs: Path) -> "RunFolder":
         """Folder that the runner makes in :meth:`folder`, which may not be there yet."""
