@@ -18,8 +18,8 @@ class OfflineStudy(Study):
     """
     Learning from data that exist.
 
-    An agent is trained for a part of the usual steps. Another one learns from all that it saw alone, and is evaluated before its
-    first step. Then it goes on in the env, for as many steps as the study has.
+    An agent is trained for a part of the usual steps. Another one learns from all that this one saw, and is evaluated before
+    its first step. Then it goes on in the env, for as many steps as the study has.
     """
 
     name: ClassVar[str] = "offline"
