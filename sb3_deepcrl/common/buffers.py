@@ -220,7 +220,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         n_transitions = (self.buffer_size if self.full else self.pos) * self.n_envs
         if n_transitions < batch_size:
             # Some envs may have more
-            n_transitions = np.count_nonzero(self.remaining)
+            n_transitions = int(np.count_nonzero(self.remaining))
         if n_transitions < batch_size:
             warnings.warn(
                 f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer: negatives of "
