@@ -24,8 +24,6 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 
-import gymnasium as gym
-import gymnasium_robotics
 import numpy as np
 from harness import make_parser, medians, write_report
 from mujoco.batch import Batch
@@ -33,12 +31,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_deepcrl.common.utils import processor
-from sb3_deepcrl.envs import BatchVecEnv, register_envs
+from sb3_deepcrl.envs import BatchVecEnv
 
-register_envs()
-gym.register_envs(gymnasium_robotics)
-
-REFERENCE = "AntMaze_UMaze-v5"
+REFERENCE = "gymnasium_robotics:AntMaze_UMaze-v5"
 # Classes of VecEnv, and the env in them where it is another
 BASELINES: dict[str, tuple[type[VecEnv], str | None]] = {
     "DummyVecEnv": (DummyVecEnv, None),

@@ -19,22 +19,22 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from envs import rate
+from harness import machine, table
+from learn import watch
 from torch.profiler import ProfilerActivity
-from update import PASSES
+from update import ENV, PASSES, Size, make_model
 
-from sb3_deepcrl import DeepCRL, evaluate_goals
+from sb3_deepcrl import DeepCRL, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.compilation import tf32_products
 from sb3_deepcrl.common.cuda_graphs import Branch, GraphedFunction, cuda_graph_backend
-from sb3_deepcrl.common.utils import processor
 from sb3_deepcrl.envs import BatchVecEnv
 
 Rows = Iterator[dict[str, Any]]
@@ -121,22 +121,14 @@ def ceilings(gpu: bool) -> Rows:
         yield {"what": f"floor of an update of depth {depth}, ms", **{p: floor_ms(depth, p, gpu) for p in DTYPES}}
 
 
-def make_update(gpu: bool, depth: int, mode: str, **kwargs: Any) -> tuple[DeepCRL, Callable[[], th.Tensor]]:
+def make_update(gpu: bool, depth: int, mode: str, width: int = 256) -> tuple[DeepCRL, Callable[[], th.Tensor]]:
     """A model of the humanoid in one of the ``MODES``, and what does an update of it, on one minibatch."""
-    settings = {"cuda_graph": True, "compile": True, **MODES[mode], **kwargs}
+    settings, size, device = {"cuda_graph": True, "compile": True, **MODES[mode]}, Size(depth, width, 512), "cuda"
     if not gpu:
-        settings.update(cuda_graph=False, compile=False, width=32)
-    device, batch_size = ("cuda", 512) if gpu else ("cpu", 32)
-    env = BatchVecEnv("HumanoidUMaze-v0", 1)
-    model = DeepCRL("MultiInputPolicy", env, depth=depth, buffer_size=1000, device=device, seed=0, **settings)
-    model._setup_acceleration(10**6)
+        settings, size, device = {**settings, "cuda_graph": False, "compile": False}, Size(depth, 32, 32), "cpu"
+    model, observations, actions = make_model(BatchVecEnv(ENV, 1), size, device, settings)
     if "no branches" in mode:
         model._runner.branches = (Branch(), Branch())
-    model.policy.set_training_mode(True)
-    th.manual_seed(1)
-    spaces = model.observation_space.spaces  # type: ignore[attr-defined]
-    observations = {key: th.randn(batch_size, *space.shape, device=device) for key, space in spaces.items()}
-    actions = th.rand(batch_size, *model.action_space.shape, device=device) * 2 - 1  # type: ignore[misc]
     return model, lambda: model._runner.run(observations, actions)
 
 
@@ -154,13 +146,9 @@ def update(gpu: bool) -> Rows:
             start_up = time.perf_counter() - start
             ms, host_ms = milliseconds(run, gpu, 1.0 if gpu else 0.01)
             floor = floors[MODES[mode].get("precision", "float32")]
+            gibibytes = (before - th.cuda.mem_get_info()[0]) / 2**30 if gpu else 0
             row = {"depth": depth, "mode": mode, "ms": ms, "host ms": host_ms, "floor ms": floor, "times floor": ms / floor}
-            yield {
-                **row,
-                "start-up s": start_up,
-                "GiB": (before - th.cuda.mem_get_info()[0]) / 2**30 if gpu else 0,
-                "finite": finite,
-            }
+            yield {**row, "start-up s": start_up, "GiB": gibibytes, "finite": finite}
             if model._runner.graph is not None:
                 model._runner.graph.invalidate()
             del model, run
@@ -186,15 +174,9 @@ def equality(gpu: bool) -> Rows:
 
 def capture_failure(gpu: bool) -> Rows:
     """A function that reads a value is not captured: it runs as it is, with random numbers, and the next one is captured."""
-
-    class NoBackend:
-        device, n_failures, warm_up = th.device("cpu"), 0, nullcontext
-
-        def capture(self, function: Callable[[], th.Tensor]) -> Any:
-            raise RuntimeError("there is no GPU")
-
-    backend: Any = cuda_graph_backend(th.device("cuda", 0)) if gpu else NoBackend()
-    x = th.ones(4, device=backend.device)
+    # Nothing is captured on a CPU
+    backend: Any = cuda_graph_backend(th.device("cuda", 0)) if gpu else SimpleNamespace(device=th.device("cuda"))
+    x = th.ones(4, device="cuda" if gpu else "cpu")
     for name, scale in (("reads a value", lambda x: float(x.sum())), ("reads none", lambda x: 4.0)):
         graphed = GraphedFunction(lambda inputs, scale=scale: scale(inputs["x"]) * th.randn_like(inputs["x"]), backend)  # type: ignore[misc]
         results = [graphed({"x": x}).tolist() for _ in range(6)]
@@ -211,6 +193,14 @@ def gpu_tests(gpu: bool) -> Rows:
         if line.startswith(("FAILED", "ERROR", "E  ")):
             yield {"tests": line}
     yield {"tests": process.stdout.splitlines()[-1], "exit status": process.returncode}
+
+
+def train_for(model: DeepCRL, seconds: float, n_steps: int) -> float:
+    """Train for some seconds, so many env steps at a time. Gives the time that it took."""
+    start = time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        model.learn(n_steps, log_interval=None, reset_num_timesteps=False)  # type: ignore[arg-type]
+    return spent
 
 
 def learn(gpu: bool) -> Rows:
@@ -250,28 +240,13 @@ def learn(gpu: bool) -> Rows:
             (model, "_graph_key", "key"),
             (model.policy, "set_training_mode", "mode"),
         ):
-            setattr(owner, name, timed(getattr(owner, name), seconds, part))
-        n_updates, n_steps, start = model._n_updates, 0, time.perf_counter()
-        while time.perf_counter() - start < (8.0 if gpu else 0.1):
-            model.learn(n_envs * 20, log_interval=None, reset_num_timesteps=False)  # type: ignore[arg-type]
-            n_steps += 20 * n_envs
-        total, n_updates = time.perf_counter() - start, model._n_updates - n_updates
+            watch(seconds, part, owner, name)
+        n_updates, n_steps = model._n_updates, model.num_timesteps
+        total = train_for(model, 8.0 if gpu else 0.1, n_envs * 20)
+        n_updates, n_steps = model._n_updates - n_updates, model.num_timesteps - n_steps
         row = {"env": env_id, "depth": depth, "replay on the GPU": on_device, "env steps/s": n_steps / total}
         yield {**row, "total": 1000 * total / n_updates, **{part: 1000 * spent / n_updates for part, spent in seconds.items()}}
         env.close()
-
-
-def timed(method: Callable[..., Any], seconds: dict[str, float], part: str) -> Callable[..., Any]:
-    """The same method, whose time is added to a part."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
-
-    return call
 
 
 def profile(gpu: bool) -> Rows:
@@ -290,31 +265,20 @@ def profile(gpu: bool) -> Rows:
         yield {"kernel": event.key[:70].replace("|", "/"), "calls": event.count, "ms": of(event) / 1000}
 
 
-class StopAfter(BaseCallback):
-    """Ends ``learn()`` some seconds after everything is compiled and captured."""
-
-    def __init__(self, seconds: float):
-        super().__init__()
-        self.seconds, self.end = seconds, float("inf")
-
-    def _on_step(self) -> bool:
-        if self.end == float("inf") and self.model._n_updates > 20:  # type: ignore[attr-defined]
-            self.end = time.perf_counter() + self.seconds
-        return time.perf_counter() < self.end
-
-
 def training(gpu: bool) -> Rows:
     """Short trainings with all arguments at their defaults, but for `precision="auto"`: does it learn at all?"""
     for depth, seconds in ((16, 20.0), (64, 25.0)) if gpu else ((4, 0.1),):
-        env = BatchVecEnv("PointU4Maze-v0", 64 if gpu else 4, N_THREADS)
+        n_envs = 64 if gpu else 2
+        env = BatchVecEnv("PointU4Maze-v0", n_envs, N_THREADS)
         sizes: dict[str, Any] = dict(device="cuda") if gpu else dict(device="cpu", width=16, batch_size=32, learning_starts=64)
         model = DeepCRL("MultiInputPolicy", env, depth=depth, precision="auto", seed=0, **sizes)
-        model.learn(10**8, StopAfter(seconds), log_interval=None)  # type: ignore[arg-type]
-        eval_env = BatchVecEnv("PointU4MazeEval-v0", 64 if gpu else 2, N_THREADS, max_episode_steps=None if gpu else 5)
-        episodes = evaluate_goals(model, eval_env, 64 if gpu else 2)
+        # Everything is compiled and captured
+        model.learn(model.learning_starts + 20 * n_envs, log_interval=None)  # type: ignore[arg-type]
+        train_for(model, seconds, 20 * n_envs)
+        eval_env = BatchVecEnv("PointU4MazeEval-v0", n_envs, N_THREADS, max_episode_steps=None if gpu else 5)
+        means = mean_of_episodes(evaluate_goals(model, eval_env, n_envs))
         row = {"depth": depth, "seconds": seconds, "env steps": model.num_timesteps, "updates": model._n_updates}
-        success, at_goal = (np.mean([getattr(e, name) for e in episodes]) for name in ("success_any", "time_at_goal_fraction"))
-        yield {**row, "success": float(success), "time at the goal": float(at_goal)}
+        yield {**row, "success": means["success_any"], "time at the goal": means["time_at_goal_fraction"]}
 
 
 def envs(gpu: bool) -> Rows:
@@ -322,12 +286,8 @@ def envs(gpu: bool) -> Rows:
     for env_id, n_envs in itertools.product(
         ("AntUMaze-v0", "HumanoidUMaze-v0", "ArmPushEasy-v0"), (512, 2048) if gpu else (8,)
     ):
-        env = BatchVecEnv(env_id, n_envs, N_THREADS)
-        env.reset()
-        actions = np.random.default_rng(0).uniform(-1, 1, (16, n_envs, *env.action_space.shape)).astype(np.float32)  # type: ignore[misc]
-        numbers = itertools.count()
-        ms = milliseconds(lambda env=env, a=actions, n=numbers: env.step(a[next(n) % 16]), False, 2.0 if gpu else 0.01)[0]  # type: ignore[misc]
-        yield {"env": env_id, "envs": n_envs, "threads": N_THREADS, "env steps/s": 1000 * n_envs / ms}
+        steps_per_second = rate(BatchVecEnv(env_id, n_envs, N_THREADS), 2.0 if gpu else 0.01)
+        yield {"env": env_id, "envs": n_envs, "threads": N_THREADS, "env steps/s": steps_per_second}
 
 
 # By the seconds that each may take
@@ -342,25 +302,6 @@ SECTIONS: dict[Callable[[bool], Rows], float] = {
     profile: 30,
     envs: 20,
 }
-
-
-def machine(gpu: bool) -> str:
-    """What it ran on."""
-    if not gpu:
-        return f"{N_THREADS} threads of {processor()}, no GPU, torch {th.__version__}"
-    gibibytes, capability = th.cuda.mem_get_info()[1] / 2**30, ".".join(map(str, th.cuda.get_device_capability()))
-    card = f"{th.cuda.get_device_name()} ({gibibytes:.0f} GiB, compute capability {capability})"
-    return f"{card} and {N_THREADS} threads of {processor()}, torch {th.__version__}"
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A table in Markdown of rows with different columns."""
-    head = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        values = [row.get(name, "") for name in head]
-        lines.append(f"| {' | '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)} |")
-    return lines
 
 
 def run_section(name: str, device: str) -> None:
@@ -386,7 +327,7 @@ def main() -> None:
     if args.worker is not None:
         return run_section(args.worker, args.device)
     start = time.perf_counter()
-    lines = ["# What runs on a GPU", "", f"{machine(args.device == 'cuda')}. Printed by `python {' '.join(sys.argv)}`."]
+    lines = ["# What runs on a GPU", "", f"{machine(args.device, N_THREADS)}. Printed by `python {' '.join(sys.argv)}`."]
     for section, limit in SECTIONS.items():
         if section.__name__ not in args.sections:
             continue

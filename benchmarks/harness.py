@@ -9,9 +9,13 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch as th
+
+from sb3_deepcrl.common.utils import processor
 
 
 def make_parser(description: str | None, rounds: int, seconds: float | None = None) -> argparse.ArgumentParser:
@@ -41,13 +45,31 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
 
 
+def machine(device: str, n_threads: int) -> str:
+    """What the benchmark runs on."""
+    cpu = f"{n_threads} threads of {processor()} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
+    if device == "cpu":
+        return f"{cpu}, no GPU"
+    capability = ".".join(map(str, th.cuda.get_device_capability()))
+    memory = th.cuda.mem_get_info()[1] / 2**30
+    return f"{th.cuda.get_device_name()} ({memory:.0f} GiB, compute capability {capability}) and {cpu}"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table in Markdown, of rows by column. Not all of them need to have all columns."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in rows:
+        values = [row.get(name, "") for name in head]
+        lines.append(f"| {' | '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values)} |")
+    return lines
+
+
 def write_report(title: str, note: str, tables: Iterable[list[Mapping[str, Any]]], output: Path | None) -> None:
     """Print a report with tables as lists of rows by column, and write it to a file if there is one."""
     lines = [f"# {title}", "", note, "", f"Printed by `python {shlex.join(sys.argv)}`."]
     for rows in tables:
-        head = list(rows[0])
-        lines += ["", f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
-        lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+        lines += ["", *table(rows)]
     text = "\n".join([*lines, ""])
     print(text)
     if output is not None:

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch as th
-from harness import make_parser, measure_apart, medians, write_report
+from harness import machine, make_parser, measure_apart, medians, write_report
 from torch.profiler import ProfilerActivity, profile
 from update import Size, roof_ms
 
@@ -46,7 +46,7 @@ def watch(seconds: dict[str, float], part: str, owner: Any, *names: str) -> None
         try:
             return method(*args, **kwargs)
         finally:
-            seconds[part] += time.perf_counter() - start
+            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
 
     for name in names:
         setattr(owner, name, partial(timed, getattr(owner, name)))
@@ -117,8 +117,8 @@ def main() -> None:
     for _, depth in itertools.product(range(args.rounds), args.depths):
         measured[depth].append(measure_apart(str(depth)))
     note = (
-        f"`AntUMaze-v0`, {N_ENVS} envs, batch size {args.batch_size}, compiled, {args.precision}; {args.n_threads} threads of "
-        f"a CPU with {th.backends.cpu.get_cpu_capability()}, torch {th.__version__}; median of {args.rounds} rounds. "
+        f"`AntUMaze-v0`, {N_ENVS} envs, batch size {args.batch_size}, compiled, {args.precision}; "
+        f"{machine('cpu', args.n_threads)}; median of {args.rounds} rounds. "
         f"Milliseconds for one update and the {TRANSITIONS_PER_UPDATE} env steps that belong to it."
     )
     names = {

@@ -8,11 +8,8 @@ joints turn. Nothing is timed::
 import gymnasium as gym
 import numpy as np
 
-from sb3_deepcrl.envs import register_envs
 from sb3_deepcrl.envs.simulation import Simulation
 from sb3_deepcrl.envs.task import GoalTask
-
-register_envs()
 
 # Number of env steps at most
 MAX_STEPS = {"Ant": 100, "Humanoid": 300}

@@ -38,13 +38,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from harness import make_parser, measure_apart, medians, write_report
+from harness import machine, make_parser, measure_apart, medians, write_report
 from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common import compilation
-from sb3_deepcrl.common.utils import processor
 from sb3_deepcrl.envs import BatchVecEnv
 
 # Its observations, goals and actions are the inputs
@@ -208,19 +207,27 @@ def roof_ms(size: Size, device: str, dtype: th.dtype) -> float:
     return PASSES * size.depth * product_ms
 
 
-def make_update(mode: str, size: Size, device: str, env: VecEnv) -> Callable[[], object]:
-    """What does one update in one of the ``MODES``."""
-    settings = {"cuda_graph": False, **MODES[mode]}
-    if mode == "inductor":
-        compilation.load_kernel = lambda: None
-    model = DeepCRL("MultiInputPolicy", env, **size._asdict(), buffer_size=1000, device=device, **settings)
-    # As for a long learn(), which compiles
+def make_model(
+    env: VecEnv, size: Size, device: str, settings: dict[str, Any]
+) -> tuple[DeepCRL, dict[str, th.Tensor], th.Tensor]:
+    """A model with these settings, ready for a long ``learn()``, for which it compiles, and a minibatch of random numbers."""
+    model = DeepCRL("MultiInputPolicy", env, **size._asdict(), buffer_size=1000, seed=0, device=device, **settings)
     model._setup_acceleration(10**6)
     model.policy.set_training_mode(True)
+    # The same numbers, whatever compiling has drawn
+    th.manual_seed(1)
     observations = {
-        key: th.randn(size.batch_size, *space.shape, device=device) for key, space in model.observation_space.spaces.items()
+        key: th.randn(size.batch_size, *space.shape, device=device) for key, space in env.observation_space.spaces.items()
     }
-    actions = th.rand(size.batch_size, *model.action_space.shape, device=device) * 2 - 1
+    actions = th.rand(size.batch_size, *env.action_space.shape, device=device) * 2 - 1
+    return model, observations, actions
+
+
+def make_update(mode: str, env: VecEnv, size: Size, device: str) -> Callable[[], object]:
+    """What does one update in one of the ``MODES``."""
+    if mode == "inductor":
+        compilation.load_kernel = lambda: None
+    model, observations, actions = make_model(env, size, device, {"cuda_graph": False, **MODES[mode]})
     if mode == "jax":
         return jax_update(size, {key: value.numpy() for key, value in observations.items()}, actions.numpy())
     if mode == "plain":
@@ -231,10 +238,9 @@ def make_update(mode: str, size: Size, device: str, env: VecEnv) -> Callable[[],
 def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]:
     """What was measured in one of the ``MODES``, by name."""
     th.set_num_threads(args.n_threads)
-    th.manual_seed(0)
     env = BatchVecEnv(ENV, 1)
     start = time.perf_counter()
-    update = make_update(mode, size, args.device, env)
+    update = make_update(mode, env, size, args.device)
     dtype = th.bfloat16 if mode == "bfloat16" else th.float32
     seconds_of(update, args.device, 0.0, 1)
     start_up = time.perf_counter() - start
@@ -246,13 +252,6 @@ def measure(args: argparse.Namespace, mode: str, size: Size) -> dict[str, float]
     kibibytes = th.cuda.max_memory_allocated() / 2**10 if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     milliseconds = {"ms": 1000 * statistics.median(seconds), "roof_ms": statistics.mean(roofs)}
     return {**milliseconds, "start_up": start_up, "memory": kibibytes / 2**20}
-
-
-def machine(args: argparse.Namespace) -> str:
-    """What the benchmark ran on."""
-    if args.device == "cuda":
-        return f"{th.cuda.get_device_name()}, torch {th.__version__}"
-    return f"{args.n_threads} threads of {processor()} ({th.backends.cpu.get_cpu_capability()}), torch {th.__version__}"
 
 
 def main() -> None:
@@ -279,9 +278,9 @@ def main() -> None:
     rows = {key: {**medians(rounds), "start_up": rounds[0]["start_up"]} for key, rounds in measured.items()}
     beside = f" with GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}" if "GOMP_SPINCOUNT" in os.environ else ""
     note = (
-        f"Sizes are depth x width x batch size, inputs those of {ENV}; {machine(args)}{beside}; median of "
-        f"{args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the rate "
-        "measured in the same process; products of our own may be above it. Start-up is from the constructor to "
+        f"Sizes are depth x width x batch size, inputs those of {ENV}; {machine(args.device, args.n_threads)}{beside}; "
+        f"median of {args.rounds} rounds. The roof is what the matrix products of the blocks alone take in PyTorch, at the "
+        "rate measured in the same process; products of our own may be above it. Start-up is from the constructor to "
         "the end of the first update, with nothing compiled before. The modes are described in the script."
     )
     table = [

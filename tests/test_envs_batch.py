@@ -1,6 +1,8 @@
+import copy
 import csv
 import gc
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -50,6 +52,32 @@ def assert_same(first, second):
 
 def random_actions(env, n):
     return np.random.default_rng(1).uniform(-1.2, 1.2, (n, env.num_envs, *env.action_space.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("env_id", ["AntUMaze-v0", "HumanoidGoal-v0"])
+def test_copy_goes_on_where_it_is(env_id, tmp_path):
+    make = partial(make_vec_env, env_id, n_envs=3, vec_env_cls=BatchVecEnv, seed=1)
+    env = make(monitor_dir=str(tmp_path), env_kwargs={"max_episode_steps": 7})
+    env.reset()
+    actions = np.random.default_rng(0).uniform(-1, 1, (20, 3, *env.action_space.shape))
+    for action in actions[:10]:
+        env.step(action)
+    copies = copy.deepcopy(env), pickle.loads(pickle.dumps(env))
+    for action in actions[10:]:
+        expected, *found = (vec_env.step(action) for vec_env in (env, *copies))
+        for observation, rewards, dones, _ in found:
+            assert all(np.array_equal(observation[key], expected[0][key]) for key in observation)
+            assert np.array_equal(rewards, expected[1]) and np.array_equal(dones, expected[2])
+    env.close()
+    copies[0].step(action)
+
+
+@pytest.mark.parametrize("make_env", [lambda: BatchVecEnv("PointUMaze-v0", 2), lambda: gym.make("PointUMaze-v0")])
+def test_copied_model_goes_on(make_env):
+    model = DeepCRL("MultiInputPolicy", make_env(), depth=4, width=16, batch_size=16, learning_starts=20).learn(40)
+    copied = copy.deepcopy(model).learn(40, reset_num_timesteps=False)
+    assert copied.num_timesteps == 80 and model.num_timesteps == 40
+    model.learn(40, reset_num_timesteps=False)
 
 
 @pytest.mark.parametrize("env_id, kwargs", COMPARED)

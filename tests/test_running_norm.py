@@ -55,8 +55,8 @@ def test_statistics_are_those_of_what_was_collected():
 def test_updates_after_a_rollout_see_the_same_statistics(monkeypatch):
     model = make_model(normalize_observations=True, train_freq=5, gradient_steps=4)
     counts = []
-    update = model._runner.update
-    model._runner.update = lambda *args: (counts.append(model.actor.normalizer.count.item()), update(*args))[1]
+    update = model._runner.own_update
+    model._runner.own_update = lambda *args: (counts.append(model.actor.normalizer.count.item()), update(*args))[1]
     model.learn(50)
     assert counts == [count for count in (30, 40, 50) for _ in range(4)]
 
@@ -85,6 +85,17 @@ def test_normalized_observations():
     assert norm(far)["observation"].tolist() == [[10, 0.5]]
     assert norm(far)["achieved_goal"].tolist() == [[100, 0.5]]
     assert norm({"desired_goal": far["achieved_goal"]})["desired_goal"].tolist() == [[100, 0.5]]
+
+
+def test_directions_to_goals_are_kept():
+    norm = RunningNorm(spaces.Dict(GOAL_SPACES))
+    # The second coordinate varies a hundredth as much as the first one
+    rows = th.tensor([[0.0, 1.0], [4.0, 1.04]])
+    norm.add({key: rows for key in GOAL_SPACES})
+    norm.update()
+    normalized = norm({"achieved_goal": rows, "observation": rows})
+    th.testing.assert_close(normalized["achieved_goal"], th.tensor([[-1.0, -0.01], [1.0, 0.01]]))
+    th.testing.assert_close(normalized["observation"], th.tensor([[-1.0, -1.0], [1.0, 1.0]]), atol=1e-4, rtol=0)
 
 
 def test_noise_on_a_state_dict_gives_numbers():

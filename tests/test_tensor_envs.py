@@ -465,3 +465,26 @@ def test_warp_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco_warp", None)
     with pytest.raises(ImportError, match=r"pip install 'sb3_deepcrl\[warp\]'"):
         WarpVecEnv("PointUMaze-v0", 2)
+
+
+def test_measures_keep_their_kind():
+    """Booleans are booleans in the infos, and `success` is counted where there is no `is_success`."""
+    env = make_env(success_threshold=10.0)
+    step_tensors = env.step_tensors
+
+    def with_success_only(actions):
+        step = step_tensors(actions)
+        return step._replace(measures={"success": step.measures["is_success"], "distance": step.measures["distance"]})
+
+    env.step_tensors = with_success_only
+    env.reset()
+    for _ in range(4):
+        infos = env.step(np.zeros((3, 2)))[3]
+    assert infos[0]["success"] is True and infos[0]["time_at_goal"] == 4 and type(infos[0]["distance"]) is float
+
+
+def test_adapter_refuses_reset_options():
+    env = make_env()
+    env.set_options({"start": [0.0, 0.0]})
+    with pytest.raises(ValueError, match="are not handed to"):
+        env.reset()

@@ -38,6 +38,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.__main__ import main
 from sb3_deepcrl.common.utils import STOP_SIGNALS
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.tensor_envs import WarpVecEnv
 from sb3_deepcrl.zoo.callbacks import make_trial_callback
@@ -45,6 +46,7 @@ from sb3_deepcrl.zoo.config import config_folder, find_config
 from sb3_deepcrl.zoo.exp_manager import GoalExperimentManager
 from sb3_deepcrl.zoo.hyperparams_opt import convert_deepcrl_params, sample_deepcrl_params
 from sb3_deepcrl.zoo.launcher import SCRIPTS, run
+from sb3_deepcrl.zoo.provenance import made_with
 from sb3_deepcrl.zoo.runs import RunFolder, RunLoader, num_timesteps
 from tests.envs import GoalReachEnv, add_package
 
@@ -129,6 +131,12 @@ def test_what_the_folder_of_a_run_tells(logs):
     assert (arguments["env.goal"], arguments["eval_env.goal_set"]) == ("continuing", "eval")
     model = run_folder.load_model()
     assert (model.num_timesteps, model.buffer_size) == (N_STEPS, 1)
+    model.precision = "float32"
+    model._setup_acceleration(None)
+    assert made_with(model, {}, {})["precision"] == "float32"
+    # As on a GPU
+    model._runner._tf32 = True
+    assert made_with(model, {}, {})["precision"] == "tf32"
 
 
 def save_as(path: Path, steps: int) -> None:
@@ -696,6 +704,8 @@ def test_sampler_and_converter_agree(n_envs):
         DeepCRL("MultiInputPolicy", make_vec_env(GoalReachEnv, 2), **hyperparams, _init_setup_model=False)
 
 
+# Registered by a package that only its extra installs
+PANDA = ("PandaReach-v3", "PandaPush-v3", "PandaPickAndPlace-v3")
 CONFIGS = sorted(path.stem for path in config_folder().glob("*.yml"))
 
 
@@ -719,7 +729,10 @@ def test_every_entry_trains(config, tmp_path):
         else:
             # HerReplayBuffer has nothing to sample before the end of an episode
             small |= {"policy_kwargs": {"net_arch": [16]}, "gradient_steps": 0 if "replay_buffer_class" in entry else 1}
-        args = ["--algo", algo, "-conf", config, "--env", env_id, "-n", "10"]
+        module = "panda_gym:" if env_id in PANDA else ""
+        if module and importlib.util.find_spec("panda_gym") is None:
+            continue
+        args = ["--algo", algo, "-conf", config, "--env", module + env_id, "-n", "10"]
         train(tmp_path, *args, "-params", *(f"{key}:{value!r}" for key, value in small.items()))
         with zipfile.ZipFile(tmp_path / algo / f"{env_id}_1" / f"{env_id}.zip") as archive:
             data = json.loads(archive.read("data"))
@@ -730,11 +743,16 @@ def test_every_entry_trains(config, tmp_path):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_configs_have_what_their_algorithm_knows(config):
     algo = ALGOS[config.partition("-")[0]]
-    zoo = {"env_kwargs", "monitor_kwargs", "n_envs", "n_timesteps", "noise_std", "noise_type"}
+    zoo = {"env_kwargs", "monitor_kwargs", "n_envs", "n_timesteps", "noise_std", "noise_type", "normalize"}
     for env_id, entry in entries(config).items():
         unknown = set(entry) - zoo - set(inspect.signature(algo).parameters)
         assert not unknown, f"{env_id} has {unknown}"
-        assert env_id == "default" or env_id in gym.registry
+        assert env_id == "default" or env_id in gym.registry or env_id in PANDA
+
+
+@pytest.mark.skipif(importlib.util.find_spec("panda_gym") is None, reason="needs the extra panda")
+def test_panda_entries_name_its_envs():
+    assert [find_spec(env_id, ["panda_gym"]).id for env_id in PANDA] == list(PANDA)
 
 
 def test_configs_say_what_was_run():
@@ -742,7 +760,7 @@ def test_configs_say_what_was_run():
     mazes = {f"{robot}{maze}Maze-v0" for robot in robots for maze in ("U", "U4", "U5", "Big", "Hardest")}
     others = {"HumanoidGoal-v0", "AntGoal-v0", "ArmPushEasy-v0", "ArmPushHard-v0", "ArmBinpickHard-v0", "default"}
     robotics = {"PointMaze_UMaze-v3", "PointMaze_Large-v3", "AntMaze_UMaze-v5", "FetchReach-v4", "FetchPickAndPlace-v4"}
-    assert mazes | others | robotics <= set(entries("deepcrl"))
+    assert mazes | others | robotics | set(PANDA) <= set(entries("deepcrl"))
     paper = entries("deepcrl-paper").values()
     assert {(entry["n_envs"], entry["batch_size"], entry["depth"]) for entry in paper} == {(512, 512, 64)}
     for config in CONFIGS:

@@ -3,7 +3,6 @@ Does depth pay because a deep policy collects better data, or because a deep net
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from sb3_deepcrl.analysis.statistics import Estimate, curves_of
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.deploy.distillation import make_student
 
 
 @contextlib.contextmanager
@@ -87,15 +87,10 @@ class Learners(BaseCallback):
         return DeepCRL.load(paths[-1], self.training_env, custom_objects={"buffer_size": 1}) if paths else None
 
     def _make(self, depth: int) -> DeepCRL:
-        collector = self.model
-        kwargs = {name: getattr(collector, name) for name in inspect.signature(DeepCRL).parameters if hasattr(collector, name)}
-        for name in ("policy", "env", "actor_depth", "critic_depth"):
-            kwargs.pop(name, None)
-        policy_kwargs = {name: value for name, value in collector.policy_kwargs.items() if "depth" not in name}
+        assert isinstance(self.model, DeepCRL)
         # Not the networks of the collector, if that is as deep; a seed would be that of the envs too
-        with _own_random_numbers(collector.seed or 0, depth):
-            kwargs.update(depth=depth, policy_kwargs=policy_kwargs, seed=None)
-            return DeepCRL("MultiInputPolicy", self.training_env, **kwargs)
+        with _own_random_numbers(self.model.seed or 0, depth):
+            return make_student(self.model, depth, env=self.training_env, seed=None)
 
     def _on_training_start(self) -> None:
         collector = self.model

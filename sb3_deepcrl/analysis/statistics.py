@@ -87,9 +87,9 @@ def final_estimate(seeds: Sequence[Mapping[str, np.ndarray]], measure: str = "ti
     return interquartile_mean(final_scores(seeds, measure))
 
 
-def steps_to_success(seed: Mapping[str, np.ndarray], success: float = 0.9) -> float:
-    """Env steps at the first of two evaluations in a row that are so good, infinity if there are none."""
-    good = seed["success_any"] >= success
+def steps_to_success(seed: Mapping[str, np.ndarray]) -> float:
+    """Env steps at the first of two evaluations in a row with a success of 90 %, infinity if there are none."""
+    good = seed["success_any"] >= 0.9
     both = np.flatnonzero(good[:-1] & good[1:])
     return float(seed["timesteps"][both[0]]) if len(both) else np.inf
 

@@ -1,5 +1,5 @@
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -669,3 +669,33 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
             dones=self.to_torch(dones.astype(np.float32).reshape(-1, 1), copy=False),
             rewards=self.to_torch(rewards, copy=False),
         )
+
+
+def arrange_envs(buffers: Sequence[ContrastiveReplayBuffer], envs: Sequence[int]) -> ContrastiveReplayBuffer:
+    """
+    Make a replay buffer of envs of others.
+
+    :param buffers: Replay buffers with as many slots for each env
+    :param envs: Which of all their envs, counted through; -1 for one without transitions
+    :return: The replay buffer
+    """
+    states = [buffer.__getstate__() for buffer in buffers]
+    n_used = max(state["n_used"] for state in states)
+    is_new = np.array(envs) < 0
+
+    def arrange(arrays: list[np.ndarray]) -> np.ndarray:
+        padded = [np.pad(values, [(0, n_used - len(values))] + [(0, 0)] * (values.ndim - 1)) for values in arrays]
+        arranged = np.concatenate(padded, axis=1).take(envs, axis=1)
+        arranged[:, is_new] = 0
+        return arranged
+
+    state = {**states[0], "n_used": n_used, "n_envs": len(envs), "_env_indices": np.arange(len(envs))}
+    state["_adding"] = any(each["_adding"] for each in states)
+    state["observations"] = {key: arrange([each["observations"][key] for each in states]) for key in state["observations"]}
+    for name in (*TRANSITION_ARRAYS, "remaining"):
+        state[name] = arrange([each[name] for each in states])
+    for name in ("head", "episode_steps"):
+        state[name] = np.where(is_new, 0, np.concatenate([each[name] for each in states]).take(envs))
+    arranged = ContrastiveReplayBuffer.__new__(type(buffers[0]))
+    arranged.__setstate__(state)
+    return arranged

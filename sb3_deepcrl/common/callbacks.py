@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import HumanOutputFormat
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
 from sb3_deepcrl.common.tensor_env import LazyArray
 from sb3_deepcrl.common.utils import atomic_path
@@ -60,8 +61,8 @@ class TrainingDisplay(BaseCallback):
             ]
 
     def _on_training_start(self) -> None:
-        self._steps_at_goal = np.zeros(self.training_env.num_envs)
-        self._episode_steps = np.zeros(self.training_env.num_envs)
+        self._steps_at_goal = np.zeros(n_envs_of_run(self.model))
+        self._episode_steps = np.zeros(n_envs_of_run(self.model))
         self._start_time, self._start_timesteps = time.monotonic(), self.num_timesteps
         columns = ("env steps", BarColumn(bar_width=None), MofNCompleteColumn(), TaskProgressColumn(), "left")
         self._progress = Progress(*columns, TimeRemainingColumn(), console=get_console())
@@ -189,7 +190,7 @@ class ResumableEvalCallback(EvalCallback):
             )
         super()._init_callback()
         if self.resume:
-            self.n_calls = self.model.num_timesteps // self.training_env.num_envs
+            self.n_calls = self.model.num_timesteps // n_envs_of_run(self.model)
             if self.log_path is not None and (path := Path(f"{self.log_path}.npz")).is_file():
                 self._continue(path)
 

@@ -2,9 +2,10 @@
 Running normalization of the observations of a goal-conditioned env, inside a policy.
 """
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch as th
@@ -93,18 +94,24 @@ class RunningNorm(nn.Module):
         rows = [th.as_tensor(observations[key]).to(th.float64) for key in self.columns]
         if rows:
             var, mean = th.var_mean(th.cat([values.reshape(len(values), -1) for values in rows], dim=1), dim=0, correction=0)
-            added = mean.new_tensor(len(rows[0])), mean, var
+            # Filled on the device, where copying a number would wait for all that was started before
+            added = mean.new_full((), len(rows[0])), mean, var
             self._added = added if self._added is None else _combine(self._added, added)
 
     def forget_added(self) -> None:
         """Forget what was added since the last update."""
         self._added = None
 
-    def update(self) -> None:
-        """Update the statistics with what was added since the last time."""
+    def update(self, collect: Callable[[Moments], list[Moments]] = lambda added: [added]) -> None:
+        """
+        Update the statistics with what was added since the last time.
+
+        :param collect: Function that gives, from what was added here, what was added on all ranks
+        """
         if self._added is not None:
-            added, self._added = [values.to(self.mean.device) for values in self._added], None
-            updated = _combine((self.count, self.mean, self.var), (added[0], added[1], added[2]))
+            added = functools.reduce(_combine, collect(self._added))
+            updated = _combine((self.count, self.mean, self.var), tuple(values.to(self.mean.device) for values in added))  # type: ignore[arg-type]
+            self._added = None
             for statistics, values in zip((self.count, self.mean, self.var), updated, strict=True):
                 statistics.copy_(values)
 

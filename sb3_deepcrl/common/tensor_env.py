@@ -24,7 +24,8 @@ class TensorStep(NamedTuple):
     truncated: th.Tensor
     #: Observations that the step led to, those of ``observation`` where the episode goes on
     terminal_observation: TensorObs
-    #: What the info of a finished episode holds of its last step, by name; ``is_success`` is counted as time at the goal
+    #: What the info of a finished episode holds of its last step, by name; ``is_success``, or else ``success``, is counted as
+    #: time at the goal
     measures: TensorObs
 
     def to(self, device: th.device) -> "TensorStep":
@@ -75,7 +76,8 @@ class TensorVecEnv(VecEnv):
     device: th.device
     # Return, length and steps at the goal of the running episodes, shape (3, n_envs)
     _counters: th.Tensor | None = None
-    _measure_names: tuple[str, ...] = ()
+    # Names of the measures, and what their numbers are made on the host
+    _measure_types: Mapping[str, type] = {}
     _start_time = 0.0
 
     @abstractmethod
@@ -96,9 +98,9 @@ class TensorVecEnv(VecEnv):
             self._counters = th.zeros(3, self.num_envs, device=self.device)
             self._start_time = self._start_time or time.time()
         done = step.terminated | step.truncated
-        at_goal = step.measures.get("is_success", th.zeros_like(done))
+        at_goal = step.measures.get("is_success", step.measures.get("success", th.zeros_like(done)))
         self._counters = self._counters + th.stack((step.reward, th.ones_like(step.reward), at_goal.to(step.reward.dtype)))
-        self._measure_names = tuple(step.measures)
+        self._measure_types = {name: bool if row.dtype == th.bool else float for name, row in step.measures.items()}
         rows = (done, step.truncated & ~step.terminated, *self._counters, *step.measures.values())
         record = th.stack([row.to(th.float32) for row in rows])
         self._counters = self._counters * ~done
@@ -109,14 +111,11 @@ class TensorVecEnv(VecEnv):
         episodes = []
         for i in np.flatnonzero(record[0]).tolist():
             _, timeout, reward, length, time_at_goal, *measures = record[:, i].tolist()
-            info: dict[str, Any] = {
-                "TimeLimit.truncated": bool(timeout),
-                **dict(zip(self._measure_names, measures, strict=True)),
-            }
-            for name in ("is_success", "success"):
-                if name in info:
-                    info[name] = bool(info[name])
-                    info["time_at_goal"] = int(time_at_goal)
+            info: dict[str, Any] = {"TimeLimit.truncated": bool(timeout)}
+            for (name, kind), value in zip(self._measure_types.items(), measures, strict=True):
+                info[name] = kind(value)
+            if "is_success" in info or "success" in info:
+                info["time_at_goal"] = int(time_at_goal)
             elapsed = round(time.time() - self._start_time, 6)
             info["episode"] = {"r": round(reward, 6), "l": int(length), "t": elapsed}
             episodes.append((i, info))

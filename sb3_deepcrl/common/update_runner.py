@@ -17,6 +17,7 @@ from sb3_deepcrl.common.cuda_graphs import (
     cuda_graph_backend,
     prepare_optimizer,
 )
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, load_kernel, threads_of_kernel
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice
@@ -36,6 +37,7 @@ class UpdateRunner:
         :meth:`backward` and :meth:`step`. Nothing in it waits for the device or depends on a value.
     :param policy: Policy with ``actor`` and ``critic``, each with its ``optimizer``, and ``graph_actor``
     :param optimizers: Function that returns all optimizers of an update
+    :param ranks: The ranks that do the updates together. With several, updates are not captured in CUDA graphs.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class UpdateRunner:
         update: Callable[[dict[str, th.Tensor], th.Tensor], th.Tensor],
         policy: Any,
         optimizers: Callable[[], list[th.optim.Optimizer]],
+        ranks: Ranks,
     ):
         # What runs now: a callback may put something else in its place until the end of a training
         self.update = self.own_update = update
         self.policy = policy
         self.optimizers = optimizers
+        self.ranks = ranks
         self.towers = residual_towers(policy)
         self.graph: GraphedFunction | None = None
         #: What the update may do beside the rest, in a graph
@@ -59,6 +63,9 @@ class UpdateRunner:
         self._settings: tuple[Hashable, ...] = ()
         # What the kernel steps, by optimizer
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
+        # How to wait for the gradients of all ranks, and the optimizers that :meth:`join` steps
+        self._sums: dict[th.optim.Optimizer, Callable[[], None]] = {}
+        self._deferred: list[th.optim.Optimizer] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -87,6 +94,8 @@ class UpdateRunner:
             raise ValueError(
                 f'`cuda_graph=True` needs a GPU, but the device is {device}: leave it at "auto", which is off there'
             )
+        if cuda_graph is True and self.ranks.size > 1:
+            raise ValueError(f'`cuda_graph=True` needs a single rank, got {self.ranks.size}: leave it at "auto"')
         self._tf32 = set_precision(self.policy, precision, device)
         for tower in self.towers:
             tower.checkpoint_activations = checkpoint_activations
@@ -111,7 +120,7 @@ class UpdateRunner:
         required = cuda_graph is True
         backend = cuda_graph_backend(device) if device.type == "cuda" and cuda_graph is not False else None
         self.graph = None
-        if backend is not None and can_capture(self.optimizers(), required):
+        if backend is not None and self.ranks.size == 1 and can_capture(self.optimizers(), required):
             self.graph = GraphedFunction(self.update_minibatch, backend, required=required)
         self.policy.graph_actor(backend, required)
         self.prepare_optimizers()
@@ -171,25 +180,41 @@ class UpdateRunner:
         return self.branches
 
     def join(self) -> None:
-        """Wait for the branches of the update."""
+        """Wait for the branches of the update, and do the steps that wait for the gradients of other ranks."""
         for branch in self.branches:
             branch.join()
+        while self._deferred:
+            self.step(self._deferred.pop(0))
 
     def backward(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        """Compute the gradients of a loss, in place of the last ones."""
+        """Compute the gradients of a loss, in place of the last ones. With several ranks, theirs are added meanwhile."""
         flat = self._flat.get(optimizer)
+        if self.ranks.size > 1:
+            loss = loss * self.ranks.weight
         if flat is not None and flat.is_active:
             flat.backward(loss)
+            gradients = [flat.flat[1]]
         else:
             optimizer.zero_grad()
             loss.backward()
             if self._cast is not None:
                 self._cast.give_gradients()
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.ranks.size > 1:
+            self._sums[optimizer] = self.ranks.start_sum(gradients)
 
     def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor | None = None) -> None:
-        """Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed."""
+        """
+        Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed. Where those of a loss come
+        from several ranks, :meth:`join` does the step, so that they travel while the rest of the update is computed.
+        """
         if loss is not None:
             self.backward(optimizer, loss)
+            if self.ranks.size > 1:
+                self._deferred.append(optimizer)
+                return
+        if self.ranks.size > 1:
+            self._sums.pop(optimizer)()
         flat = self._flat.get(optimizer)
         if flat is not None and flat.is_active:
             flat.step()

@@ -139,7 +139,7 @@ def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
 
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:
     """The smallest ``train_freq`` and ``gradient_steps`` with which there is one update for so many transitions."""
-    divisor = math.gcd(n_envs, transitions_per_update)
+    divisor = math.gcd(n_envs, check_positive_int(transitions_per_update, "transitions_per_update"))
     # Stable-Baselines3 takes no integer of NumPy
     return {"train_freq": int(transitions_per_update) // divisor, "gradient_steps": n_envs // divisor}
 
@@ -177,7 +177,7 @@ def atomic_path(path: Any, suffix: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """
     Handle the signals that stop a program. Those that are ignored, as SIGHUP is under ``nohup``, stay ignored, and nothing is
     changed outside of the main thread, which cannot handle signals.
@@ -211,20 +211,20 @@ def stopped_by_signals() -> Iterator[list[int]]:
             numbers.append(number)
             raise KeyboardInterrupt
 
-    with _handled(interrupt):
+    with handled(interrupt):
         yield numbers
 
 
 def uninterrupted() -> contextlib.AbstractContextManager[None]:
     """Context in which no signal stops the program, for what must come to its end, such as saving."""
-    return _handled(lambda number, frame: None)
+    return handled(lambda number, frame: None)
 
 
 @contextlib.contextmanager
 def delayed_signals() -> Iterator[None]:
     """Context at the end of which the program is stopped, if a signal has come in between."""
     numbers: list[int] = []
-    with _handled(lambda number, frame: numbers.append(number)):
+    with handled(lambda number, frame: numbers.append(number)):
         yield
     for number in numbers[:1]:
         signal.raise_signal(number)

@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -25,6 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, replace_her_replay_buffer
 from sb3_deepcrl.common.cuda_graphs import graph_key, set_learning_rate
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
 from sb3_deepcrl.common.running_norm import check_normalized_once, warn_of_clipped_goals
 from sb3_deepcrl.common.torch_layers import frozen
@@ -41,7 +43,7 @@ from sb3_deepcrl.common.utils import (
     keep_normalization,
     update_schedule,
 )
-from sb3_deepcrl.deepcrl.offline import SPACES, OfflineLearning, read_replay_buffer
+from sb3_deepcrl.deepcrl.offline import OfflineLearning, read_replay_buffer
 from sb3_deepcrl.deepcrl.policies import GOAL_KEY, Actor, ContrastiveCritic, DeepCRLPolicy, check_observation_space
 from sb3_deepcrl.deepcrl.tensor_rollout import collect_tensors
 from sb3_deepcrl.env_ids import find_spec
@@ -239,13 +241,16 @@ class DeepCRL(OfflineLearning):
         self.checkpoint_activations = checkpoint_activations
         # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
         self._missing_steps = 0
-        self._warned_of_copies = False
-        self._checked_goals = False
+        self._warned_of_copies = self._checked_goals = False
         # Number of timesteps at the last dump of the logger
         self._logged_timesteps: int | None = None
 
         if _init_setup_model:
             self._setup_model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied env may start afresh, so that a copied model has to reset it
+        return {**self.__dict__, "_last_obs": None}
 
     def _setup_model(self) -> None:
         self.policy_kwargs = {**{name: getattr(self, name) for name in SHORTCUTS}, **self.policy_kwargs}
@@ -254,13 +259,14 @@ class DeepCRL(OfflineLearning):
             self.replay_buffer_class or ContrastiveReplayBuffer, self.replay_buffer_kwargs
         )
         if self.train_freq is None and self.gradient_steps is None:
-            schedule = update_schedule(self.n_envs, check_positive_int(self.transitions_per_update, "transitions_per_update"))
-            self.train_freq, self.gradient_steps = schedule["train_freq"], schedule["gradient_steps"]
+            vars(self).update(update_schedule(self.n_envs, self.transitions_per_update))
         else:
             self.transitions_per_update = None
             self.train_freq = 1 if self.train_freq is None else self.train_freq
             self.gradient_steps = 1 if self.gradient_steps is None else self.gradient_steps
+        self._ranks = Ranks()
         super()._setup_model()
+        self._ranks.seed(self)
         assert self.replay_buffer is not None
         self.replay_buffer.gamma = self.gamma
         self._create_aliases()
@@ -268,7 +274,6 @@ class DeepCRL(OfflineLearning):
         if self.target_entropy == "auto":
             self.target_entropy = self.actor.target_entropy
         else:
-            # Force conversion, this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
             check_number(abs(self.target_entropy), "target_entropy")
 
@@ -281,9 +286,8 @@ class DeepCRL(OfflineLearning):
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
         else:
-            # Force conversion, this will also throw an error for unexpected string
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
-        self._runner = UpdateRunner(self._update, self.policy, self._optimizers)
+        self._runner = UpdateRunner(self._update, self.policy, self._optimizers, self._ranks)
         self._setup_acceleration(None)
 
     def _check_arguments(self) -> None:
@@ -293,11 +297,10 @@ class DeepCRL(OfflineLearning):
         check_observation_space(getattr(self, "observation_space", None))
         check_positive_int(self.buffer_size, "buffer_size")
         check_positive_int(self.batch_size, "batch_size")
-        check_number(self.learning_starts, "learning_starts")
+        for name in ("learning_starts", "logsumexp_coef", "bc_coef"):
+            check_number(getattr(self, name), name)
         check_number(self.gamma, "gamma", maximum=1.0)
         check_number(self.random_goals, "random_goals", maximum=1.0)
-        check_number(self.logsumexp_coef, "logsumexp_coef")
-        check_number(self.bc_coef, "bc_coef")
         check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
         for name in ("critic_learning_rate", "ent_coef_learning_rate"):
             learning_rate = getattr(self, name)
@@ -308,9 +311,7 @@ class DeepCRL(OfflineLearning):
         if self.n_steps != 1:
             raise ValueError(f"`n_steps` must be 1, got {self.n_steps}: contrastive RL bootstraps from no return")
         if self.action_noise is not None and not isinstance(self.action_space, spaces.Box):
-            raise ValueError(
-                f"`action_noise` needs continuous actions, not {self.action_space}: use `ent_coef` to explore more"
-            )
+            raise ValueError(f"`action_noise` needs continuous actions, not {self.action_space}: use `ent_coef`")
         if self.use_sde:
             raise ValueError("`use_sde=True` is not supported: use `ent_coef` or `action_noise` for more exploration")
 
@@ -342,10 +343,10 @@ class DeepCRL(OfflineLearning):
         check_normalized_once(self.normalize_observations, self._vec_normalize_env)
         self._convert_train_freq()
         assert self.replay_buffer is not None and isinstance(self.train_freq, TrainFreq)
-        frequency = check_positive_int(self.train_freq.frequency, "train_freq")
-        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // (frequency * self.n_envs))
+        n_steps = check_positive_int(self.train_freq.frequency, "train_freq") * self._ranks.n_envs(self.n_envs)
+        self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // n_steps)
         if self.env is not None:
-            check_buffer_size(self.buffer_size, self.env)
+            check_buffer_size(self.buffer_size * self.n_envs // self._ranks.n_envs(self.n_envs), self.env)
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
@@ -371,7 +372,7 @@ class DeepCRL(OfflineLearning):
         does not depend on how a training is divided.
         """
         frequency, n_short = train_freq.frequency, 0
-        n_left = math.ceil((self._total_timesteps - self.num_timesteps) / env.num_envs)
+        n_left = math.ceil((self._total_timesteps - self.num_timesteps) / self._ranks.n_envs(env.num_envs))
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
             # Another number of envs, or the user, may have made rollouts shorter since
             n_wanted = frequency + min(self._missing_steps, frequency - 1)
@@ -385,8 +386,7 @@ class DeepCRL(OfflineLearning):
                 rollout = rollout or super().collect_rollouts(env, callback, train_freq, *args, **kwargs)
             continue_training = rollout.continue_training
         finally:
-            if self.actor.normalizer is not None:
-                self.actor.normalizer.update()
+            self._ranks.update_statistics(self.actor.normalizer)
             if not continue_training:
                 # The last transition was not stored: the envs went on without us, and have to be reset
                 self._last_obs = None
@@ -395,7 +395,7 @@ class DeepCRL(OfflineLearning):
             self._missing_steps = n_short % frequency
             # If all of its steps were missing in the last learn(), their updates were done there
             return rollout._replace(continue_training=n_short < frequency)
-        return rollout
+        return self._ranks.whole(rollout)
 
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
         # The replay buffer checks the last observation of an episode, but sees the first one of the next after an update
@@ -419,7 +419,7 @@ class DeepCRL(OfflineLearning):
         """
         if batch_size < 2:
             raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
-        if gradient_steps < 1:
+        if gradient_steps < 1 or not self._ranks.begin_updates(self):
             return
         assert self.replay_buffer is not None
         # Switch to train mode (this affects batch norm / dropout)
@@ -430,6 +430,7 @@ class DeepCRL(OfflineLearning):
         for optimizer, learning_rate in zip(self._optimizers(), learning_rates, strict=False):
             schedule = self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
             set_learning_rate(optimizer, schedule(self._current_progress_remaining))
+        batch_size = self._ranks.split(batch_size)
         self._warned_of_copies = self._warned_of_copies or self.replay_buffer.warn_of_copies(batch_size)
         self.replay_buffer.gamma = self.gamma
         steps_at_once = max(1, MAX_SAMPLE_BYTES // (self.replay_buffer.transition_bytes * batch_size))
@@ -450,7 +451,7 @@ class DeepCRL(OfflineLearning):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = UPDATE_METRICS if self.ent_coef_optimizer is None else (*UPDATE_METRICS, "ent_coef_loss")
         # The only time in each call that the host waits for the device
-        for name, value in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
+        for name, value in zip(names, self._ranks.mean(th.stack(metrics).mean(dim=0)).tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
 
     def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
@@ -466,7 +467,7 @@ class DeepCRL(OfflineLearning):
         state_features = self.critic.extract_state_features(observations)
         goal_branch, critic_branch = self._runner.fork()
         with goal_branch.beside():
-            goal_repr = self.critic.encode_goal(observations)
+            goal_repr = self._ranks.gather(self.critic.encode_goal(observations))
 
         # The critic is differentiated with respect to the actions only. Encoding policy and data actions in one pass would not
         # pay, as the latter need the gradients of the parameters too.
@@ -501,7 +502,7 @@ class DeepCRL(OfflineLearning):
         self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor
     ) -> tuple[th.Tensor, ContrastiveMetrics]:
         """Compute the loss of the critic (equation 2 of the paper with the penalty of its table 7) and its metrics."""
-        state_action_repr = self.critic.encode_state_action(state_features, actions)
+        state_action_repr = self._ranks.gather(self.critic.encode_state_action(state_features, actions))
         settings = (self.critic.energy, self.contrastive_loss, self.logsumexp_coef)
         with self._runner.float32_products():
             return info_nce(state_action_repr, goal_repr, *settings, fused=has_kernel(self.critic.g_encoder))
@@ -513,15 +514,14 @@ class DeepCRL(OfflineLearning):
         batch_size = len(goal_repr)
         n_random = int(self.random_goals * batch_size)
         # The rows are in random order: take the goal of the next one
-        order = th.arange(batch_size, device=goal_repr.device)
+        order = th.arange(batch_size, device=goal_repr.device)[self._ranks.rows]
         order = th.where(order < n_random, (order + 1) % batch_size, order)
-        goals = observations[GOAL_KEY].index_select(0, order)
+        goals = self._ranks.gather(observations[GOAL_KEY]).index_select(0, order)
 
         def values_of(actions_pi: th.Tensor) -> th.Tensor:
             state_action_repr = self.critic.encode_state_action(state_features, actions_pi)
             self._runner.branches[0].join()
-            n_each = len(actions_pi) // batch_size
-            rows = order if n_each == 1 else order.repeat_interleave(n_each)
+            rows = order.repeat_interleave(len(actions_pi) // len(order))
             return rowwise_energy(state_action_repr, goal_repr.index_select(0, rows), self.critic.energy)
 
         params = self.actor.get_action_dist_params({**observations, GOAL_KEY: goals})
@@ -529,9 +529,8 @@ class DeepCRL(OfflineLearning):
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
         loss = (ent_coef * log_prob - values).mean()
         if self._bc_coef > 0:
-            loss = loss / values.detach().abs().mean().clamp(min=1e-6) + self._bc_coef * self.actor.cloning_loss(
-                params, actions
-            )
+            loss = loss / values.detach().abs().mean().clamp(min=1e-6)
+            loss = loss + self._bc_coef * self.actor.cloning_loss(params, actions)
         return loss, log_prob.detach(), ent_coef
 
     def learn(
@@ -543,7 +542,8 @@ class DeepCRL(OfflineLearning):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfDeepCRL:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        with self._ranks.training(self, callback, progress_bar) as (callback, progress_bar):
+            return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -586,26 +586,28 @@ class DeepCRL(OfflineLearning):
         include: Iterable[str] | None = None,
     ) -> None:
         # If it is interrupted, the previous file stays as it was
-        with atomic_path(path, ".zip") as file:
-            super().save(file, exclude, include)
+        if self._ranks.rank == 0:
+            with atomic_path(path, ".zip") as file:
+                super().save(file, exclude, include)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        with atomic_path(path, ".pkl") as file:
-            super().save_replay_buffer(file)
+        assert self.replay_buffer is not None
+        if (replay_buffer := self._ranks.gather_buffer(self.replay_buffer)) is not None:
+            with atomic_path(path, ".pkl") as file:
+                save_to_pkl(file, replay_buffer, self.verbose)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         # No env is needed. If it is no buffer for this model, the one in use is kept.
-        loaded = read_replay_buffer(path, self, ("n_envs", *SPACES))
+        loaded = self._ranks.split_buffer(read_replay_buffer(path, self), self.n_envs)
         if truncate_last_traj:
             loaded.truncate_last_trajectory()
-        # Update saved replay buffer device to match current setting
         loaded.device = self.device
         loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
         # The schedule follows from the learning rate, which `custom_objects` may replace
-        excluded = ["actor", "critic", "_runner", "lr_schedule"]
+        excluded = ["actor", "critic", "_runner", "_ranks", "lr_schedule"]
         if self.transitions_per_update is not None:
             # Chosen for the number of envs, which may be another one when the model is loaded
             excluded += ["train_freq", "gradient_steps"]

@@ -8,6 +8,7 @@ from stable_baselines3.common.utils import configure_logger
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.datasets import read_episodes
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.utils import check_positive_int
 from sb3_deepcrl.deepcrl.policies import Actor
 
@@ -18,26 +19,23 @@ SelfOfflineLearning = TypeVar("SelfOfflineLearning", bound="OfflineLearning")
 
 # Updates in a call of `train`
 UPDATES_AT_ONCE = 100
-SPACES = ("observation_space", "action_space")
 
 
-def read_replay_buffer(path: Any, model: OffPolicyAlgorithm, names: Sequence[str] = SPACES) -> ContrastiveReplayBuffer:
+def read_replay_buffer(path: Any, model: OffPolicyAlgorithm) -> ContrastiveReplayBuffer:
     """
     Read a replay buffer for a model from a file.
 
     :param path: The file
     :param model: The model
-    :param names: What must be the same in both
     :return: The replay buffer
-    :raises ValueError: if it is none, or not for this model
+    :raises ValueError: if it is none, or has other spaces
     """
     loaded = load_from_pkl(path, model.verbose)
     if not isinstance(loaded, ContrastiveReplayBuffer):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
-    for name in names:
-        found, wanted = getattr(loaded, name), getattr(model, name)
-        if found != wanted:
-            raise ValueError(f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}: load both alike")
+    for name in ("observation_space", "action_space"):
+        if (found := getattr(loaded, name)) != (wanted := getattr(model, name)):
+            raise ValueError(f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}")
     return loaded
 
 
@@ -47,6 +45,7 @@ class OfflineLearning(OffPolicyAlgorithm):
     replay_buffer: ContrastiveReplayBuffer | None
     actor: Actor
     bc_coef: float
+    _ranks: Ranks
     _setup_acceleration: Any
     # Coefficient of behavior cloning in the updates, 0 while the agent learns from what it does itself
     _bc_coef = 0.0
@@ -87,6 +86,8 @@ class OfflineLearning(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         check_positive_int(n_updates, "n_updates")
         check_positive_int(log_interval, "log_interval")
+        if self._ranks.size > 1:
+            raise ValueError("`learn_offline` runs in a single process: call it without torchrun, and `learn` with it")
         if self.replay_buffer.n_used == 0:
             raise ValueError("There is nothing to learn from: fill the replay buffer by `load_dataset`")
         if not self._custom_logger:

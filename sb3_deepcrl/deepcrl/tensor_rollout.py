@@ -10,6 +10,7 @@ from stable_baselines3.common.type_aliases import RolloutReturn, TrainFreq, Trai
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
+from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.common.tensor_env import DeviceObs, LazyArray, TensorVecEnv, to_arrays
 
@@ -31,11 +32,11 @@ def collect_tensors(
     ``episode_infos`` holds those of all episodes that ended in it.
 
     :return: None if Stable-Baselines3's loop has to do it: for other envs, under any wrapper (as ``VecNormalize``), with
-        action noise, or if a rollout is counted in episodes
+        action noise, with several ranks, or if a rollout is counted in episodes
     """
-    is_continuous = isinstance(model.action_space, spaces.Box)
-    is_plain = is_continuous and action_noise is None and train_freq.unit == TrainFrequencyUnit.STEP
-    if not isinstance(env, TensorVecEnv) or not is_plain:
+    is_alone = n_envs_of_run(model) == env.num_envs and isinstance(model.action_space, spaces.Box)
+    in_steps = action_noise is None and train_freq.unit == TrainFrequencyUnit.STEP
+    if not isinstance(env, TensorVecEnv) or not is_alone or not in_steps:
         if isinstance(model._last_obs, DeviceObs):
             model._last_obs = to_arrays(model._last_obs)
         return None
@@ -78,7 +79,7 @@ def collect_tensors(
     try:
         replay_buffer.read_added()
     except ValueError:
-        # What is no number may be in its sums already
+        # Its sums may hold the NaN already
         if normalizer is not None:
             normalizer.forget_added()
         raise

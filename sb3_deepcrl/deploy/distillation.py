@@ -17,7 +17,7 @@ from sb3_deepcrl.common.losses import info_nce
 from sb3_deepcrl.common.utils import check_positive_int
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.policies import GOAL_KEY
-from sb3_deepcrl.deploy.pruning import prune_blocks, pruned_kwargs
+from sb3_deepcrl.deploy.pruning import policy_kwargs_without_size, prune_blocks, pruned_kwargs
 
 # Arguments of a model without an env, which stores no transitions
 WITHOUT_BUFFER: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
@@ -50,12 +50,8 @@ def make_student(teacher: DeepCRL, depth: int, width: int | None = None, env: Gy
         settings["transitions_per_update"] = updates_of_student(teacher.transitions_per_update)
     else:
         del settings["transitions_per_update"]
-    given = ("depth", "width", "actor_depth", "critic_depth")
-    policy_kwargs = {name: value for name, value in teacher.policy_kwargs.items() if name not in given}
-    size = {"depth": depth, "width": width or teacher.width}
-    return DeepCRL(
-        **{**settings, **size, "policy": type(teacher.policy), "env": env, "policy_kwargs": policy_kwargs, **kwargs}
-    )
+    settings.update(policy=type(teacher.policy), policy_kwargs=policy_kwargs_without_size(teacher), env=env)
+    return DeepCRL(**{**settings, "depth": depth, "width": width or teacher.width, **kwargs})
 
 
 def updates_of_student(transitions_per_update: int) -> int:
@@ -168,7 +164,7 @@ class Distillation(BaseCallback):
         else:
             self.teacher_buffer.device = student.device
             student.replay_buffer, self.teacher_buffer = self.teacher_buffer, None
-            student.replay_buffer.on_device = student.replay_buffer_kwargs.get("on_device", False)
+            student.replay_buffer.on_device = student.replay_buffer_kwargs.get("on_device", "auto")
         student.replay_buffer.truncate_last_trajectory()
         if student.log_ent_coef is not None and teacher.log_ent_coef is not None:
             with th.no_grad():

@@ -68,6 +68,12 @@ def prune_blocks(teacher: DeepCRL, student: DeepCRL, observations: dict[str, th.
     student.policy.load_state_dict(state)
 
 
+def policy_kwargs_without_size(model: DeepCRL) -> dict[str, Any]:
+    """The ``policy_kwargs`` of a model but for depths and width."""
+    size = ("depth", "width", "actor_depth", "critic_depth")
+    return {name: value for name, value in model.policy_kwargs.items() if name not in size}
+
+
 def pruned_kwargs(model: DeepCRL, depth: int) -> dict[str, Any]:
     """Arguments of a student that takes over blocks. A ValueError tells if there can be none."""
     n_blocks = check_depth(depth)
@@ -83,5 +89,4 @@ def pruned_kwargs(model: DeepCRL, depth: int) -> dict[str, Any]:
     if len({len(tower.blocks) for tower in towers}) > 1:
         raise ValueError('`residual_scale="1/N"` is not the same in actor and critic, whose depths differ: a student has one')
     # Of as many blocks as there were
-    policy_kwargs = {name: value for name, value in model.policy_kwargs.items() if "depth" not in name and name != "width"}
-    return {"policy_kwargs": {**policy_kwargs, "residual_scale": 1.0 / shallowest}}
+    return {"policy_kwargs": {**policy_kwargs_without_size(model), "residual_scale": 1.0 / shallowest}}

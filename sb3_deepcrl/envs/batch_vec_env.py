@@ -136,6 +136,10 @@ class BatchVecEnv(VecEnv):
         super().__init__(n_envs, self.task.observation_space, self.task.action_space)
         self.metadata["render_fps"] = round(1 / self.task.dt)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy goes on where this one is, but two of them cannot write the same files of Monitor
+        return {**self.__dict__, "_writers": []}
+
     def _read_envs(self, env_fns: Sequence[Callable[[], gym.Env]]) -> tuple[dict[str, Any], int | None, dict[str, Any]]:
         """Arguments of the task, number of steps of an episode and pictures of environments that must be alike."""
         read: list[tuple[dict[str, Any], int | None, dict[str, Any]]] = []

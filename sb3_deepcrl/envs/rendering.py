@@ -1,4 +1,5 @@
 import warnings
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -32,6 +33,10 @@ class TaskRenderer:
         self.width, self.height = width, height
         # Made when the first picture is asked for
         self._renderer: mujoco.Renderer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy opens a rendering context of its own
+        return {name: value for name, value in {**self.__dict__, "_renderer": None}.items() if name not in ("data", "camera")}
 
     def _open(self) -> mujoco.Renderer:
         task, visual = self.task, self.task.model.vis

@@ -36,22 +36,37 @@ class Simulation:
     def __init__(self, task: GoalTask, n_envs: int, n_threads: int):
         self.task = task
         self.n_envs = n_envs
-        # Not persistent: one MjData a thread, instead of one an environment, stays in the cache and was faster for every robot
-        self._batch: Batch | None = Batch(task.model, n_envs, n_threads)
+        self.n_threads = n_threads
         self.generators: list[np.random.Generator] = [seeding.np_random()[0] for _ in range(n_envs)]
         #: Goals in meters, shape (n_envs, goal_dim)
         self.goals = np.zeros((n_envs, task.robot.goal_dim), dtype=np.float32)
         #: Number of simulations that broke down so far
         self.n_diverged = 0
+        self._open()
         # A state row is all that a simulation remembers, so writing this row is a complete reset
         self.batch.reset(stage=int(mujoco.mjtStage.mjSTAGE_NONE))
         self._fresh_row = self.batch.state[0].copy()
-        self._state = {name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *task.robot.derived_fields)}
-        self._warnings = self.batch.warning[:, :, 1]
         self._observation = np.zeros((n_envs, task.robot.observation_dim), dtype=np.float32)
         self._running = False
         # Numbers that chose start and goal of a fixed goal; NaN where they are still to be drawn
         self._fixed = np.full((n_envs, task.scene.n_uniform), np.nan)
+
+    def _open(self) -> None:
+        # Not persistent: one MjData a thread, instead of one an environment, stays in the cache and was faster for every robot
+        self._batch: Batch | None = Batch(self.task.model, self.n_envs, self.n_threads)
+        self._state = {name: self.batch.bind(name) for name in ("qpos", "qvel", "ctrl", *self.task.robot.derived_fields)}
+        self._warnings = self.batch.warning[:, :, 1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A batch can neither be copied nor pickled; a closed one is none
+        rows = None if self._batch is None else self.batch.state.copy()
+        return {**self.__dict__, "_batch": rows, "_state": {}, "_warnings": self._warnings.copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if (rows := state["_batch"]) is not None:
+            self._open()
+            self.batch.state[:] = rows
 
     @property
     def batch(self) -> Batch:

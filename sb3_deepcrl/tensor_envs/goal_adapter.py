@@ -90,6 +90,8 @@ class GoalAdapter(TensorVecEnv):
         return result
 
     def reset_tensors(self) -> TensorObs:
+        if any(self._options):
+            raise ValueError(f"The reset options {self._options} are not handed to {self.env}: set them on the env itself")
         seed, takes_seed = self._seeds[0], "seed" in inspect.signature(self.env.reset).parameters
         result = self.env.reset(seed=seed) if seed is not None and takes_seed else self.env.reset()
         self._reset_seeds()

@@ -2,6 +2,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
@@ -17,7 +18,7 @@ from sb3_deepcrl.envs.simulation import MAX_OBSERVATION
 
 # Contacts and constraint rows of a world for which there is room, twice what random actions need, by the robot's kind
 SIZES = {"point": (4, 16), "ant": (8, 48), "humanoid": (16, 64), "arm": (24, 128)}
-# With few worlds the contacts of one of them matter
+# Further contacts that all worlds share: with few of them a single one may need most of the room
 SPARE_CONTACTS = 64
 # Resets of each env that are drawn ahead, and steps after which those that were used are drawn anew
 N_RESETS, REFILL_EVERY = 4, 32
@@ -42,7 +43,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
     :raises ImportError: if MuJoCo Warp is not installed
     """
 
-    # Whether there is an episode; views of an environment are asked for before
+    # Whether there is an episode. Attributes of an environment may be asked for before there is one
     _is_running = False
 
     def __init__(
@@ -87,8 +88,6 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
                 setattr(self._robot, name, self._tensor(value))
         self._host = {name: self.simulation.batch.bind(name) for name in ("qpos", "qvel")}
         self._generator = th.Generator(self.device)
-        # Number of goals and goals by cell of the maze, between which the next one is chosen, made when it is needed
-        self._goal_table: tuple[th.Tensor, th.Tensor] | None = None
         # What a reset consists of, and those that are drawn ahead, one after the other in a ring
         self._widths = [task.model.nq, task.model.nv, task.robot.goal_dim, task.robot.observation_dim]
         self._resets = th.zeros(self.num_envs, N_RESETS, sum(self._widths), device=self.device)
@@ -220,8 +219,6 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
     def _next_goals(self) -> th.Tensor:
         """Goals after those that were reached: the law of ``Scene.next_goals``."""
         scene = self.task.scene
-        if self._goal_table is None:
-            self._goal_table = self._make_goal_table()
         counts, table = self._goal_table
         cells = th.zeros_like(self._rows)
         if isinstance(scene, Maze):
@@ -232,7 +229,8 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
         choice = th.minimum((uniform * counts[cells]).long(), (counts[cells] - 1).clamp(min=0))
         return th.where((counts[cells] > 0)[:, None], table[cells, choice], self._goals)
 
-    def _make_goal_table(self) -> tuple[th.Tensor, th.Tensor]:
+    @cached_property
+    def _goal_table(self) -> tuple[th.Tensor, th.Tensor]:
         """Number of goals that may follow one in each cell of a maze, and the goals; without a maze there is one cell."""
         scene = self.task.scene
         goals: list[Any]

@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.callbacks import GoalEvalCallback
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.utils import atomic_path
 from sb3_deepcrl.zoo.runs import RunFolder
 
@@ -48,6 +49,11 @@ def save_model(model: BaseAlgorithm, path: Path, save_replay_buffer: bool) -> No
         with atomic_path(path, path.suffix) as temporary:
             save(str(temporary))
 
+    if Ranks().rank > 0:
+        # Rank 0 writes, the others give it their transitions
+        if save_replay_buffer:
+            model.save_replay_buffer(path)  # type: ignore[attr-defined]
+        return
     run = RunFolder(path.parent)
     if save_replay_buffer and getattr(model, "replay_buffer", None) is not None:
         write(run.sibling(path, "replay_buffer"), model.save_replay_buffer)  # type: ignore[attr-defined]

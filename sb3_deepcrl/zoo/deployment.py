@@ -21,7 +21,7 @@ from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deploy import Distillation, compare_policies, export_policy
 from sb3_deepcrl.deploy.distillation import WITHOUT_BUFFER, updates_of_student
 from sb3_deepcrl.deploy.export import FORMATS
-from sb3_deepcrl.deploy.pruning import pruned_kwargs
+from sb3_deepcrl.deploy.pruning import policy_kwargs_without_size, pruned_kwargs
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.zoo import launcher
 from sb3_deepcrl.zoo.runs import RunFolder, num_timesteps
@@ -104,8 +104,9 @@ def _learn_from(command: str, parser: argparse.ArgumentParser, argv: Sequence[st
     teacher = ALGOS[of_run["algo"]].load(path, device="cpu", custom_objects=WITHOUT_BUFFER)
     if not isinstance(teacher, DeepCRL):
         raise ValueError(f"{path} is a model of {of_run['algo']}: only DeepCRL has students")
-    policy_kwargs = {name: value for name, value in teacher.policy_kwargs.items() if "depth" not in name and name != "width"}
-    policy_kwargs = pruned_kwargs(teacher, args.depth).get("policy_kwargs", policy_kwargs) if is_pruned else policy_kwargs
+    policy_kwargs = policy_kwargs_without_size(teacher)
+    if is_pruned:
+        policy_kwargs = pruned_kwargs(teacher, args.depth).get("policy_kwargs", policy_kwargs)
     if classes := [name for name, value in policy_kwargs.items() if not isinstance(value, bool | int | float | str)]:
         raise ValueError(f"`policy_kwargs` of {path} has `{classes[0]}`, which is no plain value: use `{command}` in Python")
     arguments: dict[str, Any] = {"teacher": str(path.absolute()), "prune": is_pruned}

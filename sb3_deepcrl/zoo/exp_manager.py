@@ -9,12 +9,14 @@ import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pprint import pprint
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import rl_zoo3.exp_manager as rl_zoo_manager
 import torch as th
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
@@ -23,10 +25,12 @@ from rl_zoo3.utils import ALGOS, SimpleLinearSchedule, get_latest_run_id
 from sb3_contrib.common.vec_env import AsyncEval
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_deepcrl.common.callbacks import GoalEvalCallback, ResumableEvalCallback, TrainingDisplay
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.utils import atomic_path, check_positive_int, tell, uninterrupted
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
@@ -84,6 +88,11 @@ class GoalExperimentManager(ExperimentManager):
         config: str | None = None,
         **kwargs: Any,
     ):
+        self.ranks = Ranks()
+        if self.ranks.size > 1 and algo != "deepcrl":
+            raise ValueError(
+                f"--algo: {algo} cannot be trained by {self.ranks.size} ranks, only deepcrl can: leave torchrun out"
+            )
         is_zoos = vec_env_type in ("dummy", "subproc")
         kwargs.update(vec_env_type=vec_env_type if is_zoos else "dummy", config=find_config(config, algo, env_id))
         super().__init__(args, algo, env_id, log_folder, *positional, **kwargs)
@@ -97,10 +106,17 @@ class GoalExperimentManager(ExperimentManager):
         self.dataset = getattr(args, "dataset", None)
         if self.resume and self.optimize_hyperparameters:
             raise ValueError("--resume: a search of hyperparameters goes on by --storage and --study-name")
+        if self.ranks.size > 1 and self.optimize_hyperparameters:
+            raise ValueError(
+                "-optimize: ranks train one model: leave torchrun out, and let several searches share a --storage"
+            )
         if self.resume and (run := RunFolder.newest(log_folder, algo, env_id)) is not None:
             self.save_path, self.params_path = str(run.path), str(run.path / self.env_name)
             self.trained_agent = str(run.model_path or "")
-            self.continue_training = bool(self.trained_agent)
+        # The other ranks may look for it too late, or choose another seed
+        names = ("save_path", "params_path", "trained_agent", "seed")
+        vars(self).update(self.ranks.broadcast({name: getattr(self, name) for name in names}))
+        self.continue_training = bool(self.trained_agent)
         # What is continued: its folder, its number of steps and its config, if it has one and no other is asked for
         self.source = RunFolder(Path(self.trained_agent).parent)
         self.n_done = num_timesteps(Path(self.trained_agent)) if self.continue_training else 0
@@ -132,12 +148,13 @@ class GoalExperimentManager(ExperimentManager):
             model, hyperparams = result
             assert model.env is not None
             # Envs are seeded with consecutive numbers: with those of the models, seeds 0 and 1 would share all envs but one
-            model.env.seed(_derived_seed(self.seed, self.n_done))
+            model.env.seed(_derived_seed(self.seed, self.n_done, self.ranks.rank))
             envs = {"env": (self.env_name.gym_id, self.env_kwargs), "eval_env": (self.eval_env_id, self.eval_env_kwargs)}
             before = self.source.made_with() if self.continue_training else []
             records = [record for record in before if record["num_timesteps"] < self.n_done]
-            with atomic_path(Path(self.params_path) / "made_with.json", ".json") as temporary:
-                temporary.write_text(json.dumps([*records, made_with(model, hyperparams, envs)], indent=2) + "\n")
+            if self.ranks.rank == 0:
+                with atomic_path(Path(self.params_path) / "made_with.json", ".json") as temporary:
+                    temporary.write_text(json.dumps([*records, made_with(model, hyperparams, envs)], indent=2) + "\n")
         return result
 
     def _source(self, message: str) -> str:
@@ -147,6 +164,10 @@ class GoalExperimentManager(ExperimentManager):
             if re.search(rf"\b{re.escape(name)}\b", message):
                 return f"--hyperparams {name}:{value}"
         return f"{self.config}{' with --hyperparams' if given else ''}, {self.env_name.gym_id}"
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self.ranks.rank == 0:
+            super()._save_config(saved_hyperparams)
 
     def create_log_folder(self) -> None:
         """
@@ -164,13 +185,15 @@ class GoalExperimentManager(ExperimentManager):
                 f"-i: {self.trained_agent} was trained for {self.n_done} steps already, of {self.n_timesteps} in all: give "
                 "the number of further steps with -n"
             )
-        if self.resume and Path(self.save_path).is_dir():
-            for leftover in Path(self.save_path).glob("**/.*.tmp"):
-                # Of a process that was killed while it wrote
-                leftover.unlink()
-        else:
-            self._create_new_folder()
-        super().create_log_folder()
+        if self.ranks.rank == 0:
+            if self.resume and Path(self.save_path).is_dir():
+                for leftover in Path(self.save_path).glob("**/.*.tmp"):
+                    # Of a process that was killed while it wrote
+                    leftover.unlink()
+            else:
+                self._create_new_folder()
+            super().create_log_folder()
+        self.save_path, self.params_path = self.ranks.broadcast((self.save_path, self.params_path))
 
     def _lacks_evaluation(self) -> bool:
         """Whether the run was stopped in the middle of its last evaluation."""
@@ -237,6 +260,7 @@ class GoalExperimentManager(ExperimentManager):
                 advice = f": did you mean {matches[0]!r}?" if matches else ""
                 raise ValueError(f"{ALGOS[self.algo].__name__} has no argument {name!r}{advice}")
         check_positive_int(self.n_envs, "n_envs")
+        self.ranks.share(self.n_envs)
         # RL Zoo evaluates without the `env_kwargs` of a config
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
         # It records videos with those of the command line only
@@ -249,6 +273,11 @@ class GoalExperimentManager(ExperimentManager):
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """See RL Zoo's experiment manager. Evaluation may have another env, and has the same seed in all runs."""
+        if not eval_env and self.ranks.size > 1:
+            own = self.ranks.share(n_envs)
+            # Files of episodes are numbered through
+            vars(rl_zoo_manager).update(make_vec_env=partial(make_vec_env, start_index=own.start))
+            n_envs = len(own)
         env_id = self.eval_env_id if eval_env else self.env_name.gym_id
         env_kwargs = self.eval_env_kwargs if eval_env else self.env_kwargs
         if self.vec_env_type in ("auto", "batch", "warp"):
@@ -284,7 +313,9 @@ class GoalExperimentManager(ExperimentManager):
         return env
 
     def create_callbacks(self) -> None:
-        """Create the callbacks that the command line asks for."""
+        """Create the callbacks that the command line asks for, on the rank that has them."""
+        if self.ranks.rank > 0:
+            return
         eval_env = None
         if self.eval_freq > 0 and not self.optimize_hyperparameters:
             eval_env = self.create_envs(self.n_eval_envs, eval_env=True)
@@ -350,7 +381,7 @@ class GoalExperimentManager(ExperimentManager):
             model.learning_starts = model.num_timesteps + warmup
         for callback in self.callbacks:
             # Checkpoints at the steps they would have been done without the stop
-            callback.n_calls = model.num_timesteps // env.num_envs
+            callback.n_calls = model.num_timesteps // self.n_envs
         return model
 
     def learn(self, model: BaseAlgorithm) -> None:
@@ -371,7 +402,9 @@ class GoalExperimentManager(ExperimentManager):
             # The model is saved as it is
             self.is_stopped = True
         except Exception as error:
-            if model.num_timesteps != self.n_done:
+            # Nobody can save the transitions of ranks that are gone
+            is_whole = getattr(model, "_ranks", self.ranks).is_whole
+            if is_whole and self.ranks.broadcast(model.num_timesteps != self.n_done):
                 self._save_after(error, model)
             raise
         finally:
@@ -422,6 +455,8 @@ class GoalExperimentManager(ExperimentManager):
         with uninterrupted():
             tell(f"Saving to {self.save_path}")
             save_model(model, Path(self.save_path) / f"{self.env_name}.zip", self.save_replay_buffer)
+            # No rank ends before, as `torchrun` then stops the others
+            self.ranks.broadcast(None)
         if self.is_stopped:
             tell(self._how_to_go_on(model))
         else:

@@ -20,6 +20,7 @@ import rl_zoo3.utils
 import yaml
 
 import sb3_deepcrl
+from sb3_deepcrl.common.distributed import comes_first, connect
 from sb3_deepcrl.common.startup import end_start
 from sb3_deepcrl.common.utils import how_to_write, stopped_by_signals, whole_number
 from sb3_deepcrl.env_ids import find_spec
@@ -101,7 +102,7 @@ class TrainParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """See ``argparse.ArgumentParser``. One line is enough."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if comes_first("error") else None)
 
 
 def _prepare_run(script: str, argv: Sequence[str]) -> list[str]:
@@ -160,6 +161,11 @@ def run(script: str, argv: Sequence[str]) -> None:
         one has stopped the training
     """
     end_start()
+    rank, _ = connect() if script == "train" else (0, 1)
+    if rank > 0:
+        # What it would say is said by the first one
+        sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
     sys.argv = [f"sb3-deepcrl {script}", *argv]
     # What RL Zoo's scripts find under these names while they run
     unsafe_loader = yaml.UnsafeLoader
@@ -185,6 +191,8 @@ def run(script: str, argv: Sequence[str]) -> None:
         if not numbers:
             raise
     except Exception as error:
+        if not comes_first("error"):
+            sys.exit(1)
         if (message := describe_input_error(error) or how_to_write(error, argv)) is None:
             raise
         sys.exit(f"sb3-deepcrl {script}: error: {message}")

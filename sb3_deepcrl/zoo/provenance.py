@@ -27,7 +27,7 @@ from sb3_deepcrl.envs.arguments import default_arguments, default_env_kwargs
 
 PACKAGE = Path(sb3_deepcrl.__file__).parent
 # Where the code is that decides what comes out of a run
-CODE = ("common", "deep_policies", "deepcrl", "envs", "env_ids.py", "zoo/exp_manager.py")
+CODE = ("common", "deep_policies", "deepcrl", "deploy", "envs", "tensor_envs", "env_ids.py", "zoo/exp_manager.py")
 DEPENDENCIES = ("torch", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "gymnasium-robotics", "mujoco", "numpy")
 # Arguments of algorithms, and entries of configs, that say nothing about what is learned, or name folders
 OTHER_ARGUMENTS = ("_init_setup_model", "callback", "device", "env", "n_timesteps", "seed", "tensorboard_log", "verbose")
@@ -112,6 +112,7 @@ def made_with(
         ``policy_kwargs.norm`` or ``eval_env.maze``.
     """
     is_low = any(tower.autocast_dtype for tower in residual_towers(model.policy))
+    runner = getattr(model, "_runner", None)
     return {
         "num_timesteps": model.num_timesteps,
         "version": sb3_deepcrl.__version__,
@@ -122,6 +123,6 @@ def made_with(
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": th.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "threads": th.get_num_threads(),
-        "precision": "bfloat16" if is_low else "float32",
+        "precision": "bfloat16" if is_low else "tf32" if runner is not None and runner._tf32 else "float32",
         "arguments": json.loads(json.dumps(_arguments(model, hyperparams, envs), default=_plain, skipkeys=True)),
     }
