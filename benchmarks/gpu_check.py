@@ -293,12 +293,12 @@ def envs(gpu: bool) -> Rows:
 # By the seconds that each may take
 SECTIONS: dict[Callable[[bool], Rows], float] = {
     ceilings: 40,
-    update: 130,
+    update: 115,
     equality: 50,
     capture_failure: 15,
-    gpu_tests: 60,
+    gpu_tests: 90,
     learn: 65,
-    training: 75,
+    training: 65,
     profile: 30,
     envs: 20,
 }

@@ -323,7 +323,7 @@ def test_losses_are_one_graph():
     def losses(observations, actions):
         features = model.critic.extract_state_features(observations)
         goals = model.critic.encode_goal(observations)
-        actor_loss, log_prob, ent_coef = model._actor_loss(observations, features.detach(), goals.detach())
+        actor_loss, log_prob, ent_coef = model._actor_loss(observations, features.detach(), goals.detach(), actions)
         return actor_loss, log_prob, ent_coef, model._critic_loss(features, actions, goals)[0]
 
     th._dynamo.reset()
@@ -1254,7 +1254,7 @@ def test_losses_stay_on_the_gpu():
         observations = {key: th.empty(value.shape, device="cuda:0") for key, value in batch.items()}
         features, goals = model.critic.extract_state_features(observations), model.critic.encode_goal(observations)
         outcomes = (
-            *model._actor_loss(observations, features, goals),
+            *model._actor_loss(observations, features, goals, actions),
             model._critic_loss(features, th.empty(actions.shape, device="cuda:0"), goals)[0],
         )
         assert {outcome.device.type for outcome in outcomes} == {"cuda"}

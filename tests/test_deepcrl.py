@@ -303,8 +303,10 @@ def test_random_goals_are_goals_of_other_transitions():
     model = make_model(random_goals=0.5).learn(50)
     observations, _ = model.replay_buffer.sample_contrastive(16)
     seen = {}
-    model.actor.action_log_prob = lambda obs: (seen.update(obs), (th.zeros(16, 2), th.zeros(16)))[1]
-    model._actor_loss(observations, model.critic.extract_state_features(observations), model.critic.encode_goal(observations))
+    model.actor.get_action_dist_params = lambda obs: (seen.update(obs), (th.zeros(16, 2), th.zeros(16, 2)))[1]
+    model._actor_loss(
+        observations, model.critic.extract_state_features(observations), model.critic.encode_goal(observations), None
+    )
     goals = observations["desired_goal"]
     assert th.equal(seen["desired_goal"][:8], goals[1:9])
     assert th.equal(seen["desired_goal"][8:], goals[8:])
@@ -884,7 +886,7 @@ BOX2, BOX3 = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (3,))
             with_spaces(spaces.Dict(achieved_goal=spaces.MultiDiscrete([2, 3]), desired_goal=spaces.MultiDiscrete([2, 4]))),
             r"must be of the same space.*\[2 4\]",
         ),
-        (with_spaces(action_space=spaces.Discrete(4)), r"only supports .*Box.* as action spaces but Discrete\(4\)"),
+        (with_spaces(action_space=spaces.Text(4)), r"only supports .*Box.* as action spaces but Text\(1, 4"),
         (None, r"`achieved_goal`, `desired_goal` missing from None"),
     ],
 )

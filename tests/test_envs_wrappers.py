@@ -7,8 +7,9 @@ import pytest
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_deepcrl.envs import OGBenchGoalWrapper, SuccessInfoWrapper
+from sb3_deepcrl.envs import OGBenchGoalWrapper, SingleGoalWrapper, SuccessInfoWrapper
 from sb3_deepcrl.envs.arguments import checked_env_kwargs, default_env_kwargs
+from tests.envs import GoalReachEnv
 
 
 @pytest.fixture
@@ -93,6 +94,32 @@ def test_ogbench(env_id, size):
 def test_ogbench_wrapper_refuses_others():
     with pytest.raises(ValueError, match="no maze of OGBench"):
         OGBenchGoalWrapper(gym.make("Pendulum-v1"))
+
+
+@pytest.mark.parametrize(
+    ("make", "goal"), [(lambda: gym.make("PointUMazeEval-v0"), [3.0, 2.5]), (lambda: GoalReachEnv(max_steps=50), [1.0, 0.5])]
+)
+def test_single_goal(make, goal):
+    env = SingleGoalWrapper(make(), goal)
+    check_env(env, warn=False)
+    observation, _ = env.reset(seed=0)
+    rewards, successes = [], []
+    for _ in range(50):
+        step = env.unwrapped.action_space.high * np.sign(env.goal - observation["achieved_goal"])
+        observation, reward, _, _, info = env.step(step.astype(np.float32))
+        np.testing.assert_array_equal(observation["desired_goal"], goal)
+        rewards.append(reward)
+        successes.append((info["is_success"], info["success"]))
+    # Those of the goal, whatever the env wanted
+    assert [(reward == 1.0, reward == 1.0) for reward in rewards] == successes and 0 < sum(rewards) < 50
+
+
+def test_goals_that_are_none():
+    for goal in ([1.0, 2.0, 3.0], [np.nan, 0.0]):
+        with pytest.raises(ValueError, match=r"`goal` must be finite and of shape \(2,\)"):
+            SingleGoalWrapper(gym.make("PointUMaze-v0"), goal)
+    with pytest.raises(ValueError, match="have no `desired_goal`"):
+        SingleGoalWrapper(gym.make("Pendulum-v1"), [0.0])
 
 
 @pytest.mark.usefixtures("robotics")

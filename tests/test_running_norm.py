@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.deepcrl import MultiInputPolicy
-from sb3_deepcrl.deepcrl.policies import Actor
+from sb3_deepcrl.deepcrl.policies import GaussianActor
 from tests.envs import GoalReachEnv
 from tests.test_deepcrl import make_model
 
@@ -150,7 +150,7 @@ def test_statistics_go_where_the_policy_goes(tmp_path):
     copies = [
         DeepCRL.load(tmp_path / "model"),
         MultiInputPolicy.load(tmp_path / "policy.pkl"),
-        Actor.load(tmp_path / "actor.pkl"),
+        GaussianActor.load(tmp_path / "actor.pkl"),
         deepcopy(model.policy),
         other,
     ]

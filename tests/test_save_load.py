@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.utils import atomic_path
 from sb3_deepcrl.deepcrl import MultiInputPolicy
-from sb3_deepcrl.deepcrl.policies import Actor
+from sb3_deepcrl.deepcrl.policies import GaussianActor
 from tests.envs import EpisodeCounterEnv, GoalReachEnv
 from tests.test_deepcrl import SMALL, check_goals, counter_model, make_model
 
@@ -229,7 +229,7 @@ def test_set_parameters(trained):
 def test_policy_and_actor_alone(trained, tmp_path):
     trained.policy.save(tmp_path / "policy.pkl")
     trained.actor.save(tmp_path / "actor.pkl")
-    policy, actor = MultiInputPolicy.load(tmp_path / "policy.pkl"), Actor.load(tmp_path / "actor.pkl")
+    policy, actor = MultiInputPolicy.load(tmp_path / "policy.pkl"), GaussianActor.load(tmp_path / "actor.pkl")
     assert same_predictions(policy, trained)
     assert same_predictions(actor, trained)
     tensors = policy.obs_to_tensor(observations())[0]
@@ -368,6 +368,15 @@ def test_atomic_path_names(tmp_path):
     assert found == {"plain.zip", "with.suffix", "new/folder/file.zip", "folder.zip_2", "real.zip", "link.zip"}
     assert (tmp_path / "link.zip").is_symlink()
     assert (tmp_path / "real.zip").read_text() == "x"
+
+
+def test_model_of_a_gpu_is_loaded_on_a_cpu(tmp_path):
+    model = counter_model()
+    model.cuda_graph = True
+    model.save(tmp_path / "model")
+    loaded = DeepCRL.load(tmp_path / "model", env=model.env, device="cpu")
+    loaded.learn(4)
+    assert loaded.cuda_graph is True
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from sb3_deepcrl.analysis.depth import DepthStudy
 from sb3_deepcrl.analysis.distillation import DistillationStudy
 from sb3_deepcrl.analysis.grid import GridStudy
 from sb3_deepcrl.analysis.mazes import MazeMap
+from sb3_deepcrl.analysis.offline import OfflineStudy
 from sb3_deepcrl.analysis.representation import RepresentationStudy
 from sb3_deepcrl.analysis.scale import ScaleStudy
 from sb3_deepcrl.analysis.stitching import StitchingStudy
@@ -23,7 +24,8 @@ STUDIES: dict[str, type[Study]] = {
     study.name: study
     for study in (
         *(DepthStudy, ScaleStudy, GridStudy, AblationStudy, BaselinesStudy),
-        *(ValueMapStudy, StitchingStudy, RepresentationStudy, CollectorStudy, WalkStudy, DistillationStudy),
+        *(ValueMapStudy, StitchingStudy, RepresentationStudy, CollectorStudy, WalkStudy),
+        *(DistillationStudy, OfflineStudy),
     )
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "DistillationStudy",
     "GridStudy",
     "MazeMap",
+    "OfflineStudy",
     "RepresentationStudy",
     "ScaleStudy",
     "StitchingStudy",

@@ -21,8 +21,8 @@ class BaselinesStudy(ComparisonOfDepths):
 
     depths: tuple[int, ...] = (4, 16)
     """Depths of DeepCRL"""
-    baselines: tuple[Literal["sac", "tqc", "td3"], ...] = ("sac", "tqc")
-    """What it is compared with"""
+    baselines: tuple[Literal["sac", "tqc", "td3", "dqn"], ...] = ("sac", "tqc")
+    """What it is compared with: dqn where actions are discrete"""
     baseline_hyperparams: dict[str, Any] = field(default_factory=dict)
     """Hyperparameters of the others, where they are not to be those of the env in zoo_configs"""
     deep_baselines: bool = False

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,9 @@ class Run:
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    # Whose replay buffer, with the same seed, is learned from before the first step
+    data_of: "Run | None" = None
+    offline_updates: int = 0
 
     def folder(self, runs: Path) -> Path:
         """
@@ -60,6 +63,8 @@ class Run:
         ended.
         """
         ignored = {"steps", "seed"} if self.eval_env_kwargs else {"steps", "seed", "eval_env_kwargs"}
+        if self.data_of is None:
+            ignored |= {"data_of", "offline_updates"}
         setting = {name: value for name, value in asdict(self).items() if name not in ignored}
         digest = hashlib.sha256(json.dumps(setting, sort_keys=True, default=repr).encode()).hexdigest()[:10]
         return runs / f"{self.env.rpartition(':')[2]}-{self.algo}-{digest}" / f"seed-{self.seed}"
@@ -74,12 +79,20 @@ class Run:
             *("--n-eval-envs", str(min(self.n_eval_episodes, 64))),
             *("--save-freq", str(self.eval_freq), "--save-replay-buffer", "--resume"),
         ]
+        if self.data_of is not None:
+            words += ["--dataset", str(self.dataset(runs)), "--offline-updates", str(self.offline_updates)]
         options = {"hyperparams": self.hyperparams, "env-kwargs": self.env_kwargs, "eval-env-kwargs": self.eval_env_kwargs}
         for name, values in options.items():
             if values:
                 given = [f"{key}:{value!r}" for key, value in values.items()]
                 words += [f"--{name}", *(text.replace(FOLDER, str(folder)).replace(SEED, str(self.seed)) for text in given)]
         return words
+
+    def dataset(self, runs: Path) -> Path:
+        """Replay buffer with the data that it learns from."""
+        assert self.data_of is not None
+        folder = replace(self.data_of, seed=self.seed).folder(runs)
+        return folder / self.data_of.algo / f"{self.env.rpartition(':')[2]}_1" / "replay_buffer.pkl"
 
     def read(self, runs: Path) -> "RunFolder":
         """Folder that the runner makes in :meth:`folder`, which may not be there yet."""
@@ -90,7 +103,8 @@ class Run:
     def is_complete(self, runs: Path) -> bool:
         """Whether all its steps have been made, and the last evaluation was not interrupted."""
         n_evaluations = len(self.evaluations(runs).get("timesteps", ()))
-        return self.read(runs).num_timesteps >= self.steps and n_evaluations >= self.steps // self.eval_freq
+        n_wanted = self.steps // self.eval_freq + (self.data_of is not None)
+        return self.read(runs).num_timesteps >= self.steps and n_evaluations >= n_wanted
 
     def evaluations(self, runs: Path) -> dict[str, np.ndarray]:
         """Its evaluations up to its number of steps, as it may have been continued by a longer run."""

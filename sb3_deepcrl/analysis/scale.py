@@ -21,7 +21,7 @@ from sb3_deepcrl.analysis.statistics import Estimate, final_estimate
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
-from sb3_deepcrl.deepcrl.policies import DeepCRLPolicy
+from sb3_deepcrl.deepcrl.policies import CategoricalActor, DeepCRLPolicy
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.arguments import default_arguments
 
@@ -34,7 +34,7 @@ class _PolicyWithoutNumbers(DeepCRLPolicy):
         return th.device("meta")
 
 
-def _make_policy(observation_space: spaces.Dict, action_space: spaces.Box, policy_kwargs: dict[str, Any]) -> DeepCRLPolicy:
+def _make_policy(observation_space: spaces.Dict, action_space: spaces.Space, policy_kwargs: dict[str, Any]) -> DeepCRLPolicy:
     """A policy to count what is in it."""
     # Adam asks for the device of the parameters
     policy_kwargs = {**policy_kwargs, "optimizer_class": th.optim.SGD, "optimizer_kwargs": {}}
@@ -48,13 +48,14 @@ def count_operations(policy: DeepCRLPolicy, batch_size: int) -> int:
     the gradients of its inputs and for those of its weights. These are three passes for the actor and for each encoder in
     the loss of the critic, and two for the encoder of state and action in the loss of the actor: with depth ``D`` and width
     ``W`` about ``11 * 2 * D * W^2 * batch_size`` operations. First layers have no gradients of their inputs but for that of
-    the actions. Then there are the products of all representations with each other. Features extractors are not counted,
-    nor is what is computed a second time to save memory.
+    the actions. Then there are the products of all representations with each other. With discrete actions, the loss of the
+    actor takes one forward pass for each of them. Features extractors are not counted, nor is what is computed a second time
+    to save memory.
     """
     actor, critic = policy.actor, policy.critic
     passes: list[tuple[nn.Module, int]] = [
-        *((module, 3) for module in (actor.tower, actor.mu, actor.log_std, critic.g_encoder)),
-        (critic.sa_encoder, 5),
+        *((module, 3) for module in (actor.tower, *actor.heads, critic.g_encoder)),
+        (critic.sa_encoder, 3 + (len(actor.actions) if isinstance(actor, CategoricalActor) else 2)),
         *((tower.stem, -1) for tower in (actor.tower, critic.sa_encoder, critic.g_encoder)),
     ]
     products = sum(

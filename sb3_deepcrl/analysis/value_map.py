@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from matplotlib.axes import Axes
 from scipy.spatial.distance import cdist
 
@@ -60,8 +61,8 @@ def value_map(
     :param observation: One observation of the env, without batch axis: everything but position and goal is taken from it
     :param xy: Positions, shape ``(n, 2)``, in meters
     :param goal: Desired goal, x and y in meters
-    :return: Energies of shape ``(n,)``, the higher the nearer to the goal, and the actions that the policy takes in [-1, 1],
-        shape ``(n, action_dim)``
+    :return: Energies of shape ``(n,)``, the higher the nearer to the goal, and the actions that the policy takes, in [-1, 1]
+        or discrete, shape ``(n, action_dim)``
     """
     obs_tensor = network_inputs(model, _observations_at(observation, xy, np.asarray(goal)))
     with th.no_grad():
@@ -79,8 +80,8 @@ def plot_value_map(
     points_per_cell: int = 20,
 ) -> Axes:
     """
-    Draw the value over a maze, with the actions of the policy as arrows if they are two-dimensional, and the shortest way from
-    the start to the goal. The picture reads as the maze's text does: rows from top to bottom.
+    Draw the value over a maze, with the actions of the policy as arrows if they are continuous and two-dimensional, and the
+    shortest way from the start to the goal. The picture reads as the maze's text does: rows from top to bottom.
 
     :param model: The trained model
     :param env: The maze env
@@ -99,8 +100,7 @@ def plot_value_map(
     grid = maze.positions(np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1))
     free = ~maze.is_wall(grid)
     values = np.full(free.shape, np.nan)
-    actions = np.zeros((*free.shape, *model.action_space.shape))  # type: ignore[misc]
-    values[free], actions[free] = value_map(model, observation, grid[free], place)
+    values[free], actions = value_map(model, observation, grid[free], place)
 
     if ax is None:
         import matplotlib.pyplot as plt
@@ -109,11 +109,12 @@ def plot_value_map(
     image = ax.imshow(values, extent=maze.extent)
     ax.figure.colorbar(image, ax=ax, label="value (minus distance of the representations)", shrink=0.85)
     maze.draw(ax)
-    if model.action_space.shape == (2,):
+    if isinstance(model.action_space, spaces.Box) and model.action_space.shape == (2,):
         # About four arrows along the side of a cell, in the middle of their part of it
         step = max(points_per_cell // 4, 1)
-        part = (slice(step // 2, None, step), slice(step // 2, None, step))
-        starts, arrows = (maze.to_picture(array[part][free[part]]) for array in (grid, actions))
+        drawn = np.zeros_like(free)
+        drawn[step // 2 :: step, step // 2 :: step] = True
+        starts, arrows = (maze.to_picture(array) for array in (grid[drawn & free], actions[drawn[free]]))
         ax.quiver(*starts.T, *arrows.T, angles="xy", color="white", width=0.003)
     start = observation["achieved_goal"][:2]
     ax.plot(*maze.to_picture(maze.shortest_way(start, place)).T, "--", color="tab:red", linewidth=2, label="shortest way")

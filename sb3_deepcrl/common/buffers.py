@@ -1,6 +1,7 @@
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -11,8 +12,12 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_deepcrl.common.datasets import Episode, open_minari, read_episodes
 from sb3_deepcrl.common.tensor_env import TensorObs, TensorStep, to_arrays
 from sb3_deepcrl.common.utils import check_choice, check_class, check_number, delayed_signals
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
 
 # Keyword arguments that only HerReplayBuffer knows
 HER_KWARGS = ("n_sampled_goal", "goal_selection_strategy", "copy_info_dict")
@@ -213,6 +218,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
     def warn_of_copies(self, batch_size: int) -> bool:
         """Warn if rows of a minibatch must be the same transition. Gives whether it was necessary."""
         n_transitions = (self.buffer_size if self.full else self.pos) * self.n_envs
+        if n_transitions < batch_size:
+            # Some envs may have more
+            n_transitions = int(np.count_nonzero(self.remaining))
         if n_transitions < batch_size:
             warnings.warn(
                 f"`batch_size={batch_size}` is more than the {n_transitions} transitions in the replay buffer: negatives of "
@@ -423,6 +431,85 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.episode_steps[envs] = 0
         if len(envs) > 0:
             self._advance(envs)
+
+    def add_episodes(self, episodes: Iterable[Episode]) -> None:
+        """
+        Add whole episodes, each to the env that got the fewest transitions so far. One that is longer than the buffer is
+        divided. Running episodes are truncated.
+
+        :param episodes: The episodes
+        :raises ValueError: if a value is NaN or infinite; its episode and those that follow are not stored then
+        """
+        self.truncate_last_trajectory()
+        self._fetch()
+        added = np.zeros(self.n_envs, dtype=np.int64)
+        for episode in episodes:
+            check_finite({**episode.observations, "action": episode.actions})
+            for start in range(0, len(episode.actions), self.buffer_size):
+                env_idx = int(added.argmin())
+                steps = slice(start, start + self.buffer_size)
+                actions = episode.actions[steps]
+                n_steps = len(actions)
+                slots = (self.head[env_idx] + np.arange(n_steps + 1)) % self.n_slots
+                if self._device_copy:
+                    self._written.append(slots * self.n_envs + env_idx)
+                for key, values in self._observations.items():
+                    values[slots, env_idx] = episode.observations[key][start : start + n_steps + 1]
+                self._actions[slots[:-1], env_idx] = actions
+                self._rewards[slots[:-1], env_idx] = episode.rewards[steps]
+                self._dones[slots[:-1], env_idx] = self._timeouts[slots[:-1], env_idx] = False
+                self.remaining[slots[-1], env_idx] = 0
+                self.head[env_idx], self.episode_steps[env_idx] = slots[-1], n_steps
+                self.n_used = max(self.n_used, int(slots.max()) + 1)
+                is_end = start + n_steps == len(episode.actions)
+                self._end_episodes(np.array([env_idx]), truncated=not (is_end and episode.terminated))
+                self._dones[slots[-2], env_idx] = True
+                added[env_idx] += n_steps
+        self._copies_in_order = {}
+        self._count()
+
+    def episodes(self) -> Iterator[Episode]:
+        """The episodes that it holds, and the parts that are left of them, those of one env after the other."""
+        self.read_added()
+        self._fetch()
+        remaining = self.remaining.copy()
+        slots, envs = np.nonzero(remaining == RUNNING)
+        remaining[slots, envs] = (self.head[envs] - slots) % self.n_slots
+        for env_idx in self._env_indices:
+            column = remaining[:, env_idx]
+            # Where a transition starts and the slot before, around the ring, does not lead to it
+            for start in np.flatnonzero((column > 0) & (np.roll(column, 1) != column + 1)):
+                states = (start + np.arange(column[start] + 1)) % self.n_slots
+                steps = states[:-1]
+                yield Episode(
+                    {key: values[states, env_idx] for key, values in self._observations.items()},
+                    self._actions[steps, env_idx],
+                    self._rewards[steps, env_idx],
+                    bool(self._dones[steps[-1], env_idx] and not self._timeouts[steps[-1], env_idx]),
+                )
+
+    @classmethod
+    def from_minari(
+        cls, dataset: "str | Path | MinariDataset", device: th.device | str = "auto", **kwargs: Any
+    ) -> "ContrastiveReplayBuffer":
+        """
+        Make a buffer, of one env, that holds a data set of Minari.
+
+        :param dataset: Its id, its folder, or the data set itself
+        :param device: PyTorch device of the samples
+        :param kwargs: Other arguments of the buffer
+        :return: The buffer
+        :raises ValueError: if there is no such data set, or one without goals
+        """
+        found = open_minari(dataset)
+        observation_space, action_space = found.observation_space, found.action_space
+        if not isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"The observations of {found.spec.dataset_id} are no Dict with goals, but {observation_space}")
+        # A state more than transitions in each episode
+        kwargs = {"buffer_size": int(found.total_steps + found.total_episodes), **kwargs}
+        buffer = cls(observation_space=observation_space, action_space=action_space, device=device, **kwargs)
+        buffer.add_episodes(read_episodes(found, observation_space, action_space))
+        return buffer
 
     def truncate_last_trajectory(self) -> None:
         """

@@ -167,12 +167,16 @@ class ResumableEvalCallback(EvalCallback):
     :param args: Other positional arguments of ``EvalCallback``
     :param resume: Whether to go on from ``evaluations.npz`` in ``log_path``, if there is one. What is in it of later steps
         than the model has is left out. The next evaluation is done when it would have been without the stop.
+    :param evaluate_first: Whether to evaluate before the first step too
     :param kwargs: Other keyword arguments of ``EvalCallback``
     """
 
-    def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, resume: bool = False, **kwargs: Any):
+    def __init__(
+        self, eval_env: gym.Env | VecEnv, *args: Any, resume: bool = False, evaluate_first: bool = False, **kwargs: Any
+    ):
         super().__init__(eval_env, *args, **kwargs)
         self.resume = resume
+        self.evaluate_first = evaluate_first
         # One entry an evaluation of what Stable-Baselines3 does not record
         self.evaluations_measures: dict[str, list[Any]] = {}
         self._training_measures = dict.fromkeys(TRAINING_MEASURES, math.nan)
@@ -220,9 +224,10 @@ class ResumableEvalCallback(EvalCallback):
     def _on_training_start(self) -> None:
         super()._on_training_start()
         self._clock = time.process_time()
-        is_due = self.eval_freq > 0 and self.n_calls > 0 and self.n_calls % self.eval_freq == 0
-        if self.resume and is_due and self.num_timesteps not in self.evaluations_timesteps:
-            # Stopped in the middle of it
+        # Stopped in the middle of it, or asked for
+        is_due = (self.resume and self.n_calls > 0) or (self.evaluate_first and self.num_timesteps == 0)
+        is_due = is_due and self.eval_freq > 0 and self.n_calls % self.eval_freq == 0
+        if is_due and self.num_timesteps not in self.evaluations_timesteps:
             self._on_step()
 
     def _on_rollout_start(self) -> None:

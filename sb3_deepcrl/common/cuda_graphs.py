@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_deepcrl.common.tracing import is_traced
+from sb3_deepcrl.common.utils import check_choice
 
 # Calls before the capture: libraries set themselves up, optimizers make their state
 N_WARM_UP = 3
@@ -29,6 +30,13 @@ def can_capture(optimizers: Iterable[th.optim.Optimizer], required: bool = False
             "or use th.optim.Adam"
         )
     return not others
+
+
+def check_cuda_graph(cuda_graph: bool | str, device: th.device) -> bool | str:
+    """Check whether an algorithm that is made may capture graphs; one that is loaded on a CPU goes on without."""
+    if check_choice(cuda_graph, (True, False, "auto"), "cuda_graph") is True and device.type != "cuda":
+        raise ValueError(f'`cuda_graph=True` needs a GPU, but the device is {device}: leave it at "auto", which is off there')
+    return cuda_graph
 
 
 def graph_key(

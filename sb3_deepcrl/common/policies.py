@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
@@ -40,10 +41,11 @@ class CheckedPolicy(BasePolicy):
         """
         Get the policy action from an observation, see :meth:`~stable_baselines3.common.policies.BasePolicy.predict`.
 
-        :raises ValueError: if an action is NaN or infinite, telling whether weights or observation are at fault
+        :raises ValueError: if an action is NaN or infinite (or a discrete one -1, as no probability was a number), telling
+            whether weights or observation are at fault
         """
         actions, state = super().predict(observation, state, episode_start, deterministic)
-        if np.isfinite(actions).all():
+        if np.isfinite(actions).all() and (isinstance(self.action_space, spaces.Box) or (actions >= 0).all()):
             return actions, state
         # The critic has no part in them
         faults = [

@@ -87,13 +87,8 @@ class UpdateRunner:
         """
         self.update = self.own_update
         check_choice(compile, (True, False, "auto"), "compile")
-        check_choice(cuda_graph, (True, False, "auto"), "cuda_graph")
         check_choice(checkpoint_activations, (True, False), "checkpoint_activations")
         device = next(self.policy.parameters()).device
-        if cuda_graph is True and device.type != "cuda":
-            raise ValueError(
-                f'`cuda_graph=True` needs a GPU, but the device is {device}: leave it at "auto", which is off there'
-            )
         if cuda_graph is True and self.ranks.size > 1:
             raise ValueError(f'`cuda_graph=True` needs a single rank, got {self.ranks.size}: leave it at "auto"')
         self._tf32 = set_precision(self.policy, precision, device)

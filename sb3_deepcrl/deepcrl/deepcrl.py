@@ -10,9 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
+from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -26,7 +25,7 @@ from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, replace_her_replay_buffer
-from sb3_deepcrl.common.cuda_graphs import graph_key, set_learning_rate
+from sb3_deepcrl.common.cuda_graphs import check_cuda_graph, graph_key, set_learning_rate
 from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
 from sb3_deepcrl.common.running_norm import check_normalized_once, warn_of_clipped_goals
@@ -44,16 +43,8 @@ from sb3_deepcrl.common.utils import (
     keep_normalization,
     update_schedule,
 )
-from sb3_deepcrl.deepcrl.policies import (
-    GOAL_KEY,
-    Actor,
-    CnnPolicy,
-    ContrastiveCritic,
-    DeepCRLPolicy,
-    MlpPolicy,
-    MultiInputPolicy,
-    check_observation_space,
-)
+from sb3_deepcrl.deepcrl.offline import OfflineLearning, read_replay_buffer
+from sb3_deepcrl.deepcrl.policies import GOAL_KEY, Actor, ContrastiveCritic, DeepCRLPolicy, check_observation_space
 from sb3_deepcrl.deepcrl.tensor_rollout import collect_tensors
 from sb3_deepcrl.env_ids import find_spec
 
@@ -67,7 +58,7 @@ SHORTCUTS = ("depth", "width", "normalize_observations")
 UPDATE_METRICS = ("actor_loss", "critic_loss", "ent_coef", "entropy", *ContrastiveMetrics._fields)
 
 
-class DeepCRL(OffPolicyAlgorithm):
+class DeepCRL(OfflineLearning):
     """
     Deep contrastive reinforcement learning: goal-conditioned, self-supervised (the reward is not used), with residual
     networks of any depth.
@@ -100,7 +91,7 @@ class DeepCRL(OffPolicyAlgorithm):
     :param ent_coef: Entropy regularization coefficient, 'auto' to learn it ('auto_0.1' with 0.1 as initial value)
     :param target_update_interval: not used, accepted for compatibility with SAC (there is no target network)
     :param target_entropy: target entropy when learning ``ent_coef``. ``"auto"`` is minus half the dimension of the actions
-        (SAC: minus the dimension)
+        (SAC: minus the dimension), or 0.75 of the largest entropy of discrete ones, that of drawing them uniformly
     :param transitions_per_update: Do one gradient step for so many transitions, whatever the number of envs, unless
         ``train_freq`` or ``gradient_steps`` is given
     :param depth: Number of Dense layers inside the residual blocks of the actor and of each encoder of the critic, a
@@ -111,6 +102,8 @@ class DeepCRL(OffPolicyAlgorithm):
     :param logsumexp_coef: Coefficient of the log-sum-exp penalty
     :param random_goals: Fraction of the minibatch for which the actor is trained on the goal of another transition, instead of
         one that its own episode reached later (the paper's code: 0). The latter are mostly near: it has to practice far ones.
+    :param bc_coef: Coefficient of behavior cloning in :meth:`learn_offline`, where the values in the loss of the actor are
+        divided by their mean size then (DDPG+BC of OGBench, https://arxiv.org/abs/2410.20092, with 0.03 to 0.3 for its CRL)
     :param critic_learning_rate: learning rate of the critic, ``learning_rate`` by default
     :param ent_coef_learning_rate: learning rate of the entropy coefficient, ``learning_rate`` by default
     :param compile: Whether to compile the networks, see :func:`~sb3_deepcrl.common.compilation.compile_blocks`. ``"auto"``
@@ -138,11 +131,9 @@ class DeepCRL(OffPolicyAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = dict.fromkeys(
+        ("MlpPolicy", "CnnPolicy", "MultiInputPolicy"), DeepCRLPolicy
+    )
     policy: DeepCRLPolicy
     actor: Actor
     critic: ContrastiveCritic
@@ -174,6 +165,7 @@ class DeepCRL(OffPolicyAlgorithm):
         contrastive_loss: str = "forward",
         logsumexp_coef: float = 0.1,
         random_goals: float = 0.5,
+        bc_coef: float = 0.0,
         critic_learning_rate: float | Schedule | None = None,
         ent_coef_learning_rate: float | Schedule | None = None,
         compile: bool | str = "auto",
@@ -218,7 +210,7 @@ class DeepCRL(OffPolicyAlgorithm):
             sde_sample_freq=sde_sample_freq,
             use_sde_at_warmup=use_sde_at_warmup,
             sde_support=False,
-            supported_action_spaces=(spaces.Box,),
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
             support_multi_env=True,
         )
 
@@ -240,10 +232,11 @@ class DeepCRL(OffPolicyAlgorithm):
         self.contrastive_loss = contrastive_loss
         self.logsumexp_coef = logsumexp_coef
         self.random_goals = random_goals
+        self.bc_coef = bc_coef
         self.critic_learning_rate = critic_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
         self.compile = compile
-        self.cuda_graph = cuda_graph
+        self.cuda_graph = check_cuda_graph(cuda_graph, self.device)
         self.precision = precision
         self.checkpoint_activations = checkpoint_activations
         # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
@@ -279,9 +272,8 @@ class DeepCRL(OffPolicyAlgorithm):
         self._create_aliases()
         # Target entropy is used when learning the entropy coefficient
         if self.target_entropy == "auto":
-            self.target_entropy = -0.5 * float(np.prod(self.action_space.shape))  # type: ignore[arg-type]
+            self.target_entropy = self.actor.target_entropy
         else:
-            # Force conversion, this will also throw an error for unexpected string
             self.target_entropy = float(self.target_entropy)
             check_number(abs(self.target_entropy), "target_entropy")
 
@@ -294,7 +286,6 @@ class DeepCRL(OffPolicyAlgorithm):
             self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
         else:
-            # Force conversion, this will also throw an error for unexpected string
             self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
         self._runner = UpdateRunner(self._update, self.policy, self._optimizers, self._ranks)
         self._setup_acceleration(None)
@@ -306,10 +297,10 @@ class DeepCRL(OffPolicyAlgorithm):
         check_observation_space(getattr(self, "observation_space", None))
         check_positive_int(self.buffer_size, "buffer_size")
         check_positive_int(self.batch_size, "batch_size")
-        check_number(self.learning_starts, "learning_starts")
+        for name in ("learning_starts", "logsumexp_coef", "bc_coef"):
+            check_number(getattr(self, name), name)
         check_number(self.gamma, "gamma", maximum=1.0)
         check_number(self.random_goals, "random_goals", maximum=1.0)
-        check_number(self.logsumexp_coef, "logsumexp_coef")
         check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
         for name in ("critic_learning_rate", "ent_coef_learning_rate"):
             learning_rate = getattr(self, name)
@@ -319,6 +310,8 @@ class DeepCRL(OffPolicyAlgorithm):
             check_positive_int(self.gradient_steps, "gradient_steps")
         if self.n_steps != 1:
             raise ValueError(f"`n_steps` must be 1, got {self.n_steps}: contrastive RL bootstraps from no return")
+        if self.action_noise is not None and not isinstance(self.action_space, spaces.Box):
+            raise ValueError(f"`action_noise` needs continuous actions, not {self.action_space}: use `ent_coef`")
         if self.use_sde:
             raise ValueError("`use_sde=True` is not supported: use `ent_coef` or `action_noise` for more exploration")
 
@@ -331,9 +324,9 @@ class DeepCRL(OffPolicyAlgorithm):
         return optimizers if self.ent_coef_optimizer is None else [*optimizers, self.ent_coef_optimizer]
 
     def _graph_key(self) -> tuple[Hashable, ...]:
-        settings = (self.logsumexp_coef, self.random_goals, self.contrastive_loss, self.target_entropy, self.critic.energy)
+        settings = (self.logsumexp_coef, self.random_goals, self._bc_coef, self.contrastive_loss, self.target_entropy)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef
-        return graph_key(settings, self._optimizers(), [ent_coef])
+        return graph_key((*settings, self.critic.energy), self._optimizers(), [ent_coef])
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -467,7 +460,7 @@ class DeepCRL(OffPolicyAlgorithm):
         function of tensors: nothing in it waits for the device or depends on a value.
 
         :param observations: Observations, with the goals that were reached later in place of the desired ones
-        :param actions: Actions in [-1, 1], shape ``(batch_size, action_dim)``
+        :param actions: Actions in [-1, 1] or discrete ones, shape ``(batch_size, action_dim)``
         :return: What ``UPDATE_METRICS`` names
         """
         # Neither depends on the actor: computed once for both losses
@@ -479,7 +472,8 @@ class DeepCRL(OffPolicyAlgorithm):
         # The critic is differentiated with respect to the actions only. Encoding policy and data actions in one pass would not
         # pay, as the latter need the gradients of the parameters too.
         with frozen(self.critic.sa_encoder):
-            actor_loss, log_prob, ent_coef = self._actor_loss(observations, state_features.detach(), goal_repr.detach())
+            features = state_features.detach(), goal_repr.detach()
+            actor_loss, log_prob, ent_coef = self._actor_loss(observations, *features, actions)
             self._runner.step(self.actor.optimizer, actor_loss)
         # What its graph held serves the next one
         actor_loss = actor_loss.detach()
@@ -514,7 +508,7 @@ class DeepCRL(OffPolicyAlgorithm):
             return info_nce(state_action_repr, goal_repr, *settings, fused=has_kernel(self.critic.g_encoder))
 
     def _actor_loss(
-        self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor
+        self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor, actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Compute the loss of the actor (equation 3) and, detached, log-probability of its actions and ``ent_coef``."""
         batch_size = len(goal_repr)
@@ -523,12 +517,21 @@ class DeepCRL(OffPolicyAlgorithm):
         order = th.arange(batch_size, device=goal_repr.device)[self._ranks.rows]
         order = th.where(order < n_random, (order + 1) % batch_size, order)
         goals = self._ranks.gather(observations[GOAL_KEY]).index_select(0, order)
-        actions_pi, log_prob = self.actor.action_log_prob({**observations, GOAL_KEY: goals})
+
+        def values_of(actions_pi: th.Tensor) -> th.Tensor:
+            state_action_repr = self.critic.encode_state_action(state_features, actions_pi)
+            self._runner.branches[0].join()
+            rows = order.repeat_interleave(len(actions_pi) // len(order))
+            return rowwise_energy(state_action_repr, goal_repr.index_select(0, rows), self.critic.energy)
+
+        params = self.actor.get_action_dist_params({**observations, GOAL_KEY: goals})
+        values, log_prob = self.actor.expected_value(params, values_of)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
-        state_action_repr = self.critic.encode_state_action(state_features, actions_pi)
-        self._runner.branches[0].join()
-        values = rowwise_energy(state_action_repr, goal_repr.index_select(0, order), self.critic.energy)
-        return (ent_coef * log_prob - values).mean(), log_prob.detach(), ent_coef
+        loss = (ent_coef * log_prob - values).mean()
+        if self._bc_coef > 0:
+            loss = loss / values.detach().abs().mean().clamp(min=1e-6)
+            loss = loss + self._bc_coef * self.actor.cloning_loss(params, actions)
+        return loss, log_prob.detach(), ent_coef
 
     def learn(
         self: SelfDeepCRL,
@@ -595,13 +598,7 @@ class DeepCRL(OffPolicyAlgorithm):
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         # No env is needed. If it is no buffer for this model, the one in use is kept.
-        loaded = load_from_pkl(path, self.verbose)
-        if not isinstance(loaded, ContrastiveReplayBuffer):
-            raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
-        for name in ("observation_space", "action_space"):
-            if (found := getattr(loaded, name)) != (wanted := getattr(self, name)):
-                raise ValueError(f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}")
-        loaded = self._ranks.split_buffer(loaded, self.n_envs)
+        loaded = self._ranks.split_buffer(read_replay_buffer(path, self), self.n_envs)
         if truncate_last_traj:
             loaded.truncate_last_trajectory()
         loaded.device = self.device

@@ -1,14 +1,18 @@
+import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
-from stable_baselines3.common.preprocessing import get_action_dim, get_flattened_obs_dim
+from stable_baselines3.common.preprocessing import get_action_dim, get_flattened_obs_dim, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
+from torch.nn import functional as F
 
 from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction
 from sb3_deepcrl.common.distributions import squashed_gaussian
@@ -24,6 +28,11 @@ LOG_STD_MAX = 2
 LOG_STD_MIN = -5
 
 GOAL_KEY = "desired_goal"
+
+# The actor looks at all discrete actions at once
+MAX_ACTIONS = 1024
+# Part of the largest entropy of discrete actions that is the target by default
+TARGET_ENTROPY_FRACTION = 0.75
 
 # What SAC's policies take and DeepCRL's have no use for
 SAC_POLICY_KWARGS = {"net_arch", "n_critics", "share_features_extractor", "use_sde", "log_std_init", "use_expln", "clip_mean"}
@@ -47,9 +56,32 @@ def check_observation_space(observation_space: spaces.Space | None) -> None:
         )
 
 
+def check_action_space(action_space: spaces.Space) -> None:
+    """Check that discrete actions are counted from 0 and few enough to be looked at one by one."""
+    if isinstance(action_space, spaces.Box):
+        return
+    start = getattr(action_space, "start", 0)
+    if np.any(start != 0):
+        raise ValueError(f"Actions must be counted from 0, but `action_space` is {action_space}: shift them in the env")
+    n_actions = math.prod(_n_choices(action_space))
+    if n_actions > MAX_ACTIONS:
+        raise ValueError(
+            f"{action_space} has {n_actions} actions, but the actor looks at all of them in each update: use at most "
+            f"{MAX_ACTIONS}, or let the env take continuous actions"
+        )
+
+
+def _n_choices(action_space: spaces.Space) -> list[int]:
+    """Number of values of each component of a discrete action."""
+    if isinstance(action_space, spaces.MultiDiscrete):
+        return action_space.nvec.reshape(-1).tolist()
+    return [int(action_space.n)] if isinstance(action_space, spaces.Discrete) else [2] * get_action_dim(action_space)
+
+
 class Actor(CheckedPolicy):
     """
-    Actor network (policy) for DeepCRL: a residual tower from state and goal to a squashed diagonal Gaussian.
+    Actor network (policy) for DeepCRL: a residual tower from state and goal to the distribution of actions. What the
+    distribution is, and the heads that give its parameters, the subclasses say.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -59,12 +91,13 @@ class Actor(CheckedPolicy):
     :param normalizer: What normalizes the observations before anything else, if they are normalized
     """
 
-    action_space: spaces.Box
+    #: Entropy that ``target_entropy="auto"`` stands for
+    target_entropy: float
 
     def __init__(
         self,
         observation_space: spaces.Dict,
-        action_space: spaces.Box,
+        action_space: spaces.Space,
         features_extractor: BaseFeaturesExtractor,
         tower_kwargs: dict[str, Any],
         normalize_images: bool = True,
@@ -79,11 +112,15 @@ class Actor(CheckedPolicy):
         )
         self.tower_kwargs = tower_kwargs
         self.normalizer = normalizer
-
-        action_dim = get_action_dim(self.action_space)
         self.tower = ResidualTower(features_extractor.features_dim, None, **tower_kwargs)
-        self.mu = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
-        self.log_std = lecun_uniform_(nn.Linear(self.tower.output_dim, action_dim))
+
+    def _make_head(self, output_dim: int) -> nn.Linear:
+        return lecun_uniform_(nn.Linear(self.tower.output_dim, output_dim))
+
+    @property
+    def heads(self) -> tuple[nn.Linear, ...]:
+        """The last layers, after the tower."""
+        raise NotImplementedError
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("features_extractor", "tower_kwargs", "normalizer")}
@@ -93,10 +130,61 @@ class Actor(CheckedPolicy):
         normalized = obs if self.normalizer is None else self.normalizer(obs)
         return super().extract_features(normalized, features_extractor)
 
+    def _outputs(self, obs: PyTorchObs) -> tuple[th.Tensor, ...]:
+        return apply_heads(self.tower, self.extract_features(obs, self.features_extractor), *self.heads)
+
+    def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, ...]:
+        """Parameters of the distribution of actions, tensors whose first dimension is ``batch_size``."""
+        raise NotImplementedError
+
+    def expected_value(
+        self, params: tuple[th.Tensor, ...], value_of: Callable[[th.Tensor], th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Value and log-probability of actions, in the mean over their distribution or of one that is drawn from it.
+
+        :param params: Parameters of the distribution
+        :param value_of: Gives values of shape ``(n,)`` of actions of shape ``(n, action_dim)``, where ``n`` is a multiple of
+            ``batch_size`` and the actions of an observation follow each other
+        :return: Both of shape ``(batch_size,)``, to be differentiated
+        """
+        raise NotImplementedError
+
+    def cloning_loss(self, params: tuple[th.Tensor, ...], actions: th.Tensor) -> th.Tensor:
+        """Mean loss of behavior cloning of actions of shape ``(batch_size, action_dim)``, to be differentiated."""
+        raise NotImplementedError
+
+    @staticmethod
+    def kl_divergence(target: tuple[th.Tensor, ...], params: tuple[th.Tensor, ...]) -> th.Tensor:
+        """KL(target || own) of the distributions of actions with these parameters, shape ``(batch_size,)``."""
+        raise NotImplementedError
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class GaussianActor(Actor):
+    """
+    Actor for continuous actions: a squashed diagonal Gaussian. The arguments are those of :class:`Actor`.
+    """
+
+    action_space: spaces.Box
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        action_dim = get_action_dim(self.action_space)
+        self.mu = self._make_head(action_dim)
+        self.log_std = self._make_head(action_dim)
+        # SAC: minus the dimension
+        self.target_entropy = -0.5 * action_dim
+
+    @property
+    def heads(self) -> tuple[nn.Linear, ...]:
+        return self.mu, self.log_std
+
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """Mean and log standard deviation (from -5 to 2) before squashing, both of shape ``(batch_size, action_dim)``."""
-        features = self.extract_features(obs, self.features_extractor)
-        mean, log_std = apply_heads(self.tower, features, self.mu, self.log_std)
+        mean, log_std = self._outputs(obs)
         return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (th.tanh(log_std) + 1.0)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -107,11 +195,82 @@ class Actor(CheckedPolicy):
 
     def action_log_prob(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """Sample actions in [-1, 1], of shape ``(batch_size, action_dim)``, and their log-probability, ``(batch_size,)``."""
-        mean, log_std = self.get_action_dist_params(obs)
+        return self._sample(self.get_action_dist_params(obs))
+
+    def _sample(self, params: tuple[th.Tensor, ...]) -> tuple[th.Tensor, th.Tensor]:
+        mean, log_std = params
         return squashed_gaussian(mean, log_std, th.randn_like(mean), fused=has_kernel(self.tower))
 
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self(observation, deterministic)
+    def expected_value(
+        self, params: tuple[th.Tensor, ...], value_of: Callable[[th.Tensor], th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor]:
+        actions, log_prob = self._sample(params)
+        return value_of(actions), log_prob
+
+    def cloning_loss(self, params: tuple[th.Tensor, ...], actions: th.Tensor) -> th.Tensor:
+        # Minus the log-probability of a Gaussian of variance 1 around the deterministic action, up to a constant
+        return 0.5 * (th.tanh(params[0]) - actions).square().sum(dim=1).mean()
+
+    @staticmethod
+    def kl_divergence(target: tuple[th.Tensor, ...], params: tuple[th.Tensor, ...]) -> th.Tensor:
+        # That of the Gaussians before squashing, which does not change it
+        (target_mean, target_log_std), (mean, log_std) = target, params
+        gap = ((target_mean - mean).square() + (2 * target_log_std).exp()) * (-2 * log_std).exp()
+        return (log_std - target_log_std + 0.5 * gap - 0.5).sum(dim=1)
+
+
+class CategoricalActor(Actor):
+    """
+    Actor for discrete actions: a probability for each of them, which are all combinations where an action has several
+    components. The mean over all actions is exact, and needs no gradient of the critic: only its forward pass, with a row for
+    each action (https://arxiv.org/abs/1910.07207, SAC for discrete actions). The arguments are those of :class:`Actor`.
+    """
+
+    actions: th.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        n_choices = _n_choices(self.action_space)
+        actions = np.stack(np.unravel_index(np.arange(math.prod(n_choices)), n_choices), axis=1)
+        self.register_buffer("actions", th.as_tensor(actions), persistent=False)
+        self.logits = self._make_head(len(actions))
+        self.target_entropy = TARGET_ENTROPY_FRACTION * math.log(len(actions))
+
+    @property
+    def heads(self) -> tuple[nn.Linear, ...]:
+        return (self.logits,)
+
+    def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor]:
+        """Log-probabilities of all actions, shape ``(batch_size, n_actions)``."""
+        return (F.log_softmax(self._outputs(obs)[0], dim=1),)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        (log_probs,) = self.get_action_dist_params(obs)
+        # The largest sum with Gumbel noise is a sample
+        scores = log_probs if deterministic else log_probs - th.empty_like(log_probs).exponential_().log()
+        actions = self.actions.index_select(0, scores.argmax(dim=1))
+        # No action, which `predict` reports
+        return th.where(log_probs[:, :1].isnan(), -1, actions)
+
+    def expected_value(
+        self, params: tuple[th.Tensor, ...], value_of: Callable[[th.Tensor], th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor]:
+        (log_probs,) = params
+        with th.no_grad():
+            values = value_of(self.actions.repeat(len(log_probs), 1)).reshape(log_probs.shape)
+        probs = log_probs.exp()
+        return (probs * values).sum(dim=1), (probs * log_probs).sum(dim=1)
+
+    def cloning_loss(self, params: tuple[th.Tensor, ...], actions: th.Tensor) -> th.Tensor:
+        (log_probs,) = params
+        # Which of them these are
+        index = (self.actions == actions.unsqueeze(1)).all(dim=2).to(log_probs.dtype).argmax(dim=1, keepdim=True)
+        return -log_probs.gather(1, index).mean()
+
+    @staticmethod
+    def kl_divergence(target: tuple[th.Tensor, ...], params: tuple[th.Tensor, ...]) -> th.Tensor:
+        (target_log_probs,), (log_probs,) = target, params
+        return (target_log_probs.exp() * (target_log_probs - log_probs)).sum(dim=1)
 
 
 class ContrastiveCritic(BaseModel):
@@ -135,7 +294,7 @@ class ContrastiveCritic(BaseModel):
     def __init__(
         self,
         observation_space: spaces.Dict,
-        action_space: spaces.Box,
+        action_space: spaces.Space,
         features_extractor: BaseFeaturesExtractor,
         goal_features_extractor: BaseFeaturesExtractor,
         repr_dim: int,
@@ -153,7 +312,8 @@ class ContrastiveCritic(BaseModel):
         self.tower_kwargs = tower_kwargs
         self.normalizer = normalizer
 
-        state_action_dim = features_extractor.features_dim + get_action_dim(self.action_space)
+        # Discrete actions are one-hot
+        state_action_dim = features_extractor.features_dim + get_flattened_obs_dim(self.action_space)
         self.sa_encoder = ResidualTower(state_action_dim, repr_dim, **tower_kwargs)
         self.g_encoder = ResidualTower(goal_features_extractor.features_dim, repr_dim, **tower_kwargs)
 
@@ -170,7 +330,14 @@ class ContrastiveCritic(BaseModel):
         return self.extract_features({key: obs[key] for key in obs if key != GOAL_KEY}, self.features_extractor)
 
     def encode_state_action(self, state_features: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """Encode state features and actions in [-1, 1] as representations of shape ``(batch_size, repr_dim)``."""
+        """
+        Encode state features and actions, as the replay buffer has them, with shape ``(n_actions, repr_dim)``.
+        A state may have several actions, which follow each other.
+        """
+        if len(actions) > len(state_features):
+            state_features = state_features.repeat_interleave(len(actions) // len(state_features), dim=0)
+        if not isinstance(self.action_space, spaces.Box):
+            actions = preprocess_obs(actions, self.action_space).flatten(1)  # type: ignore[union-attr]
         return self.sa_encoder(th.cat([state_features, actions], dim=1))
 
     def encode_goal(self, obs: dict[str, th.Tensor]) -> th.Tensor:
@@ -179,9 +346,9 @@ class ContrastiveCritic(BaseModel):
 
     def forward(self, obs: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
-        Value of actions in [-1, 1], shape ``(batch_size, 1)``: how likely they lead to the desired goal. With InfoNCE it is
-        the log-ratio of the probability of reaching that goal from here and of reaching it at all, up to a constant that the
-        penalty fixes.
+        Value of actions, as in the replay buffer, shape ``(batch_size, 1)``: how likely they lead to the desired goal. With
+        InfoNCE it is the log-ratio of the probability of reaching that goal from here and of reaching it at all, up to a
+        constant that the penalty fixes.
         """
         state_action = self.encode_state_action(self.extract_state_features(obs), actions)
         return rowwise_energy(state_action, self.encode_goal(obs), self.energy).unsqueeze(1)
@@ -228,7 +395,7 @@ class DeepCRLPolicy(CheckedPolicy):
     def __init__(
         self,
         observation_space: spaces.Dict,
-        action_space: spaces.Box,
+        action_space: spaces.Space,
         lr_schedule: Schedule,
         depth: int = 16,
         actor_depth: int | None = None,
@@ -264,6 +431,7 @@ class DeepCRLPolicy(CheckedPolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
+        check_action_space(action_space)
         for name, value in dict(depth=depth, actor_depth=actor_depth, critic_depth=critic_depth).items():
             if value is not None:
                 check_depth(value, name)
@@ -313,7 +481,8 @@ class DeepCRLPolicy(CheckedPolicy):
         tower_kwargs = {"depth": self.actor_depth or self.depth, **self.tower_kwargs}
         actor_args = (self.observation_space, self.action_space, self.make_features_extractor(), tower_kwargs)
         normalizer = RunningNorm(self.observation_space) if self.normalize_observations else None
-        return Actor(*actor_args, self.normalize_images, normalizer).to(self.device)  # type: ignore[arg-type]
+        actor_class = GaussianActor if isinstance(self.action_space, spaces.Box) else CategoricalActor
+        return actor_class(*actor_args, self.normalize_images, normalizer).to(self.device)
 
     def make_critic(self) -> ContrastiveCritic:
         """Make a critic, with features extractors of its own for state and goal, and the normalization of the actor."""
@@ -322,7 +491,7 @@ class DeepCRLPolicy(CheckedPolicy):
         goal_space = spaces.Dict({GOAL_KEY: self.observation_space.spaces[GOAL_KEY]})
         return ContrastiveCritic(
             self.observation_space,
-            self.action_space,  # type: ignore[arg-type]
+            self.action_space,
             features_extractor=self.features_extractor_class(state_space, **self.features_extractor_kwargs),
             goal_features_extractor=self.features_extractor_class(goal_space, **self.features_extractor_kwargs),
             repr_dim=self.repr_dim,
@@ -339,8 +508,8 @@ class DeepCRLPolicy(CheckedPolicy):
         if self._graphed_actors is None or th.is_grad_enabled():
             return self.actor(observation, deterministic)
         # Moving or replacing parameters one by one is rare: these stand for all of them
-        tower, mu, log_std = self.actor.tower, self.actor.mu, self.actor.log_std
-        addresses = (next(tower.parameters()).data_ptr(), mu.weight.data_ptr(), log_std.weight.data_ptr())
+        tower = self.actor.tower
+        addresses = tuple(next(module.parameters()).data_ptr() for module in (tower, *self.actor.heads))
         key = (addresses, tower.autocast_dtype, self.actor.training)
         return self._graphed_actors[deterministic](observation, key)  # type: ignore[arg-type]
 

@@ -34,7 +34,7 @@ def collect_tensors(
     :return: None if Stable-Baselines3's loop has to do it: for other envs, under any wrapper (as ``VecNormalize``), with
         action noise, with several ranks, or if a rollout is counted in episodes
     """
-    is_alone = n_envs_of_run(model) == env.num_envs
+    is_alone = n_envs_of_run(model) == env.num_envs and isinstance(model.action_space, spaces.Box)
     in_steps = action_noise is None and train_freq.unit == TrainFrequencyUnit.STEP
     if not isinstance(env, TensorVecEnv) or not is_alone or not in_steps:
         if isinstance(model._last_obs, DeviceObs):

@@ -13,7 +13,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
 
-from sb3_deepcrl.common.distributions import squashed_gaussian
 from sb3_deepcrl.common.losses import info_nce
 from sb3_deepcrl.common.utils import check_positive_int
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -65,7 +64,7 @@ class Distillation(BaseCallback):
     Callback for :meth:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL.learn` that lets a model learn from another one, in place of the
     losses of contrastive RL. The student acts, and learns on states of the teacher's replay buffer and on those that it visits
     itself (DAgger, https://arxiv.org/abs/1011.0686), with goals drawn as in training. Its actor minimizes the divergence
-    KL(teacher || student) of the Gaussians before squashing, which is that of the distributions of actions; its critic the
+    KL(teacher || student) of the distributions of actions; its critic the
     squared distance to the representations of the teacher's critic, so that it can go on to learn by itself afterwards.
     ``train/actor_loss`` and ``train/critic_loss`` are these.
 
@@ -182,15 +181,14 @@ class Distillation(BaseCallback):
         # As in training, the actor practices goals of other rows too
         of_actor = {**observations, GOAL_KEY: th.cat([goals.roll(-1, 0)[:n_random], goals[n_random:]])}
         with th.no_grad():
-            target_mean, target_log_std = teacher.actor.get_action_dist_params(of_actor)
+            target = teacher.actor.get_action_dist_params(of_actor)
             target_state_action = teacher.critic.encode_state_action(
                 teacher.critic.extract_state_features(observations), actions
             )
             target_goal = teacher.critic.encode_goal(observations)
 
-        mean, log_std = student.actor.get_action_dist_params(of_actor)
-        gap = ((target_mean - mean).square() + (2 * target_log_std).exp()) * (-2 * log_std).exp()
-        actor_loss = (log_std - target_log_std + 0.5 * gap - 0.5).sum(dim=1).mean()
+        params = student.actor.get_action_dist_params(of_actor)
+        actor_loss = student.actor.kl_divergence(target, params).mean()
         student._runner.step(student.actor.optimizer, actor_loss)
 
         state_features = student.critic.extract_state_features(observations)
@@ -206,7 +204,7 @@ class Distillation(BaseCallback):
             _, contrastive_metrics = info_nce(
                 state_action, goal, student.critic.energy, student.contrastive_loss, student.logsumexp_coef
             )
-            _, log_prob = squashed_gaussian(mean, log_std, th.randn_like(mean))
+            _, log_prob = student.actor.expected_value(params, lambda actions: th.zeros(len(actions), device=actions.device))
             ent_coef = student.ent_coef_tensor if student.log_ent_coef is None else student.log_ent_coef.exp()
             ent_coef_losses = [] if student.ent_coef_optimizer is None else [th.zeros_like(actor_loss)]
             losses = [actor_loss, critic_loss, ent_coef.squeeze(), -log_prob.mean()]

@@ -14,14 +14,23 @@ if TYPE_CHECKING:
     from sb3_deepcrl.envs.goal_env import GoalEnv
     from sb3_deepcrl.envs.ogbench_adapter import OGBenchGoalWrapper
     from sb3_deepcrl.envs.plotting import plot_maze
-    from sb3_deepcrl.envs.wrappers import SuccessInfoWrapper
+    from sb3_deepcrl.envs.wrappers import SingleGoalWrapper, SuccessInfoWrapper
 
-__all__ = ["BatchVecEnv", "GoalEnv", "OGBenchGoalWrapper", "SuccessInfoWrapper", "plot_maze", "register_envs"]
+__all__ = [
+    "BatchVecEnv",
+    "GoalEnv",
+    "OGBenchGoalWrapper",
+    "SingleGoalWrapper",
+    "SuccessInfoWrapper",
+    "plot_maze",
+    "register_envs",
+]
 
 _MODULES = {
     "BatchVecEnv": "batch_vec_env",
     "GoalEnv": "goal_env",
     "OGBenchGoalWrapper": "ogbench_adapter",
+    "SingleGoalWrapper": "wrappers",
     "SuccessInfoWrapper": "wrappers",
     "plot_maze": "plotting",
 }

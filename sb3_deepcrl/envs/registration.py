@@ -12,6 +12,7 @@ The Gymnasium ids of this package. This module imports nothing but Gymnasium: th
 ``AntGoal-v0``, ``HumanoidGoal-v0``          Open field
 ``ArmPushEasy-v0``, ``ArmPushHard-v0``,      Arm and cube on a table
 ``ArmBinpickHard-v0``
+``BitFlipping-v0``                           Stable-Baselines3's 15 bits, which discrete actions flip until all are ones
 ============================================ ===============================================================================
 
 The names have no slash and no colon, so RL Zoo can use them as folder names and as keys of its config files.
@@ -60,3 +61,5 @@ def register_envs() -> None:
         if env_id not in registry:
             length = POINT_EPISODE_LENGTH if kwargs["robot"] == "point" else EPISODE_LENGTH
             register(env_id, entry_point=ENTRY_POINT, max_episode_steps=length, kwargs=kwargs)
+    if "BitFlipping-v0" not in registry:
+        register("BitFlipping-v0", entry_point="stable_baselines3.common.envs:BitFlippingEnv", kwargs={"n_bits": 15})

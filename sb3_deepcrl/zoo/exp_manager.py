@@ -32,6 +32,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from sb3_deepcrl.common.callbacks import GoalEvalCallback, ResumableEvalCallback, TrainingDisplay
 from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.utils import atomic_path, check_positive_int, tell, uninterrupted
+from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.envs.arguments import checked_env_kwargs, default_arguments
 from sb3_deepcrl.envs.registration import ENTRY_POINT
@@ -65,7 +66,8 @@ class GoalExperimentManager(ExperimentManager):
     at goal, runs that go on where they stopped, and a record of what they were made with.
 
     :param args: Arguments of the command line. Beyond RL Zoo's there may be ``resume``, to go on with the newest run of the
-        env in its own folder, and ``eval_env``, the id of the env for evaluations.
+        env in its own folder, ``eval_env``, the id of the env for evaluations, and ``dataset`` and ``offline_updates``, to
+        learn from data before the first step.
     :param algo: Name of the algorithm
     :param env_id: Id of the env
     :param log_folder: Folder of all runs
@@ -101,6 +103,7 @@ class GoalExperimentManager(ExperimentManager):
         # Whether this process has created the folder of the run, and whether the training was interrupted
         self.has_folder = self.is_stopped = False
         self.resume = getattr(args, "resume", False)
+        self.dataset = getattr(args, "dataset", None)
         if self.resume and self.optimize_hyperparameters:
             raise ValueError("--resume: a search of hyperparameters goes on by --storage and --study-name")
         if self.ranks.size > 1 and self.optimize_hyperparameters:
@@ -335,6 +338,7 @@ class GoalExperimentManager(ExperimentManager):
                     eval_freq=max(self.eval_freq // self.n_envs, 1),
                     deterministic=self.deterministic_eval,
                     resume=self.continue_training,
+                    evaluate_first=self.dataset is not None,
                 )
             )
         if self.save_freq > 0:
@@ -392,6 +396,7 @@ class GoalExperimentManager(ExperimentManager):
         if self.algo == "ars" and self.n_envs > 1:
             kwargs["async_eval"] = AsyncEval([lambda: self.create_envs(1, no_log=True)] * self.n_envs, model.policy)
         try:
+            self._learn_offline(model)
             model.learn(self.n_timesteps - self.n_done, **kwargs)
         except KeyboardInterrupt:
             # The model is saved as it is
@@ -414,6 +419,20 @@ class GoalExperimentManager(ExperimentManager):
                             callback.stop()
                         elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
                             callback.pbar.close()
+
+    def _learn_offline(self, model: BaseAlgorithm) -> None:
+        """Learn what is left to learn from the data set, before the first step."""
+        if self.dataset is None or model.num_timesteps > 0:
+            return
+        if not isinstance(model, DeepCRL):
+            raise ValueError(f"--dataset: {self.algo} does not learn from data, only deepcrl does")
+        assert model.replay_buffer is not None
+        if model.replay_buffer.n_used == 0:
+            model.load_dataset(self.dataset)
+        if self.args.offline_updates > model._n_updates:
+            model.learn_offline(self.args.offline_updates - model._n_updates)
+        # Those of the data are there
+        model.learning_starts = 0
 
     def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
         """Save a model after an error, whose notes tell below the traceback where it is."""

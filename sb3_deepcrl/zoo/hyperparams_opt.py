@@ -31,11 +31,12 @@ def sample_deepcrl_params(trial: optuna.Trial, n_actions: int, n_envs: int, addi
         "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-5, 2e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-3, 0.1, log=True),
         "logsumexp_coef": trial.suggest_float("logsumexp_coef", 1e-3, 1.0, log=True),
-        # The default is minus half of the number of dimensions
-        "target_entropy": trial.suggest_float("target_entropy", -2.0 * n_actions, 0.0),
         "energy": trial.suggest_categorical("energy", ["norm", "squared", "dot", "cosine"]),
         "contrastive_loss": trial.suggest_categorical("contrastive_loss", ["forward", "backward", "symmetric"]),
     }
+    if n_actions > 0:
+        # Of continuous actions. The default is minus half of the number of dimensions
+        sampled_params["target_entropy"] = trial.suggest_float("target_entropy", -2.0 * n_actions, 0.0)
     hyperparams = convert_deepcrl_params(sampled_params)
     # Display true values
     for name in (*POWERS, "gamma"):

@@ -81,6 +81,8 @@ class TrainParser(argparse.ArgumentParser):
         """See ``argparse.ArgumentParser``. What the command line does not tell about a run to continue is as it was."""
         self.add_argument("--resume", action="store_true", help="Go on in its folder with the last run of the env, if any")
         self.add_argument("--eval-env", help="Environment ID for evaluations (default: that of the training)")
+        self.add_argument("--dataset", help="Data to learn from before the first step: see DeepCRL.load_dataset")
+        self.add_argument("--offline-updates", type=int, default=0, help="Number of updates on the data before the first step")
         self.set_defaults(algo="deepcrl", env=DEFAULT_ENV)
         parsed = super().parse_args(args, namespace)
         if (agent := parsed.trained_agent) and Path(agent).is_dir():
