@@ -94,9 +94,11 @@ def test_folder():
         hyperparams={"depth": 8},
         env_kwargs={"cell_size": 3.0},
         eval_env_kwargs={"cell_size": 3.0},
+        data_of=RUN,
     )
     folders = {replace(RUN, **{name: value}).folder(Path("runs")).parent for name, value in others.items()}
-    assert len(folders | {folder}) == len(vars(RUN)) - 2 + 1
+    folders |= {folder, replace(RUN, data_of=RUN, offline_updates=1).folder(Path("runs")).parent}
+    assert len(folders) == len(vars(RUN)) - 2 + 1
 
 
 def test_evaluations_up_to_the_steps(tmp_path):

@@ -18,9 +18,11 @@ from sb3_deepcrl.deploy import Distillation
 @dataclass(kw_only=True)
 class DistillationStudy(Study):
     """
-    Does a shallow policy do what a deep one has learned? A student of a small depth that learns from a deep teacher, and the
-    teacher without most of its residual blocks, are compared with the teacher and with a model of the small depth that learned
-    by itself. Students make their env steps after those of their teacher.
+    Can a shallow policy do what a deep one learned?
+
+    A student of a small depth that learns from a deep teacher, and the teacher without most of its residual blocks, are compared
+    with the teacher and with a model of the small depth that learned by itself. Students make their env steps after those of
+    their teacher.
     """
 
     name: ClassVar[str] = "distillation"

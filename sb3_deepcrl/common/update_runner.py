@@ -184,18 +184,19 @@ class UpdateRunner:
     def backward(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
         """Compute the gradients of a loss, in place of the last ones. With several ranks, theirs are added meanwhile."""
         flat = self._flat.get(optimizer)
+        is_flat = flat is not None and flat.is_active
         if self.ranks.size > 1:
             loss = loss * self.ranks.weight
-        if flat is not None and flat.is_active:
+        if flat is not None and is_flat:
             flat.backward(loss)
-            gradients = [flat.flat[1]]
         else:
             optimizer.zero_grad()
             loss.backward()
             if self._cast is not None:
                 self._cast.give_gradients()
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.ranks.size > 1:
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            gradients = [flat.flat[1]] if flat is not None and is_flat else [p.grad for p in parameters if p.grad is not None]
             self._sums[optimizer] = self.ranks.start_sum(gradients)
 
     def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor | None = None) -> None:
