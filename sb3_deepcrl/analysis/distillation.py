@@ -20,9 +20,8 @@ class DistillationStudy(Study):
     """
     Can a shallow policy do what a deep one learned?
 
-    A student of a small depth that learns from a deep teacher, and the teacher without most of its residual blocks, are compared
-    with the teacher and with a model of the small depth that learned by itself. Students make their env steps after those of
-    their teacher.
+    A student of a small depth that learns from a deep teacher, and the teacher without most of its residual blocks, beside the
+    teacher and a model of the small depth that learned by itself. Students make their env steps after those of their teacher.
     """
 
     name: ClassVar[str] = "distillation"
