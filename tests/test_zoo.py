@@ -763,7 +763,8 @@ def test_every_entry_trains(config, tmp_path):
             small |= {"depth": 4, "width": 16, "transitions_per_update": 2}
         else:
             # HerReplayBuffer has nothing to sample before the end of an episode
-            small |= {"policy_kwargs": {"net_arch": [16]}, "gradient_steps": 0 if "replay_buffer_class" in entry else 1}
+            small |= {"policy_kwargs": {"net_arch": [16]}, "train_freq": 1}
+            small |= {"gradient_steps": 0 if "replay_buffer_class" in entry else 1}
         module = "panda_gym:" if env_id in PANDA else ""
         if module and importlib.util.find_spec("panda_gym") is None:
             continue
@@ -993,7 +994,7 @@ BAD = [
     ("--env-kwargs maez:'u'", "it has no argument 'maez'. Did you mean 'maze'?"),
     ("--env PointMaze_UMaze-v3 --env-kwargs mazemap:'u'", "it has no argument 'mazemap'. Did you mean 'maze_map'?"),
     ("-conf nowhere.yml", "-conf: nowhere.yml is neither a file nor a Python module, nor one of the configs of this package"),
-    ("-conf depcrl", "which are deepcrl, deepcrl-paper, sac, sac-dense, td3, tqc"),
+    ("-conf depcrl", "which are deepcrl, deepcrl-paper, dqn, sac, sac-dense, td3, tqc"),
     ("-i nowhere.zip", "The trained_agent must be a valid path to a .zip file"),
     ("-i nowhere", "-i: nowhere is neither a model (.zip) nor the folder of a run"),
     ("--gym-packages nowhere", "the module 'nowhere' cannot be imported: No module named 'nowhere'"),

@@ -17,6 +17,8 @@ from sb3_deepcrl.envs.scenes import TABLES, Maze, OpenField, Scene, Table
 ROBOTS: dict[str, type[Robot]] = {
     robot.name: robot for robot in (Point, Ant, Humanoid, GymnasiumHumanoid, UnscaledHumanoid, Arm)
 }
+# Height in meters above the floor of a robot that is lifted out of it, so that rounding does not decide whether it touches
+CLEARANCE = 1e-4
 REWARD_TYPES = ("sparse", "dense")
 GOAL_MODES = ("resample", "fixed", "continuing")
 # Attributes of a task that may change while it runs
@@ -173,7 +175,8 @@ class GoalTask:
             qvel += self.reset_noise_scale * velocity_noise
         qpos[:, self.robot.start_address] += starts
         if self.reset_noise_scale > 0 and self.robot.healthy_z_range is not None:
-            qpos[:, 2] += [self._depth_in_floor(row) for row in qpos]
+            depths = np.array([self._depth_in_floor(row) for row in qpos])
+            qpos[:, 2] += np.where(depths > 0, depths + CLEARANCE, 0)
         return qpos, qvel
 
     def _depth_in_floor(self, qpos: np.ndarray) -> float:
