@@ -495,7 +495,7 @@ def test_start_noise():
     assert np.abs(flat).max(axis=0).min() > 0.095
     np.testing.assert_allclose(np.linalg.norm(observation[:, 3:7], axis=1), 1, atol=1e-6)
     assert np.abs(noise[:, 3:7]).max() > 0.05
-    # The lowest foot is just above the floor where the noise pushed it through, as nearly everywhere, and hangs above it elsewhere
+    # The lowest foot is just above the floor where the noise pushed it through, as nearly everywhere, and higher elsewhere
     feet = [simulation.task.model.geom(f"foot_{k}").id for k in range(1, 5)]
     heights = np.array([simulation.data(i).geom_xpos[feet, 2].min() - 0.08 for i in range(500)])
     lifted = heights < CLEARANCE + 1e-9
