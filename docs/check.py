@@ -24,9 +24,9 @@ LINKED = ("benchmarks", "examples", "zoo_configs")
 
 
 def pages() -> list[Path]:
-    """README and the pages of the documentation, without the reports and what Sphinx has built."""
+    """README, the pages of the documentation and what they include, without the reports and what Sphinx has built."""
     guide = sorted(page for folder in ("guide", "modules") for page in (ROOT / "docs" / folder).glob("*.md"))
-    return [ROOT / "README.md", ROOT / "docs" / "index.md", *guide]
+    return [ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "sb3_deepcrl" / "agents" / "README.md", *guide]
 
 
 def anchors(page: Path) -> set[str]:

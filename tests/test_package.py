@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import sb3_deepcrl
+from sb3_deepcrl.analysis import STUDIES
 from sb3_deepcrl.common.startup import is_command
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +138,22 @@ def test_everything_public_is_documented():
                     if not method_name.startswith("_") and inspect.isfunction(method) and not inspect.getdoc(method):
                         missing.append(f"{info.name}.{name}.{method_name}")
     assert missing == []
+
+
+def test_pages_name_all_there_is():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    common = {path.name for path in (ROOT / "sb3_deepcrl" / "common").iterdir() if path.suffix in (".py", ".cpp")}
+    for page, names in {
+        "guide/studies.md": STUDIES,
+        "guide/rl_zoo.md": {path.stem for path in (ROOT / "zoo_configs").glob("*.yml")},
+        "guide/install.md": config["options.extras_require"],
+        "guide/architecture.md": common - {"__init__.py"},
+    }.items():
+        first_cells = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
+        assert set(names) <= set(re.findall(r"`([\w.-]+)`", " ".join(first_cells))), page
+    api = (ROOT / "docs" / "modules" / "analysis.md").read_text()
+    assert {f".. autoclass:: {study.__name__}" for study in STUDIES.values()} <= set(api.splitlines())
 
 
 def test_ci_runs_the_test_command_of_the_readme():

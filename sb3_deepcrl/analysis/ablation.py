@@ -20,7 +20,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
     },
     # The factor of the residual branches, 1 is the paper's
     "residual_scale": {f"scale {scale}": {"policy_kwargs": {"residual_scale": scale}} for scale in ("learnable", "1/N", 1)},
-    # The departures from the paper taken back (README, "Differences to the paper")
+    # The departures from the paper taken back (docs/guide/differences.md)
     "departures": {
         "default": DEFAULT,
         "random_goals=0": {**DEFAULT, "random_goals": 0.0},
