@@ -178,7 +178,7 @@ def test_ctrl_c_stops_all_and_lets_them_save(tmp_path, monkeypatch):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "runs", n_seeds=3, jobs=2)
     assert [replace(RUN, seed=seed).read(tmp_path / "runs").num_timesteps for seed in range(3)] == [80, 80, 0]

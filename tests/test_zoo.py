@@ -16,6 +16,8 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,9 +76,15 @@ def train(folder: Path, *args: str) -> None:
     run("train", ["-f", str(folder), "--num-threads", "1", *defaults, *args])
 
 
-def start(folder: Path, *args: str, **kwargs: Any) -> subprocess.Popen:
+@contextmanager
+def start(folder: Path, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "-f", str(folder), "--env", ENV, "--num-threads", "1"]
-    return subprocess.Popen([*command, "-n", "1000000", "--eval-freq", "-1", *args, *TINY], **kwargs)
+    with subprocess.Popen([*command, "-n", "1000000", "--eval-freq", "-1", *args, *TINY], **kwargs) as process:
+        try:
+            yield process
+        finally:
+            # Where the test has failed, nothing else ends it
+            process.kill()
 
 
 def final_model(folder: Path, number: int = 1, algo: str = "deepcrl") -> Path:
@@ -409,7 +417,10 @@ def test_output_that_nobody_reads_any_more(output, tmp_path):
         os.close(writer)
         read = b""
         while b"env steps" not in read:
-            read += os.read(reader, 1000)
+            new = os.read(reader, 1000)
+            # A pipe without a writer gives nothing, again and again
+            assert new, process.communicate()[1]
+            read += new
         time.sleep(1)
         os.close(reader)
         if output == "terminal":
