@@ -624,7 +624,8 @@ def test_agents_that_come_with_the_package(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         command("value_map", "--env", "PointU5Maze-v0", "--pretrained")
     assert message in capsys.readouterr().err
-    assert sum(path.stat().st_size for path in before if path.is_file()) < 10e6
+    sizes = [path.stat().st_size for path in before if path.is_file()]
+    assert max(sizes) < 2e6 and sum(sizes) < 10e6
 
 
 @pytest.mark.parametrize("env_id", sorted(path.stem for path in AGENTS.glob("*/*/*.zip")))
@@ -638,6 +639,24 @@ def test_agents_are_what_their_card_says(env_id):
     env.reset(seed=0)
     found = mean_of_episodes(evaluate_goals(run_folder.load_model(), env, n_eval_episodes=20))
     assert found["success_any"] == pytest.approx(float(success), abs=0.3)
+
+
+def test_model_without_the_state_of_its_optimizers(logs, run_folder, tmp_path, capsys):
+    args = "export", str(run_folder), str(tmp_path / "small"), "--format", "sb3"
+    command(*args)
+    assert capsys.readouterr().out.startswith(f"Model of {final_model(logs)}: {tmp_path / 'small.zip'}, 0.")
+    assert (tmp_path / "small.zip").stat().st_size < 0.6 * final_model(logs).stat().st_size
+    whole, small = (DeepCRL.load(path, BatchVecEnv(ENV, 4)) for path in (final_model(logs), tmp_path / "small.zip"))
+    torch.testing.assert_close(small.policy.state_dict(), whole.policy.state_dict(), rtol=0, atol=0)
+    assert small.log_ent_coef == whole.log_ent_coef and small.num_timesteps == whole.num_timesteps == N_STEPS
+    assert whole.actor.optimizer.state and not small.actor.optimizer.state
+    assert small.buffer_size == whole.buffer_size and small.replay_buffer_kwargs == whole.replay_buffer_kwargs
+    small.learn(400, reset_num_timesteps=False)
+    for name, values in small.policy.state_dict().items():
+        assert (values != whole.policy.state_dict()[name]).any(), name
+    with pytest.raises(SystemExit):
+        command(*args, "--env", ENV)
+    assert "leave --algo, --env and --vec-normalize out" in capsys.readouterr().err
 
 
 def test_env_of_a_run(tmp_path):

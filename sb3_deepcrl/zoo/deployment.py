@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file, save_to_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 from sb3_deepcrl.common.startup import end_start
-from sb3_deepcrl.common.utils import how_to_write, is_for_user, whole_number
+from sb3_deepcrl.common.utils import atomic_path, how_to_write, is_for_user, whole_number
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deploy import Distillation, compare_policies, export_policy
 from sb3_deepcrl.deploy.distillation import WITHOUT_BUFFER, updates_of_student
@@ -27,7 +27,7 @@ from sb3_deepcrl.zoo import launcher
 from sb3_deepcrl.zoo.runs import RunFolder, num_timesteps
 
 SUMMARIES = {
-    "export": "Write the deterministic policy to a file that needs neither this package nor Stable-Baselines3.",
+    "export": "Write the deterministic policy to a file that needs neither this package nor Stable-Baselines3, or a model.",
     "distill": "Let a shallow student learn from the model of a run. Other arguments as in train.",
     "prune": "Drop residual blocks that contribute little, and learn from the whole model. Other arguments as in train.",
 }
@@ -71,14 +71,36 @@ def _make_env(run: RunFolder, path: Path, env_id: str | None, statistics: Path |
     return env
 
 
+def _write_model(path: Path, output: Path) -> Path:
+    """
+    Write a model without what its optimizers have gathered, which is two thirds of it. Learning can go on: they start anew.
+    """
+    state_dict: Any
+    data, params, variables = load_from_zip_file(path, device="cpu")
+    for state_dict in params.values():
+        if "param_groups" in state_dict:
+            state_dict["state"] = {}
+    output = output if output.suffix else output.with_suffix(".zip")
+    with atomic_path(output, ".zip") as file:
+        save_to_zip_file(file, data, params, variables)
+    return output
+
+
 def _export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("output", type=Path, help="File to write, such as policy.onnx")
-    parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="torch: a file of torch.export")
+    formats = "torch: a file of torch.export; sb3: the model, without the state of its optimizers"
+    parser.add_argument("--format", choices=[*FORMATS, "sb3"], default="onnx", help=formats)
     parser.add_argument("--algo", help="Algorithm (default: that of the run, or deepcrl)")
     parser.add_argument("--env", help="Environment ID, where the model is in no folder of a run")
     parser.add_argument("--vec-normalize", type=Path, metavar="FILE", help="Statistics of VecNormalize (default: of the run)")
     args = parser.parse_args(argv)
     path, run = _find_model(args.model)
+    if args.format == "sb3":
+        if args.algo or args.env or args.vec_normalize:
+            raise ValueError("--format sb3 writes the model as it is: leave --algo, --env and --vec-normalize out")
+        written = _write_model(path, args.output)
+        print(f"Model of {path}: {written}, {written.stat().st_size / 1e6:.1f} MB")
+        return
     algo = args.algo or (run.args()["algo"] if run.params_path else "deepcrl")
     if algo not in ALGOS:
         raise ValueError(f"--algo: there is no {algo!r}, use one of {', '.join(ALGOS)}")
