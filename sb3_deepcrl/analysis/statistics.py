@@ -47,7 +47,6 @@ def interquartile_means(curves: np.ndarray) -> list[Estimate]:
     intervals of 95 % over the seeds. With less than four seeds the interquartile mean is the mean.
     """
     from rliable.library import get_interval_estimates
-    from scipy.stats import trim_mean
 
     curves = np.asarray(curves, dtype=np.float64)
     if curves.ndim != 2 or not curves.size:
@@ -56,9 +55,11 @@ def interquartile_means(curves: np.ndarray) -> list[Estimate]:
     if len(curves) == 1:
         return [Estimate(float(value), np.nan, np.nan) for value in curves[0]]
 
+    cut = len(curves) // 4
+
     def aggregate(scores: np.ndarray) -> np.ndarray:
-        # rliable's interquartile mean of all points at once, many times as fast
-        return trim_mean(scores[:, 0], 0.25, axis=0)
+        # rliable's interquartile mean of all points at once, without the checks of SciPy, which take nearly all of its time
+        return np.sort(scores[:, 0], axis=0)[cut : len(scores) - cut].mean(axis=0)
 
     # rliable draws from NumPy's global generator, whatever its `random_state`
     state = np.random.get_state()
