@@ -138,7 +138,7 @@ def test_share_features_extractor(name, share, tmp_path):
     else:
         pair = policy.actor.features_extractor, policy.critic.features_extractor
     assert (pair[0] is pair[1]) == share and isinstance(pair[0], NatureCNN)
-    model.learn(200)
+    model.learn(160)
     obs = observations(model)
     policy.save(tmp_path / "policy")
     loaded = type(policy).load(tmp_path / "policy", device="cpu")
@@ -503,6 +503,7 @@ def test_zoo_takes_the_name_from_a_yaml(tmp_path):
         '  policy_kwargs: "dict(depth=dict(pi=4, qf=8), width=8)"\n'
         "  learning_starts: 110\n"
         "  batch_size: 8\n"
+        "  buffer_size: 1000\n"
         "  replay_buffer_class: HerReplayBuffer\n"
         "  env_kwargs: {max_episode_steps: 50}\n"
     )

@@ -382,8 +382,8 @@ def test_transitions_of_her_have_the_reward_of_their_goal(face, reward_type):
     maze = ["#####", "#rgg#", "#####"]
     kwargs = {"maze": maze, "max_episode_steps": 7, "success_threshold": 1.9, "reward_type": reward_type}
     env = make_vec_env("PointUMaze-v0", 2, seed=0, env_kwargs=kwargs, vec_env_cls=face)
-    model = SAC("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, learning_starts=500, seed=0, device="cpu")
-    model.learn(400)
+    small = dict(buffer_size=1000, learning_starts=500, seed=0, device="cpu")
+    model = SAC("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, **small).learn(400)
     buffer = model.replay_buffer
     goals = buffer.observations["desired_goal"][:200]
     expected = env.get_attr("unwrapped")[0].compute_reward(buffer.next_observations["achieved_goal"][:200], goals, {})

@@ -79,7 +79,7 @@ def train(folder: Path, *args: str) -> None:
 @contextmanager
 def start(folder: Path, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "sb3_deepcrl.zoo", "train", "-f", str(folder), "--env", ENV, "--num-threads", "1"]
-    with subprocess.Popen([*command, "-n", "1000000", "--eval-freq", "-1", *args, *TINY], **kwargs) as process:
+    with subprocess.Popen([*command, "-n", "1000000", "--eval-freq", "-1", *TINY, *args], **kwargs) as process:
         try:
             yield process
         finally:
@@ -394,7 +394,7 @@ def test_ignored_signals_stay_ignored(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_closed_terminal_stops_all_processes_of_a_run(tmp_path):
     pipe = subprocess.PIPE
-    with start(tmp_path, "--vec-env", "subproc", stdout=pipe, text=True, start_new_session=True) as process:
+    with start(tmp_path, "n_envs:2", "--vec-env", "subproc", stdout=pipe, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         # The first line of the training
         assert any(line.startswith("0/1,000,000 env steps") for line in process.stdout)
@@ -897,11 +897,9 @@ def run_plain_zoo(folder: Path, path: Path, *args: str) -> str:
 
 
 @pytest.mark.slow
-def test_plain_zoo_with_custom_envs(tmp_path):
-    args = f"--algo deepcrl --env {ENV} -f logs".split()
-    output = run_plain_zoo(tmp_path, ROOT, "rl_zoo3.train", *args, *"-n 128 --eval-freq -1 --num-threads 1".split(), *TINY)
-    assert f"Loading hyperparameters from: {config_folder() / 'deepcrl.yml'}" in output
-    assert num_timesteps(final_model(tmp_path / "logs")) == 128
+def test_plain_zoo_with_custom_envs(logs, tmp_path):
+    """Its `train`: see the wheel below."""
+    args = ["--algo", "deepcrl", "--env", ENV, "-f", str(logs)]
     assert "Success rate: " in run_plain_zoo(tmp_path, ROOT, "rl_zoo3.enjoy", *args, "-n", "301", "--no-render")
     # Reads the command line before it makes an env
     run_plain_zoo(tmp_path, ROOT, "rl_zoo3.record_video", *args, "--help")
@@ -941,9 +939,9 @@ def test_installed_wheel_finds_its_configs(tmp_path):
     )
     loading = f"Loading hyperparameters from: {site / 'sb3_deepcrl' / 'zoo_configs' / 'deepcrl.yml'}"
     assert loading in result.stdout
-    plain = f"rl_zoo3.train --algo deepcrl --env {ENV} -n 16 --eval-freq -1".split()
+    plain = f"rl_zoo3.train --algo deepcrl --env {ENV} -n 128 --eval-freq -1 --num-threads 1".split()
     assert loading in run_plain_zoo(work, site, *plain, *TINY)
-    assert (work / "logs" / "deepcrl" / f"{ENV}_1" / f"{ENV}.zip").is_file()
+    assert [num_timesteps(final_model(work / "logs", number)) for number in (1, 2)] == [128, 128]
 
 
 def test_default_configs():
