@@ -611,6 +611,32 @@ def test_what_cannot_be_captured_runs_as_it_is(required):
         assert graphed({"x": th.full((3,), 2.0)}).tolist() == [4, 4, 4]
 
 
+def test_too_little_memory_for_a_capture_is_not_for_good(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "CALLS_WITHOUT_MEMORY", 10)
+
+    class ShortBackend(StandInBackend):
+        n_bytes = 0
+
+        def capture(self, function):
+            if self.n_bytes > 0:
+                return super().capture(function)
+            self.n_failures += 1
+            try:
+                raise th.OutOfMemoryError("CUDA out of memory")
+            finally:
+                # What the end of such a capture may raise
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    backend = ShortBackend(th.empty(3))
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend)
+    with pytest.warns(UserWarning, match="there is too little memory"):
+        results = [graphed({"x": th.full((3,), float(i))})[0].item() for i in range(4)]
+    backend.n_bytes = 1
+    results += [graphed({"x": th.full((3,), float(i))})[0].item() for i in range(4, 16)]
+    assert results == [2.0 * i for i in range(16)]
+    assert len(backend.graphs) == 1 and backend.graphs[0].n_replays == 2
+
+
 def test_what_runs_elsewhere_is_not_captured():
     backend = StandInBackend(th.empty(3))
     backend.device = th.device("cuda")
@@ -733,9 +759,9 @@ def test_branches_of_an_update(monkeypatch):
         ("actor", "main"),
         ("pairs", "main"),
         ("values", "main"),
-        ("step of the actor", "main"),
         ("pairs", "critic"),
         ("loss", "critic"),
+        ("step of the actor", "main"),
         ("step of the critic", "main"),
     ]
     waits = {name: waits for name, _, waits in done}

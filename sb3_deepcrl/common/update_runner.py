@@ -63,9 +63,8 @@ class UpdateRunner:
         self._settings: tuple[Hashable, ...] = ()
         # What the kernel steps, by optimizer
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
-        # How to wait for the gradients of all ranks, and the optimizers that :meth:`join` steps
+        # How to wait for the gradients of all ranks
         self._sums: dict[th.optim.Optimizer, Callable[[], None]] = {}
-        self._deferred: list[th.optim.Optimizer] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -175,14 +174,15 @@ class UpdateRunner:
         return self.branches
 
     def join(self) -> None:
-        """Wait for the branches of the update, and do the steps that wait for the gradients of other ranks."""
+        """Wait for the branches of the update."""
         for branch in self.branches:
             branch.join()
-        while self._deferred:
-            self.step(self._deferred.pop(0))
 
     def backward(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        """Compute the gradients of a loss, in place of the last ones. With several ranks, theirs are added meanwhile."""
+        """
+        Compute the gradients of a loss, in place of the last ones. Those of several ranks are added until :meth:`step`, so that
+        they travel while something else is computed.
+        """
         flat = self._flat.get(optimizer)
         is_flat = flat is not None and flat.is_active
         if self.ranks.size > 1:
@@ -199,20 +199,13 @@ class UpdateRunner:
             gradients = [flat.flat[1]] if flat is not None and is_flat else [p.grad for p in parameters if p.grad is not None]
             self._sums[optimizer] = self.ranks.start_sum(gradients)
 
-    def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor | None = None) -> None:
-        """
-        Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed. Where those of a loss come
-        from several ranks, :meth:`join` does the step, so that they travel while the rest of the update is computed.
-        """
-        if loss is not None:
-            self.backward(optimizer, loss)
+    def step(self, *optimizers: th.optim.Optimizer) -> None:
+        """Step optimizers along the gradients that :meth:`backward` computed."""
+        for optimizer in optimizers:
             if self.ranks.size > 1:
-                self._deferred.append(optimizer)
-                return
-        if self.ranks.size > 1:
-            self._sums.pop(optimizer)()
-        flat = self._flat.get(optimizer)
-        if flat is not None and flat.is_active:
-            flat.step()
-        else:
-            optimizer.step()
+                self._sums.pop(optimizer)()
+            flat = self._flat.get(optimizer)
+            if flat is not None and flat.is_active:
+                flat.step()
+            else:
+                optimizer.step()
