@@ -495,7 +495,7 @@ class FlatParameters:
         if missing := [gradient for gradient, other in pairs if other is None]:
             th._foreach_zero_(missing)
         if new:
-            th._foreach_copy_(*map(list, zip(*new, strict=True)))
+            th._foreach_copy_([gradient for gradient, _ in new], [other for _, other in new])
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
