@@ -150,7 +150,7 @@ def report_trainings(args: argparse.Namespace) -> None:
             found.setdefault((steps, updates), {}).setdefault(n_ranks, []).append(success.mean())
     note = (
         "Success at any step over 50 evaluation episodes and the number of updates, by env steps, with the settings of "
-        f"`zoo_configs/deepcrl.yml`. The numbers are those of seeds {', '.join(map(str, range(args.seeds)))}. Each training is "
+        f"`zoo_configs/deepcrl.yml`. The numbers are those of seeds {', '.join(map(str, range(args.seeds)))}. A training is "
         "`torchrun --nproc-per-node RANKS -m sb3_deepcrl.zoo train`."
     )
     table = [
