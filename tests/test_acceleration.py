@@ -25,7 +25,7 @@ from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_p
 from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
 from sb3_deepcrl.common.losses import info_nce, rowwise_energy
 from sb3_deepcrl.common.torch_layers import ResidualTower, residual_towers
-from sb3_deepcrl.common.tower_kernel import load_kernel
+from sb3_deepcrl.common.tower_kernel import FlatParameters, load_kernel
 from tests.envs import GoalReachEnv
 
 needs_compiler = pytest.mark.skipif(
@@ -611,6 +611,32 @@ def test_what_cannot_be_captured_runs_as_it_is(required):
         assert graphed({"x": th.full((3,), 2.0)}).tolist() == [4, 4, 4]
 
 
+def test_too_little_memory_for_a_capture_is_not_for_good(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "CALLS_WITHOUT_MEMORY", 10)
+
+    class ShortBackend(StandInBackend):
+        n_bytes = 0
+
+        def capture(self, function):
+            if self.n_bytes > 0:
+                return super().capture(function)
+            self.n_failures += 1
+            try:
+                raise th.OutOfMemoryError("CUDA out of memory")
+            finally:
+                # What the end of such a capture may raise
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    backend = ShortBackend(th.empty(3))
+    graphed = GraphedFunction(lambda inputs: 2 * inputs["x"], backend)
+    with pytest.warns(UserWarning, match="there is too little memory"):
+        results = [graphed({"x": th.full((3,), float(i))})[0].item() for i in range(4)]
+    backend.n_bytes = 1
+    results += [graphed({"x": th.full((3,), float(i))})[0].item() for i in range(4, 16)]
+    assert results == [2.0 * i for i in range(16)]
+    assert len(backend.graphs) == 1 and backend.graphs[0].n_replays == 2
+
+
 def test_what_runs_elsewhere_is_not_captured():
     backend = StandInBackend(th.empty(3))
     backend.device = th.device("cuda")
@@ -733,9 +759,9 @@ def test_branches_of_an_update(monkeypatch):
         ("actor", "main"),
         ("pairs", "main"),
         ("values", "main"),
-        ("step of the actor", "main"),
         ("pairs", "critic"),
         ("loss", "critic"),
+        ("step of the actor", "main"),
         ("step of the critic", "main"),
     ]
     waits = {name: waits for name, _, waits in done}
@@ -1109,10 +1135,21 @@ def test_tf32_is_for_products_of_an_update_but_those_of_the_loss(monkeypatch):
     th.set_float32_matmul_precision("highest")
 
 
-def test_parameters_are_cast_once_for_an_update():
-    """As on GPUs: the same updates as those of autocast, and neither parameters nor their optimizers notice."""
+@pytest.mark.parametrize("flat", [False, True])
+def test_parameters_are_cast_once_for_an_update(monkeypatch, flat):
+    """
+    As on GPUs: the same updates as those of autocast, and neither parameters nor their optimizers notice. There, parameters
+    are stepped as one tensor.
+    """
     plain, cast = (make_model(precision="bfloat16", compile=False).learn(40) for _ in range(2))
     cast._runner._cast = CastParameters(cast._runner.towers)
+    if flat:
+        monkeypatch.setattr("sb3_deepcrl.common.tower_kernel.load_kernel", lambda: None)
+        # One without a part in the loss
+        unused = th.nn.Parameter(th.ones(3))
+        cast.actor.optimizer.param_groups[0]["params"].append(unused)
+        cast._runner._flat = {optimizer: FlatParameters(optimizer, []) for optimizer in cast._optimizers()}
+        monkeypatch.setattr(cast._runner, "_lay_out", lambda: None)
     observations, actions = plain.replay_buffer.sample_contrastive(16)
     parameters = list(cast.policy.parameters())
     seen = []
@@ -1127,6 +1164,10 @@ def test_parameters_are_cast_once_for_an_update():
         assert actual.dtype == th.float32 and actual.grad is not None
         th.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
         th.testing.assert_close(actual.grad, wanted.grad, rtol=1e-3, atol=1e-5)
+    if flat:
+        assert th.equal(unused, th.ones(3)) and th.equal(unused.grad, th.zeros(3))
+        states = (optimizer.state_dict()["state"] for optimizer in cast._optimizers())
+        assert {state["step"].item() for of in states for state in of.values()} == {3, cast._n_updates + 3}
 
 
 def test_precision_of_a_model(tmp_path):

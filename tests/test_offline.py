@@ -136,6 +136,17 @@ def test_offline_then_online(dataset, tmp_path):
         assert th.isfinite(parameter).all() and parameter.shape == other.shape
 
 
+def test_schedules_run_over_the_updates(dataset):
+    """Also after a ``learn()`` at whose end nothing was left of the learning rate."""
+    rates = []
+    model = make_model(learning_rate=lambda remaining: rates.append(remaining) or 3e-4 * remaining, learning_starts=10)
+    model.learn(40)
+    model.load_dataset(dataset)
+    rates.clear()
+    model.learn_offline(250)
+    assert sorted({*rates}) == pytest.approx([0.2, 0.6, 1.0])
+
+
 def test_replay_buffer_of_other_envs(tmp_path):
     source = make_model(make_vec_env(lambda: GoalReachEnv(max_steps=7, action_scale=2.0), 3), buffer_size=60)
     source.learn(90)
@@ -187,6 +198,9 @@ def test_wrong_data(dataset, tmp_path):
         make_model(BitFlippingEnv(n_bits=4)).load_dataset(dataset)
     with pytest.raises(ValueError, match=r"Actions of the data set are outside of the env's Box"):
         make_model(GoalReachEnv(action_scale=1.0)).load_dataset(dataset)
+    np.savez(tmp_path / "nan.npz", observations=np.full((3, 3), np.nan), actions=np.zeros((3, 2)), terminals=[0, 0, 1])
+    with pytest.raises(ValueError, match=r"NaN or infinity in `observation` of step 0: \[nan nan nan\]"):
+        make_model().load_dataset(tmp_path / "nan.npz")
     with pytest.raises(ValueError, match=r"There is nothing to learn from"):
         make_model().learn_offline(10)
     with pytest.raises(ValueError, match=r"use `normalize_observations=True`"):

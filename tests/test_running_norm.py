@@ -176,8 +176,13 @@ def test_load_with_or_without_normalization(tmp_path):
 
 def test_vec_normalize_as_well():
     env = VecNormalize(make_vec_env(lambda: GoalReachEnv(obs_dtype=np.float32), 2))
-    model = make_model(env, normalize_observations=True)
-    with pytest.raises(ValueError, match=r"would normalize the observations twice.*VecNormalize\(env, norm_obs=False\)"):
-        model.learn(50)
+    message = r"would normalize the observations twice.*VecNormalize\(env, norm_obs=False\)"
+    with pytest.raises(ValueError, match=message):
+        make_model(env, normalize_observations=True)
     env.norm_obs = False
+    model = make_model(env, normalize_observations=True)
     check_statistics(model.learn(50))
+    model.set_env(VecNormalize(make_vec_env(lambda: GoalReachEnv(obs_dtype=np.float32), 2)))
+    for learn in (model.learn, model.learn_offline):
+        with pytest.raises(ValueError, match=message):
+            learn(50)

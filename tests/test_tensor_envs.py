@@ -192,13 +192,18 @@ def test_callbacks_see_every_step_and_may_stop():
     class Recorder(BaseCallback):
         def _on_step(self):
             assert isinstance(self.locals["new_obs"]["observation"], th.Tensor) and len(self.locals["infos"]) == 3
+            rewards, dones = self.locals["rewards"], self.locals["dones"]
+            # Rewards are minus the numbers of steps
+            assert rewards.mean() == np.mean([*rewards]) and (rewards[dones] <= -4).all() and (-rewards >= 1).sum() == 3
+            assert np.maximum(rewards, 0).max() == 0 and dones.any() == any(dones) and bool(dones[:1]) == dones[0]
+            assert not hasattr(dones, "nothing") and copy.copy(rewards).shape == copy.deepcopy(rewards).shape == (3,)
             return self.n_calls < 12
 
         def _on_rollout_end(self):
             lengths.extend(info["episode"]["l"] for info in self.locals["episode_infos"])
 
     lengths: list[int] = []
-    model = DeepCRL("MultiInputPolicy", make_env(), **MODEL).learn(500, callback=Recorder())
+    model = DeepCRL("MultiInputPolicy", make_env(), **MODEL).learn(500, callback=[TrainingDisplay(), Recorder()])
     # The last step is not stored, as in Stable-Baselines3
     assert model.num_timesteps == 36 and model.replay_buffer.size() == 11
     assert lengths[:3] == [4, 5, 6]

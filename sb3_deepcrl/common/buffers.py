@@ -30,15 +30,15 @@ MAX_DRAWS = 20
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
-def check_finite(values: Mapping[str, ArrayLike]) -> None:
-    """Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name, are numbers."""
+def check_finite(values: Mapping[str, ArrayLike], axis: str = "env") -> None:
+    """Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name (or another first axis), are numbers."""
     for key, value in values.items():
         value = np.asarray(value.cpu() if isinstance(value, th.Tensor) else value)
         if value.dtype.kind != "f" or np.isfinite(value).all():
             continue
-        env_idx = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
+        index = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
         raise ValueError(
-            f"NaN or infinity in `{key}` of env {env_idx}: {value[env_idx]}. It was not stored. "
+            f"NaN or infinity in `{key}` of {axis} {index}: {value[index]}. It was not stored. "
             "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
             "`stable_baselines3.common.vec_env.VecCheckNan`"
         )
@@ -444,7 +444,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self._fetch()
         added = np.zeros(self.n_envs, dtype=np.int64)
         for episode in episodes:
-            check_finite({**episode.observations, "action": episode.actions})
+            check_finite({**episode.observations, "action": episode.actions}, "step")
             for start in range(0, len(episode.actions), self.buffer_size):
                 env_idx = int(added.argmin())
                 steps = slice(start, start + self.buffer_size)
@@ -470,7 +470,6 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes that it holds, and the parts that are left of them, those of one env after the other."""
-        self.read_added()
         self._fetch()
         remaining = self.remaining.copy()
         slots, envs = np.nonzero(remaining == RUNNING)

@@ -111,9 +111,10 @@ class TrainingDisplay(BaseCallback):
         self._show()
 
     def _on_rollout_end(self) -> None:
-        for info in self.locals.pop("episode_infos", ()):
-            self.successes.append(info.get("time_at_goal", 0) > 0)
-            self.times_at_goal.append(info.get("time_at_goal", 0) / info["episode"]["l"])
+        if isinstance(self.locals["dones"], LazyArray):
+            for info in self.locals["episode_infos"]:
+                self.successes.append(info.get("time_at_goal", 0) > 0)
+                self.times_at_goal.append(info.get("time_at_goal", 0) / info["episode"]["l"])
 
     def _on_step(self) -> bool:
         infos = self.locals["infos"]

@@ -4,7 +4,7 @@ How a deep forward pass runs: compiled, in lower precision. What it computes is 
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,11 +166,11 @@ class CastParameters:
             for (of, name), parameter in zip(self.slots, self.parameters, strict=True):
                 of[name] = parameter
 
-    def give_gradients(self) -> None:
-        """Move the gradients of the copies to the parameters."""
+    def give_gradients(self, places: Mapping[th.Tensor, th.Tensor]) -> None:
+        """Move the gradients of the copies to the parameters, where there is a place for them or to new tensors."""
         pairs = [(p, c) for p, c in zip(self.parameters, self.copies, strict=True) if c.grad is not None]
         for parameter, _ in pairs:
-            parameter.grad = th.empty_like(parameter)
+            parameter.grad = places[parameter] if parameter in places else th.empty_like(parameter)
         if pairs:
             th._foreach_copy_([parameter.grad for parameter, _ in pairs], [copy.grad for _, copy in pairs])
         for _, copy in pairs:

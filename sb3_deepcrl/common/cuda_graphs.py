@@ -19,6 +19,8 @@ from sb3_deepcrl.common.utils import check_choice
 N_WARM_UP = 3
 # Shapes of the inputs, such as those of training and evaluation, whose graphs are kept
 MAX_GRAPHS = 4
+# Calls until the next capture, after one for which there was too little memory
+CALLS_WITHOUT_MEMORY = 10_000
 
 
 def can_capture(optimizers: Iterable[th.optim.Optimizer], required: bool = False) -> bool:
@@ -201,6 +203,11 @@ class _Captured(NamedTuple):
     output: th.Tensor
 
 
+def _lacked_memory(error: BaseException | None) -> bool:
+    """Whether it came of too little memory. The end of a capture may raise another error then."""
+    return error is not None and (isinstance(error, th.OutOfMemoryError) or _lacked_memory(error.__context__))
+
+
 class GraphedFunction:
     """
     Run a function of tensors as a CUDA graph: a thousand kernels are launched by one call.
@@ -213,7 +220,8 @@ class GraphedFunction:
     :param function: Takes a dict of tensors and returns a tensor. It waits for nothing on the device
         and what it changes stays at its address.
     :param backend: Who captures
-    :param required: Whether a function that cannot be captured is an error. Else there is a warning, and it runs as it is.
+    :param required: Whether a function that cannot be captured is an error. Else there is a warning, and it runs as it is, or
+        for a while where memory is short.
     """
 
     def __init__(
@@ -255,17 +263,24 @@ class GraphedFunction:
             static = {name: value.clone() for name, value in inputs.items()}
             try:
                 graph, output = self.backend.capture(lambda: self.function(static))
+                captured = _Captured(graph, static, output)
             except RuntimeError as error:
                 self.invalidate()
                 if self.required:
                     raise
+                self._can_be_captured = _lacked_memory(error)
+                hint = "a features extractor of your own may read values on the host"
                 warnings.warn(
                     f"Runs without a CUDA graph, because something in it cannot be captured ({str(error).splitlines()[0]}): "
-                    "a features extractor of your own may read values on the host. `cuda_graph=False` ends this warning"
+                    f"{'there is too little memory' if self._can_be_captured else hint}. `cuda_graph=False` ends this warning"
                 )
-                self._can_be_captured = False
+                # With the failure, which would be another key in the next call
+                self._key = (key[0], self.backend.n_failures)
+                captured = N_WARM_UP - CALLS_WITHOUT_MEMORY
+            self.graphs[shapes] = captured
+            if isinstance(captured, int):
+                # Not in the handler of the error, which holds what was captured
                 return self.function(inputs)
-            self.graphs[shapes] = captured = _Captured(graph, static, output)
         for name, value in inputs.items():
             captured.inputs[name].copy_(value)
         captured.graph.replay()

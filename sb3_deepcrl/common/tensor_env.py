@@ -2,6 +2,7 @@
 Vectorized environments that hand out PyTorch tensors, so that what they simulate on a GPU stays there.
 """
 
+import functools
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -44,20 +45,38 @@ class DeviceObs(dict):
         return dict, (to_arrays(self),)
 
 
-class LazyArray:
-    """A tensor that becomes an array of NumPy when somebody reads it, so that nobody waits for the device for nothing."""
+class LazyArray(np.lib.mixins.NDArrayOperatorsMixin):
+    """An array of NumPy that is read from its tensor when somebody looks, so that nobody waits for the device for nothing."""
 
     def __init__(self, tensor: th.Tensor):
         self.tensor = tensor
 
+    @functools.cached_property
+    def array(self) -> np.ndarray:
+        """The array, read once."""
+        return self.tensor.numpy(force=True)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.tensor.numpy(force=True), dtype)
+        return np.array(self.array, dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        arrays = (value.array if isinstance(value, LazyArray) else value for value in inputs)
+        return getattr(ufunc, method)(*arrays, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Methods of an array, but not its ways of being copied or of handing out its memory
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.array, name)
 
     def __len__(self) -> int:
         return len(self.tensor)
 
+    def __bool__(self) -> bool:
+        return bool(self.array)
+
     def __getitem__(self, index: Any) -> Any:
-        return np.asarray(self)[index]
+        return self.array[index]
 
 
 def to_arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch as th
 from torch import nn
+from torch.optim.adam import adam
 from torch.utils.hooks import RemovableHandle
 
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, residual_towers
@@ -360,7 +361,8 @@ def tower_kernels(module: nn.Module) -> list[TowerKernel]:
 class FlatParameters:
     """
     Parameters of an optimizer, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
-    call. Parameters and the state of the optimizer stay what they were to all others, as views of these tensors.
+    call, and on a GPU that call has work for all of it. Parameters and the state of the optimizer stay what they were to all
+    others, as views of these tensors.
 
     :param optimizer: The optimizer
     :param kernels: Kernels of the towers that it trains
@@ -370,10 +372,11 @@ class FlatParameters:
         self.optimizer = optimizer
         self.kernels = kernels
         self.parameters: list[th.Tensor] = optimizer.param_groups[0]["params"]
+        self.library = load_kernel() if self.parameters[0].is_cpu else None
         # Each begins at a line of the cache. The numbers between stay zero.
         sizes = [-(-parameter.numel() // _LINE) * _LINE for parameter in self.parameters]
         # Values, gradients, and the two moments
-        self.flat = [th.zeros(sum(sizes)) for _ in range(4)]
+        self.flat = [self.parameters[0].new_zeros(sum(sizes)) for _ in range(4)]
         values, self.gradients, *moments = (
             [
                 part[: parameter.numel()].view_as(parameter)
@@ -387,7 +390,7 @@ class FlatParameters:
                 parameter.data = value
         self.pointers = [parameter.data_ptr() for parameter in self.parameters]
         # The state of the optimizer is a view too
-        self.steps = th.zeros(len(sizes))
+        self.steps = self.parameters[0].new_zeros(len(sizes))
         for parameter, *state in zip(self.parameters, self.steps, *moments, strict=True):
             ours = dict(zip(("step", "exp_avg", "exp_avg_sq"), state, strict=True))
             for name, value in ours.items():
@@ -417,14 +420,17 @@ class FlatParameters:
         kernels = [] if module is None else tower_kernels(module)
         layouts = [layout for kernel in kernels if (layout := kernel.layout()) is not None]
         in_towers = [id(parameter) for layout in layouts for parameter in layout.parameters]
+        device = parameters[0].device
         if (
-            load_kernel() is None
+            (device.type == "cpu" and load_kernel() is None)
             or type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
             or len(groups) > 1
-            or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable", "capturable"))
+            or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable"))
+            or groups[0]["capturable"] != (device.type == "cuda")
             or optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
-            or not all(p.requires_grad and p.is_cpu and p.dtype is th.float32 and p.is_contiguous() for p in parameters)
+            or not all(p.requires_grad and p.dtype is th.float32 and p.is_contiguous() for p in parameters)
+            or any(parameter.device != device for parameter in parameters)
             or len(in_towers) > len(set(in_towers))
             or len({float(optimizer.state.get(p, {}).get("step", 0.0)) for p in parameters}) > 1
         ):
@@ -468,7 +474,7 @@ class FlatParameters:
         return self.addresses[layout]
 
     def backward(self, loss: th.Tensor) -> None:
-        """Compute the gradients of a loss, in place of the last ones, within :meth:`in_place`."""
+        """Compute the gradients of a loss, in place of the last ones, within :meth:`in_place`, where there is the kernel."""
         written = {id(parameter) for layout in self.written for parameter in layout.parameters}
         added = []
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
@@ -482,17 +488,50 @@ class FlatParameters:
         loss.backward()
         self.written.clear()
 
+    def gather(self) -> None:
+        """Copy the gradients that autograd made. In place, it would add each of them to zeros."""
+        pairs = [(gradient, parameter.grad) for parameter, gradient in zip(self.parameters, self.gradients, strict=True)]
+        new = [(gradient, other) for gradient, other in pairs if other is not None and other is not gradient]
+        if missing := [gradient for gradient, other in pairs if other is None]:
+            th._foreach_zero_(missing)
+        if new:
+            th._foreach_copy_([gradient for gradient, _ in new], [other for _, other in new])
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+
     def step(self) -> None:
         """One step of the optimizer along these gradients."""
-        library = load_kernel()
-        assert library is not None
         group = self.optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        learning_rate, decay = group["lr"], group["weight_decay"]
+        decoupled = group.get("decoupled_weight_decay", False)
+        if self.library is None:
+            values, gradients, *moments = self.flat
+            # It counts the first one itself
+            self.steps[1:] += 1
+            adam(
+                [values],
+                [gradients],
+                [moments[0]],
+                [moments[1]],
+                [],
+                [self.steps[0]],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=learning_rate,
+                weight_decay=decay,
+                eps=group["eps"],
+                maximize=False,
+                capturable=group["capturable"],
+                decoupled_weight_decay=decoupled,
+            )
+            return
         self.steps += 1
         n_steps = self.steps[0].item()
-        learning_rate, decay = float(group["lr"]), group["weight_decay"]
-        decoupled = group.get("decoupled_weight_decay", False)
-        beta1, beta2 = map(float, group["betas"])
-        library.adam(
+        beta1, beta2, learning_rate = float(beta1), float(beta2), float(learning_rate)
+        self.library.adam(
             *[flat.data_ptr() for flat in self.flat],
             len(self.flat[0]),
             learning_rate / (1.0 - beta1**n_steps),

@@ -61,11 +61,10 @@ class UpdateRunner:
         self._cast: CastParameters | None = None
         # With which the graphs, and what is in them, were made
         self._settings: tuple[Hashable, ...] = ()
-        # What the kernel steps, by optimizer
+        # What is stepped at once, by optimizer: by the kernel for CPUs, or in a graph
         self._flat: dict[th.optim.Optimizer, FlatParameters] = {}
-        # How to wait for the gradients of all ranks, and the optimizers that :meth:`join` steps
+        # How to wait for the gradients of all ranks
         self._sums: dict[th.optim.Optimizer, Callable[[], None]] = {}
-        self._deferred: list[th.optim.Optimizer] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -126,11 +125,32 @@ class UpdateRunner:
             self.graph.invalidate()
         for optimizer in self.optimizers():
             prepare_optimizer(optimizer, capturable=self.graph is not None)
+        # Before a graph keeps the addresses of parameters
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Lay out the parameters of each optimizer in one tensor, where it pays, unless they are."""
+        on_gpu = self.graph is not None and self.graph.backend.device.type == "cuda"
+        if not on_gpu and not has_kernel(*self.towers):
+            self._flat.clear()
+            return
+        networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}
+        for optimizer in self.optimizers():
+            flat = self._flat.pop(optimizer, None)
+            if flat is None or not flat.holds():
+                flat = FlatParameters.make(networks.get(optimizer), optimizer)
+            if flat is not None:
+                self._flat[optimizer] = flat
 
     def update_minibatch(self, minibatch: dict[str, th.Tensor]) -> th.Tensor:
         """The update, with the actions among the observations."""
         observations = dict(minibatch)
-        with nullcontext() if self._cast is None else self._cast.in_place():
+        with ExitStack() as stack:
+            self._lay_out()
+            for flat in self._flat.values():
+                stack.enter_context(flat.in_place())
+            if self._cast is not None:
+                stack.enter_context(self._cast.in_place())
             return self.update(observations, observations.pop(ACTION_KEY))
 
     def run(self, observations: dict[str, th.Tensor], actions: th.Tensor, key: Hashable = None) -> th.Tensor:
@@ -145,14 +165,6 @@ class UpdateRunner:
                 return self._run_graph(self.graph, {**observations, ACTION_KEY: actions}, (self.update, key))
             if has_kernel(*self.towers):
                 stack.enter_context(threads_of_kernel())
-                networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}
-                for optimizer in self.optimizers():
-                    flat = self._flat.pop(optimizer, None)
-                    if flat is None or not flat.holds():
-                        flat = FlatParameters.make(networks.get(optimizer), optimizer)
-                    if flat is not None:
-                        self._flat[optimizer] = flat
-                        stack.enter_context(flat.in_place())
             return self.update_minibatch({**observations, ACTION_KEY: actions})
 
     def _run_graph(self, graph: GraphedFunction, minibatch: dict[str, th.Tensor], key: Hashable) -> th.Tensor:
@@ -175,44 +187,44 @@ class UpdateRunner:
         return self.branches
 
     def join(self) -> None:
-        """Wait for the branches of the update, and do the steps that wait for the gradients of other ranks."""
+        """Wait for the branches of the update."""
         for branch in self.branches:
             branch.join()
-        while self._deferred:
-            self.step(self._deferred.pop(0))
 
     def backward(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        """Compute the gradients of a loss, in place of the last ones. With several ranks, theirs are added meanwhile."""
-        flat = self._flat.get(optimizer)
-        is_flat = flat is not None and flat.is_active
+        """
+        Compute the gradients of a loss, in place of the last ones. Those of several ranks are added until :meth:`step`, so
+        that they travel while something else is computed.
+        """
+        flat = self._active(optimizer)
         if self.ranks.size > 1:
             loss = loss * self.ranks.weight
-        if flat is not None and is_flat:
+        if flat is not None and flat.library is not None:
             flat.backward(loss)
         else:
             optimizer.zero_grad()
             loss.backward()
             if self._cast is not None:
-                self._cast.give_gradients()
+                self._cast.give_gradients({} if flat is None else dict(zip(flat.parameters, flat.gradients, strict=True)))
+            if flat is not None:
+                flat.gather()
         if self.ranks.size > 1:
             parameters = (p for group in optimizer.param_groups for p in group["params"])
-            gradients = [flat.flat[1]] if flat is not None and is_flat else [p.grad for p in parameters if p.grad is not None]
+            gradients = [flat.flat[1]] if flat is not None else [p.grad for p in parameters if p.grad is not None]
             self._sums[optimizer] = self.ranks.start_sum(gradients)
 
-    def step(self, optimizer: th.optim.Optimizer, loss: th.Tensor | None = None) -> None:
-        """
-        Step an optimizer along the gradients of a loss, or those that :meth:`backward` computed. Where those of a loss come
-        from several ranks, :meth:`join` does the step, so that they travel while the rest of the update is computed.
-        """
-        if loss is not None:
-            self.backward(optimizer, loss)
+    def step(self, *optimizers: th.optim.Optimizer) -> None:
+        """Step optimizers along the gradients that :meth:`backward` computed."""
+        for optimizer in optimizers:
             if self.ranks.size > 1:
-                self._deferred.append(optimizer)
-                return
-        if self.ranks.size > 1:
-            self._sums.pop(optimizer)()
+                self._sums.pop(optimizer)()
+            flat = self._active(optimizer)
+            if flat is not None:
+                flat.step()
+            else:
+                optimizer.step()
+
+    def _active(self, optimizer: th.optim.Optimizer) -> FlatParameters | None:
+        """The parameters of an optimizer in one tensor, within an update that has them so."""
         flat = self._flat.get(optimizer)
-        if flat is not None and flat.is_active:
-            flat.step()
-        else:
-            optimizer.step()
+        return flat if flat is not None and flat.is_active else None

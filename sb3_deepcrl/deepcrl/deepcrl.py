@@ -317,6 +317,7 @@ class DeepCRL(OfflineLearning):
 
     def _setup_acceleration(self, n_updates: int | None) -> None:
         """Let networks and updates run as the arguments say, for so many updates; without any, only check them."""
+        check_normalized_once(self.normalize_observations, self._vec_normalize_env)
         self._runner.set_up(self.compile, self.cuda_graph, self.precision, self.checkpoint_activations, n_updates)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
@@ -340,7 +341,6 @@ class DeepCRL(OfflineLearning):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        check_normalized_once(self.normalize_observations, self._vec_normalize_env)
         self._convert_train_freq()
         assert self.replay_buffer is not None and isinstance(self.train_freq, TrainFreq)
         n_steps = check_positive_int(self.train_freq.frequency, "train_freq") * self._ranks.n_envs(self.n_envs)
@@ -456,8 +456,8 @@ class DeepCRL(OfflineLearning):
 
     def _update(self, observations: dict[str, th.Tensor], actions: th.Tensor) -> th.Tensor:
         """
-        Update actor and entropy coefficient, then the critic, on the same minibatch (order of the paper's code). It is one
-        function of tensors: nothing in it waits for the device or depends on a value.
+        Update actor, entropy coefficient and critic on the same minibatch, each by what the others were before (as the paper's
+        code does). It is one function of tensors: nothing in it waits for the device or depends on a value.
 
         :param observations: Observations, with the goals that were reached later in place of the desired ones
         :param actions: Actions in [-1, 1] or discrete ones, shape ``(batch_size, action_dim)``
@@ -474,7 +474,7 @@ class DeepCRL(OfflineLearning):
         with frozen(self.critic.sa_encoder):
             features = state_features.detach(), goal_repr.detach()
             actor_loss, log_prob, ent_coef = self._actor_loss(observations, *features, actions)
-            self._runner.step(self.actor.optimizer, actor_loss)
+            self._runner.backward(self.actor.optimizer, actor_loss)
         # What its graph held serves the next one
         actor_loss = actor_loss.detach()
 
@@ -484,7 +484,7 @@ class DeepCRL(OfflineLearning):
             assert isinstance(self.target_entropy, float)
             entropy_gap = (log_prob + self.target_entropy).mean()
             ent_coef_loss = -(self.log_ent_coef.exp() * entropy_gap).sum()
-            self._runner.step(self.ent_coef_optimizer, ent_coef_loss)
+            self._runner.backward(self.ent_coef_optimizer, ent_coef_loss)
             ent_coef_losses.append(ent_coef_loss.detach())
 
         with critic_branch.beside():
@@ -492,8 +492,8 @@ class DeepCRL(OfflineLearning):
             critic_loss, contrastive_metrics = self._critic_loss(state_features, actions, goal_repr)
             self._runner.backward(self.critic.optimizer, critic_loss)
         self._runner.join()
-        # After the actor, which needed the critic as it was
-        self._runner.step(self.critic.optimizer)
+        # After all gradients, which need the networks as they were
+        self._runner.step(*self._optimizers())
 
         losses = [actor_loss, critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
         return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])

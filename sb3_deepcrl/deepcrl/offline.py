@@ -77,6 +77,7 @@ class OfflineLearning(OffPolicyAlgorithm):
         """
         Learn from the replay buffer alone, without a step in the env. Interrupted, it can be called again for the rest.
         A ``learn()`` that follows begins with the policy as it is, without random actions, and without behavior cloning.
+        Schedules of learning rates run from the first of these updates to the last one.
 
         :param n_updates: Number of updates
         :param log_interval: Number of updates after which the logger is dumped
@@ -97,6 +98,7 @@ class OfflineLearning(OffPolicyAlgorithm):
         try:
             for done in range(0, n_updates, UPDATES_AT_ONCE):
                 n_next = min(UPDATES_AT_ONCE, n_updates - done)
+                self._update_current_progress_remaining(done, n_updates)
                 self.train(n_next, self.batch_size)
                 if (done + n_next) // log_interval > done // log_interval:
                     self.logger.dump(self._n_updates)

@@ -216,7 +216,7 @@ class Distillation(BaseCallback):
 
         params = student.actor.get_action_dist_params(of_actor)
         actor_loss = student.actor.kl_divergence(target, params).mean()
-        student._runner.step(student.actor.optimizer, actor_loss)
+        student._runner.backward(student.actor.optimizer, actor_loss)
 
         state_features = student.critic.extract_state_features(observations)
         state_action, goal = (
@@ -225,7 +225,8 @@ class Distillation(BaseCallback):
         )
         distances = (state_action - target_state_action).square() + (goal - target_goal).square()
         critic_loss = distances.sum(dim=1).mean()
-        student._runner.step(student.critic.optimizer, critic_loss)
+        student._runner.backward(student.critic.optimizer, critic_loss)
+        student._runner.step(student.actor.optimizer, student.critic.optimizer)
 
         with th.no_grad():
             _, contrastive_metrics = info_nce(
