@@ -243,5 +243,7 @@ def test_unfit_students_are_refused(teacher):
         prune(plain, depth=4)
     with pytest.raises(ValueError, match="repr_dim"):
         make_student(teacher, 4, policy_kwargs=dict(repr_dim=8)).learn(100, callback=Distillation(teacher))
+    with pytest.raises(ValueError, match="whose blocks are kept, 16, got 32"):
+        make_student(teacher, 4, 32).learn(100, callback=Distillation(teacher, prune=True))
     with pytest.raises(ValueError, match="observation_space"):
         DeepCRL("MultiInputPolicy", "AntUMaze-v0", depth=4, width=16).learn(100, callback=Distillation(teacher))

@@ -124,6 +124,10 @@ class Distillation(BaseCallback):
         for name in ("repr_dim", "energy"):
             if (found := getattr(student.policy, name)) != (wanted := getattr(teacher.policy, name)):
                 raise ValueError(f"`{name}` must be that of the teacher, {wanted!r}, got {found!r}")
+        if self.prune and student.width != teacher.width:
+            raise ValueError(
+                f"`width` must be that of the teacher, whose blocks are kept, {teacher.width}, got {student.width}"
+            )
 
     def _on_training_start(self) -> None:
         student, teacher = self.model, self.teacher

@@ -128,13 +128,6 @@ def _find_raw(space: spaces.Space, env: VecEnv | None) -> tuple[dict[str, spaces
     return {key: raw_spaces[key] for key in _by_key(space)}, vec_normalize
 
 
-def _env_id(env: VecEnv | None) -> str | None:
-    # VecEnvs of simulators raise all kinds of errors and may return anything
-    with contextlib.suppress(Exception):
-        return str(env.get_attr("spec")[0].id)  # type: ignore[union-attr]
-    return None
-
-
 def describe_policy(model: BaseAlgorithm, env: VecEnv | None = None) -> dict[str, str]:
     """
     Say what a policy is, for those who find its file.
@@ -151,15 +144,17 @@ def describe_policy(model: BaseAlgorithm, env: VecEnv | None = None) -> dict[str
         "stable_baselines3": stable_baselines3.__version__,
         "torch": th.__version__,
         "algorithm": type(model).__name__,
-        "env_id": _env_id(env),
         "num_timesteps": model.num_timesteps,
         "observation_space": model.observation_space,
         "action_space": model.action_space,
     }
+    # VecEnvs of simulators raise all kinds of errors and may return anything
+    with contextlib.suppress(Exception):
+        facts["env_id"] = str(env.get_attr("spec")[0].id)  # type: ignore[union-attr]
     if towers := residual_towers(model.policy):
         # The network that acts is the first one of all policies
         facts |= {"depth": LAYERS_PER_BLOCK * len(towers[0].blocks), "width": towers[0].stem[0].out_features}
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    return {name: str(value) for name, value in facts.items()}
 
 
 @contextlib.contextmanager
