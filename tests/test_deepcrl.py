@@ -835,8 +835,9 @@ def test_policy_kwargs_may_hold_the_architecture():
     assert (model.depth, model.width, len(model.actor.tower.blocks)) == (8, 8, 2)
     # The dict of the user stays as it was
     assert policy_kwargs == dict(depth=8, width=8)
-    with pytest.raises(ValueError, match=r"`depth=12`, `width=256` contradicts `policy_kwargs=.*: give it once"):
-        DeepCRL("MultiInputPolicy", GoalReachEnv(), depth=12, policy_kwargs=policy_kwargs)
+    # Also a value that is the default
+    with pytest.raises(ValueError, match=r"`depth=16` contradicts `policy_kwargs=.*: give it once"):
+        DeepCRL("MultiInputPolicy", GoalReachEnv(), depth=16, policy_kwargs=policy_kwargs)
 
 
 def test_policy_class_and_subclass_of_the_buffer():
@@ -923,8 +924,8 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(policy_kwargs=dict(normalize_images="no")), r"`normalize_images` must be one of True, False, got 'no'"),
         (dict(normalize_observations="auto"), r"`normalize_observations` must be one of True, False, got 'auto'"),
         (
-            dict(normalize_observations=True, policy_kwargs=dict(normalize_observations=False)),
-            r"`normalize_observations=True` contradicts `policy_kwargs=.*: give it once",
+            dict(normalize_observations=False, policy_kwargs=dict(normalize_observations=True)),
+            r"`normalize_observations=False` contradicts `policy_kwargs=.*: give it once",
         ),
         (dict(contrastive_loss="fwd"), r"`contrastive_loss` must be one of.*got 'fwd'"),
         (dict(transitions_per_update=0), r"`transitions_per_update` must be a positive integer, got 0"),

@@ -168,6 +168,7 @@ def test_student_learns_distribution_and_representations(teacher):
     assert student.replay_buffer.size() == 500 and teacher.replay_buffer.size() == 100
     observations, _ = student.replay_buffer.sample_contrastive(200)
     fresh = make_student(teacher, 4, 32)
+    assert make_student(teacher, 4, normalize_observations=True).normalize_observations
     assert divergence(teacher, student, observations) < 0.5 * divergence(teacher, fresh, observations)
     with th.no_grad():
         of_teacher, *others = (model.critic.encode_goal(observations) for model in (teacher, student, fresh))

@@ -126,7 +126,8 @@ class ScaleStudy(Study):
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
-        values = {**default_arguments(DeepCRL), **config_entry("deepcrl", find_spec(self.env).id)}
+        defaults = {**default_arguments(DeepCRL), **default_arguments(DeepCRLPolicy)}
+        values = {**defaults, **config_entry("deepcrl", find_spec(self.env).id)}
         return {name: values[name] for name in ("width", "batch_size")}
 
     def _run_of(self, size: Size) -> Run:

@@ -306,29 +306,24 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         too_long = self.episode_steps >= self.buffer_size
         self._end_episodes(np.flatnonzero((jumped & (self.episode_steps > 0)) | too_long), truncated=True)
 
-        slots = self.head.copy()
-        if self._device_copy:
-            self._written += [(slot % self.n_slots) * self.n_envs + envs for slot in (slots, slots + 1)]
-        for key, value in obs.items():
-            self._observations[key][slots, envs] = value
-        self._actions[slots, envs] = np.asarray(action).reshape(self.n_envs, self.action_dim)
-        timeouts = [info.get("TimeLimit.truncated", False) for info in infos] if self.handle_timeout_termination else False
-        self._start_next_step(reward, done, timeouts)
-        for key, value in next_obs.items():
-            self._observations[key][self.head, envs] = value
-        self._end_step(done)
+        next_slots = (self.head + 1) % self.n_slots
+        for slots, values in ((self.head, obs), (next_slots, next_obs)):
+            if self._device_copy:
+                self._written.append(slots * self.n_envs + envs)
+            for key, value in values.items():
+                self._observations[key][slots, envs] = value
+        self._actions[self.head, envs] = np.asarray(action).reshape(self.n_envs, self.action_dim)
+        self._end_step(reward, done, [info.get("TimeLimit.truncated", False) for info in infos])
 
-    def _start_next_step(self, reward: np.ndarray, done: np.ndarray, timeout: Any) -> None:
+    def _end_step(self, reward: np.ndarray, done: np.ndarray, timeout: Any) -> None:
         """Let a transition start at the heads, and move these to where it ends."""
-        slots, envs = self.head.copy(), self._env_indices
+        slots, envs = self.head, self._env_indices
         self._rewards[slots, envs] = reward
         self._dones[slots, envs] = done
-        self._timeouts[slots, envs] = timeout
+        self._timeouts[slots, envs] = timeout if self.handle_timeout_termination else False
         self.remaining[slots, envs] = RUNNING
         self.episode_steps += 1
         self._advance(envs)
-
-    def _end_step(self, done: np.ndarray) -> None:
         self._end_episodes(np.flatnonzero(done))
         self._adding = False
         self.full = self.n_used == self.n_slots
@@ -399,8 +394,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
                     for name, values in zip(names, finite, strict=True):
                         check_finite({name: np.where(values, 0, np.nan)})
                 self._end_episodes(np.flatnonzero(broken), truncated=True)
-                self._start_next_step(reward, done, timeout if self.handle_timeout_termination else False)
-                self._end_step(done)
+                self._end_step(reward, done, timeout)
             self._adding = was_adding
 
     def _fetch(self) -> None:

@@ -5,7 +5,7 @@ Vectorized environments that hand out PyTorch tensors, so that what they simulat
 import functools
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,8 +60,12 @@ class LazyArray(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array(self.array, dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        arrays = (value.array if isinstance(value, LazyArray) else value for value in inputs)
-        return getattr(ufunc, method)(*arrays, **kwargs)
+        def arrays(values: Iterable[Any]) -> tuple[Any, ...]:
+            return tuple(value.array if isinstance(value, LazyArray) else value for value in values)
+
+        if "out" in kwargs:
+            kwargs["out"] = arrays(kwargs["out"])
+        return getattr(ufunc, method)(*arrays(inputs), **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         # Methods of an array, but not its ways of being copied or of handing out its memory

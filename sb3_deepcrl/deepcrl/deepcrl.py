@@ -94,9 +94,9 @@ class DeepCRL(OfflineLearning):
         (SAC: minus the dimension), or 0.75 of the largest entropy of discrete ones, that of drawing them uniformly
     :param transitions_per_update: Do one gradient step for so many transitions, whatever the number of envs, unless
         ``train_freq`` or ``gradient_steps`` is given
-    :param depth: Number of Dense layers inside the residual blocks of the actor and of each encoder of the critic, a
-        positive multiple of 4; the first and the last layer are not counted (short for ``policy_kwargs=dict(depth=...)``)
-    :param width: Number of units of every hidden layer (short for ``policy_kwargs=dict(width=...)``)
+    :param depth: Number of Dense layers inside the residual blocks of the actor and of each encoder of the critic, a multiple
+        of 4, by default 16; the first and the last layer are not counted (short for ``policy_kwargs=dict(depth=...)``)
+    :param width: Number of units of every hidden layer, by default 256 (short for ``policy_kwargs=dict(width=...)``)
     :param contrastive_loss: Which way InfoNCE chooses: ``"forward"`` (a goal for each state and action, the paper's),
         ``"backward"`` or ``"symmetric"``
     :param logsumexp_coef: Coefficient of the log-sum-exp penalty
@@ -160,8 +160,8 @@ class DeepCRL(OfflineLearning):
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
         transitions_per_update: int = 16,
-        depth: int = 16,
-        width: int = 256,
+        depth: int | None = None,
+        width: int | None = None,
         contrastive_loss: str = "forward",
         logsumexp_coef: float = 0.1,
         random_goals: float = 0.5,
@@ -172,7 +172,7 @@ class DeepCRL(OfflineLearning):
         cuda_graph: bool | str = "auto",
         precision: str = "float32",
         checkpoint_activations: bool = False,
-        normalize_observations: bool = False,
+        normalize_observations: bool | None = None,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -223,12 +223,11 @@ class DeepCRL(OfflineLearning):
         # None where `train_freq` and `gradient_steps` say it
         self.transitions_per_update: int | None = transitions_per_update
         check_dict(policy_kwargs, "policy_kwargs")
-        self.depth, self.width = self.policy_kwargs.get("depth", depth), self.policy_kwargs.get("width", width)
-        self.normalize_observations = self.policy_kwargs.get("normalize_observations", normalize_observations)
-        if depth not in (16, self.depth) or width not in (256, self.width):
-            raise ValueError(f"`depth={depth}`, `width={width}` contradicts `policy_kwargs={policy_kwargs}`: give it once")
-        if normalize_observations not in (False, self.normalize_observations):
-            raise ValueError(f"`{normalize_observations=}` contradicts `policy_kwargs={policy_kwargs}`: give it once")
+        self.depth, self.width, self.normalize_observations = depth, width, normalize_observations
+        for name in SHORTCUTS:
+            value = getattr(self, name)
+            if value is not None and self.policy_kwargs.get(name, value) != value:
+                raise ValueError(f"`{name}={value}` contradicts `policy_kwargs={policy_kwargs}`: give it once")
         self.contrastive_loss = contrastive_loss
         self.logsumexp_coef = logsumexp_coef
         self.random_goals = random_goals
@@ -253,7 +252,8 @@ class DeepCRL(OfflineLearning):
         return {**self.__dict__, "_last_obs": None}
 
     def _setup_model(self) -> None:
-        self.policy_kwargs = {**{name: getattr(self, name) for name in SHORTCUTS}, **self.policy_kwargs}
+        given = {name: value for name in SHORTCUTS if (value := getattr(self, name)) is not None}
+        self.policy_kwargs = {**given, **self.policy_kwargs}
         self._check_arguments()
         self.replay_buffer_class, self.replay_buffer_kwargs = replace_her_replay_buffer(
             self.replay_buffer_class or ContrastiveReplayBuffer, self.replay_buffer_kwargs
@@ -267,15 +267,13 @@ class DeepCRL(OfflineLearning):
         self._ranks = Ranks()
         super()._setup_model()
         self._ranks.seed(self)
+        vars(self).update({name: self.policy._get_constructor_parameters()[name] for name in SHORTCUTS})
         assert self.replay_buffer is not None
         self.replay_buffer.gamma = self.gamma
         self._create_aliases()
         # Target entropy is used when learning the entropy coefficient
-        if self.target_entropy == "auto":
-            self.target_entropy = self.actor.target_entropy
-        else:
-            self.target_entropy = float(self.target_entropy)
-            check_number(abs(self.target_entropy), "target_entropy")
+        self.target_entropy = self.actor.target_entropy if self.target_entropy == "auto" else float(self.target_entropy)
+        check_number(abs(self.target_entropy), "target_entropy")
 
         # The entropy coefficient or entropy can be learned automatically
         if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
@@ -317,7 +315,7 @@ class DeepCRL(OfflineLearning):
 
     def _setup_acceleration(self, n_updates: int | None) -> None:
         """Let networks and updates run as the arguments say, for so many updates; without any, only check them."""
-        check_normalized_once(self.normalize_observations, self._vec_normalize_env)
+        check_normalized_once(self.policy.normalize_observations, self._vec_normalize_env)
         self._runner.set_up(self.compile, self.cuda_graph, self.precision, self.checkpoint_activations, n_updates)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
@@ -398,11 +396,13 @@ class DeepCRL(OfflineLearning):
         return self._ranks.whole(rollout)
 
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
-        # The replay buffer checks the last observation of an episode, but sees the first one of the next after an update
-        check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())  # type: ignore[arg-type]
-        if self.actor.normalizer is not None:
-            self.actor.normalizer.add(self._last_obs)  # type: ignore[arg-type]
+        # The replay buffer checks what it stores, but sees the first observations of new episodes after an update only
+        if np.asarray(args[1]).any():
+            check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())  # type: ignore[arg-type]
+        last_obs = self._last_obs
         super()._store_transition(replay_buffer, buffer_action, new_obs, *args)
+        if self.actor.normalizer is not None:
+            self.actor.normalizer.add(last_obs)  # type: ignore[arg-type]
 
     def dump_logs(self) -> None:
         # Where episodes of several envs end at the same step, once for all of them

@@ -2,7 +2,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -78,7 +78,38 @@ def _n_choices(action_space: spaces.Space) -> list[int]:
     return [int(action_space.n)] if isinstance(action_space, spaces.Discrete) else [2] * get_action_dim(action_space)
 
 
-class Actor(CheckedPolicy):
+class _TowerModel(BaseModel):
+    """What actor and critic share: arguments of residual towers, and observations that are normalized before anything else."""
+
+    features_extractor: BaseFeaturesExtractor
+    # What is saved besides the arguments of BaseModel
+    _own_arguments: ClassVar[tuple[str, ...]] = ("features_extractor", "tower_kwargs", "normalizer")
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Space,
+        features_extractor: BaseFeaturesExtractor,
+        tower_kwargs: dict[str, Any],
+        normalize_images: bool = True,
+        normalizer: RunningNorm | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images, **kwargs
+        )
+        self.tower_kwargs = tower_kwargs
+        self.normalizer = normalizer
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in self._own_arguments}}
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        normalized = obs if self.normalizer is None else self.normalizer(obs)
+        return super().extract_features(normalized, features_extractor)
+
+
+class Actor(_TowerModel, CheckedPolicy):
     """
     Actor network (policy) for DeepCRL: a residual tower from state and goal to the distribution of actions. What the
     distribution is, and the heads that give its parameters, the subclasses say.
@@ -94,25 +125,9 @@ class Actor(CheckedPolicy):
     #: Entropy that ``target_entropy="auto"`` stands for
     target_entropy: float
 
-    def __init__(
-        self,
-        observation_space: spaces.Dict,
-        action_space: spaces.Space,
-        features_extractor: BaseFeaturesExtractor,
-        tower_kwargs: dict[str, Any],
-        normalize_images: bool = True,
-        normalizer: RunningNorm | None = None,
-    ):
-        super().__init__(
-            observation_space,
-            action_space,
-            features_extractor=features_extractor,
-            normalize_images=normalize_images,
-            squash_output=True,
-        )
-        self.tower_kwargs = tower_kwargs
-        self.normalizer = normalizer
-        self.tower = ResidualTower(features_extractor.features_dim, None, **tower_kwargs)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, squash_output=True, **kwargs)
+        self.tower = ResidualTower(self.features_extractor.features_dim, None, **self.tower_kwargs)
 
     def _make_head(self, output_dim: int) -> nn.Linear:
         return lecun_uniform_(nn.Linear(self.tower.output_dim, output_dim))
@@ -121,14 +136,6 @@ class Actor(CheckedPolicy):
     def heads(self) -> tuple[nn.Linear, ...]:
         """The last layers, after the tower."""
         raise NotImplementedError
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("features_extractor", "tower_kwargs", "normalizer")}
-        return {**super()._get_constructor_parameters(), **own}
-
-    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
-        normalized = obs if self.normalizer is None else self.normalizer(obs)
-        return super().extract_features(normalized, features_extractor)
 
     def _outputs(self, obs: PyTorchObs) -> tuple[th.Tensor, ...]:
         return apply_heads(self.tower, self.extract_features(obs, self.features_extractor), *self.heads)
@@ -195,16 +202,13 @@ class GaussianActor(Actor):
 
     def action_log_prob(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """Sample actions in [-1, 1], of shape ``(batch_size, action_dim)``, and their log-probability, ``(batch_size,)``."""
-        return self._sample(self.get_action_dist_params(obs))
-
-    def _sample(self, params: tuple[th.Tensor, ...]) -> tuple[th.Tensor, th.Tensor]:
-        mean, log_std = params
-        return squashed_gaussian(mean, log_std, th.randn_like(mean), fused=has_kernel(self.tower))
+        return self.expected_value(self.get_action_dist_params(obs), lambda actions: actions)
 
     def expected_value(
         self, params: tuple[th.Tensor, ...], value_of: Callable[[th.Tensor], th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor]:
-        actions, log_prob = self._sample(params)
+        mean, log_std = params
+        actions, log_prob = squashed_gaussian(mean, log_std, th.randn_like(mean), fused=has_kernel(self.tower))
         return value_of(actions), log_prob
 
     def cloning_loss(self, params: tuple[th.Tensor, ...], actions: th.Tensor) -> th.Tensor:
@@ -273,7 +277,7 @@ class CategoricalActor(Actor):
         return (target_log_probs.exp() * (target_log_probs - log_probs)).sum(dim=1)
 
 
-class ContrastiveCritic(BaseModel):
+class ContrastiveCritic(_TowerModel):
     """
     Contrastive critic: an encoder of state and action and an encoder of the goal, whose energy tells how likely the goal
     is reached from there (section 2 of the paper).
@@ -281,49 +285,26 @@ class ContrastiveCritic(BaseModel):
     :param observation_space: Observation space
     :param action_space: Action space
     :param features_extractor: Network to extract features of the state (all but the desired goal)
-    :param goal_features_extractor: Network to extract features of the desired goal
-    :param repr_dim: Dimension of the representations
-    :param energy: One of :data:`~sb3_deepcrl.common.losses.ENERGIES`
     :param tower_kwargs: Keyword arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`
     :param normalize_images: Whether to divide images by 255
     :param normalizer: What normalizes the observations before anything else, if they are normalized
+    :param goal_features_extractor: Network to extract features of the desired goal
+    :param repr_dim: Dimension of the representations
+    :param energy: One of :data:`~sb3_deepcrl.common.losses.ENERGIES`
     """
 
-    features_extractor: BaseFeaturesExtractor
+    _own_arguments = (*_TowerModel._own_arguments, "goal_features_extractor", "repr_dim", "energy")
 
-    def __init__(
-        self,
-        observation_space: spaces.Dict,
-        action_space: spaces.Space,
-        features_extractor: BaseFeaturesExtractor,
-        goal_features_extractor: BaseFeaturesExtractor,
-        repr_dim: int,
-        energy: str,
-        tower_kwargs: dict[str, Any],
-        normalize_images: bool = True,
-        normalizer: RunningNorm | None = None,
-    ):
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
+    def __init__(self, *args: Any, goal_features_extractor: BaseFeaturesExtractor, repr_dim: int, energy: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.goal_features_extractor = goal_features_extractor
         self.repr_dim = repr_dim
         self.energy = energy
-        self.tower_kwargs = tower_kwargs
-        self.normalizer = normalizer
 
         # Discrete actions are one-hot
-        state_action_dim = features_extractor.features_dim + get_flattened_obs_dim(self.action_space)
-        self.sa_encoder = ResidualTower(state_action_dim, repr_dim, **tower_kwargs)
-        self.g_encoder = ResidualTower(goal_features_extractor.features_dim, repr_dim, **tower_kwargs)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        names = ("features_extractor", "goal_features_extractor", "repr_dim", "energy", "tower_kwargs", "normalizer")
-        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
-
-    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
-        normalized = obs if self.normalizer is None else self.normalizer(obs)
-        return super().extract_features(normalized, features_extractor)
+        state_action_dim = self.features_extractor.features_dim + get_flattened_obs_dim(self.action_space)
+        self.sa_encoder = ResidualTower(state_action_dim, repr_dim, **self.tower_kwargs)
+        self.g_encoder = ResidualTower(goal_features_extractor.features_dim, repr_dim, **self.tower_kwargs)
 
     def extract_state_features(self, obs: dict[str, th.Tensor]) -> th.Tensor:
         """Features of the state, in which the desired goal has no part, shape ``(batch_size, features_dim)``."""

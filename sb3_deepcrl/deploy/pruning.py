@@ -9,7 +9,7 @@ from torch import nn
 
 from sb3_deepcrl.common.torch_layers import ResidualTower
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_depth
-from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.deepcrl.deepcrl import SHORTCUTS, DeepCRL
 
 
 def block_contributions(model: DeepCRL, observations: dict[str, th.Tensor], actions: th.Tensor) -> dict[str, list[float]]:
@@ -69,9 +69,9 @@ def prune_blocks(teacher: DeepCRL, student: DeepCRL, observations: dict[str, th.
 
 
 def policy_kwargs_without_size(model: DeepCRL) -> dict[str, Any]:
-    """The ``policy_kwargs`` of a model but for depths and width."""
-    size = ("depth", "width", "actor_depth", "critic_depth")
-    return {name: value for name, value in model.policy_kwargs.items() if name not in size}
+    """The ``policy_kwargs`` of a model but for depths and width, and what is an argument of ``DeepCRL`` too."""
+    left_out = (*SHORTCUTS, "actor_depth", "critic_depth")
+    return {name: value for name, value in model.policy_kwargs.items() if name not in left_out}
 
 
 def pruned_kwargs(model: DeepCRL, depth: int) -> dict[str, Any]:

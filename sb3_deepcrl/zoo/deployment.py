@@ -117,6 +117,7 @@ def _learn_from(command: str, parser: argparse.ArgumentParser, argv: Sequence[st
         **{name: value for name, value in config.items() if name not in NOT_TAKEN},
         "depth": args.depth,
         "width": getattr(args, "width", None) or teacher.width,
+        "normalize_observations": teacher.normalize_observations,
         "policy_kwargs": policy_kwargs,
         "callback": [{f"{Distillation.__module__}.{Distillation.__name__}": arguments}],
     }
