@@ -13,6 +13,7 @@ What several ranks of one training cost and reach.
 
 import argparse
 import functools
+import itertools
 import os
 import socket
 import statistics
@@ -30,6 +31,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 from gymnasium import spaces
+from harness import write_report
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.common.utils import processor
@@ -92,8 +94,8 @@ def measure_updates(rank: int, n_ranks: int, port: int, seconds: float, path: Pa
         th.save(rows, path)
 
 
-def report_updates(args: argparse.Namespace) -> str:
-    """Measure updates with one rank and with several. Gives a table in Markdown."""
+def report_updates(args: argparse.Namespace) -> None:
+    """Measure updates with one rank and with several, and report them."""
     rows: list[list[float]] = []
     for n_ranks in args.ranks:
         with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
@@ -105,78 +107,64 @@ def report_updates(args: argparse.Namespace) -> str:
             th.multiprocessing.start_processes(measure_updates, arguments, nprocs=n_ranks, start_method="spawn")
             rows += th.load(path)
     one = {tuple(row[:3]): row[4] for row in rows if row[3] == 1}
-    lines = [
-        "# One update on several ranks",
-        "",
+    note = (
         f"One thread a rank on {os.cpu_count()} cores of {processor()}, gloo, torch {th.__version__}; the size is depth x "
         "width x batch size of all ranks, with inputs of the humanoid tasks. What the ranks tell each other was measured "
-        "alone, too; in an update, the gradients of the actor travel while those of the critic are computed.",
-        "",
-        f"Printed by `python benchmarks/distributed.py {' '.join(sys.argv[1:])}`.",
-        "",
-        "| size | ranks | ms an update | of one rank | communication alone (ms) | of the update | bytes of a rank |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for depth, width, batch_size, n_ranks, update, ways, n_bytes in sorted(
-        rows, key=lambda row: (SIZES.index(tuple(row[:3])), row[3])
-    ):
-        lines.append(
-            f"| {depth}x{width}x{batch_size} | {n_ranks} | {update:.1f} | {update / one[depth, width, batch_size]:.2f} | "
-            f"{ways:.1f} | {ways / update:.0%} | {n_bytes / 1e6:.1f} MB |"
+        "alone, too; in an update, the gradients of the actor travel while those of the critic are computed."
+    )
+    table = [
+        {
+            "size": f"{depth}x{width}x{batch_size}",
+            "ranks": n_ranks,
+            "ms an update": f"{update:.1f}",
+            "of one rank": f"{update / one[depth, width, batch_size]:.2f}",
+            "communication alone (ms)": f"{ways:.1f}",
+            "of the update": f"{ways / update:.0%}",
+            "bytes of a rank": f"{n_bytes / 1e6:.1f} MB",
+        }
+        for depth, width, batch_size, n_ranks, update, ways, n_bytes in sorted(
+            rows, key=lambda row: (SIZES.index(tuple(row[:3])), row[3])
         )
-    return "\n".join(lines) + "\n"
+    ]
+    write_report("One update on several ranks", note, [table], args.output)
 
 
-def report_trainings(args: argparse.Namespace) -> str:
-    """Train with one rank and with several. Gives a table in Markdown."""
+def report_trainings(args: argparse.Namespace) -> None:
+    """Train with one rank and with several, and report success."""
     from sb3_deepcrl.zoo.runs import RunFolder
 
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-    lines = [
-        f"# {ENV} on several ranks",
-        "",
+    found: dict[tuple[int, int], dict[int, list[float]]] = {}
+    for n_ranks, seed in itertools.product(args.ranks, range(args.seeds)):
+        logs = str(args.logs / f"{n_ranks}-{seed}")
+        options = f"--env {ENV} --seed {seed} -n {args.steps} --eval-freq {EVAL_FREQ} --eval-episodes 50 --n-eval-envs 10"
+        # A run that is complete is left as it is
+        train = ("-m", "sb3_deepcrl.zoo", "train", *options.split(), "-f", logs, "--resume")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*torchrun, str(n_ranks), *train], check=True, stdout=subprocess.DEVNULL, env=environment)
+        run = RunFolder.newest(logs, "deepcrl", ENV)
+        assert run is not None
+        evaluations = run.evaluations()
+        columns = (evaluations[name] for name in ("timesteps", "n_updates", "success_any"))
+        for steps, updates, success in zip(*columns, strict=True):
+            found.setdefault((steps, updates), {}).setdefault(n_ranks, []).append(success.mean())
+    note = (
         "Success at any step over 50 evaluation episodes and the number of updates, by env steps, with the settings of "
-        f"`zoo_configs/deepcrl.yml`. The numbers are those of seeds {', '.join(map(str, range(args.seeds)))}.",
-        "",
-        f"Printed by `python benchmarks/distributed.py learn --steps {args.steps} --seeds {args.seeds}`: "
-        "`torchrun --nproc-per-node RANKS -m sb3_deepcrl.zoo train`.",
-        "",
-        "| env steps | updates | " + " | ".join(f"{n_ranks} rank{'s' * (n_ranks > 1)}" for n_ranks in args.ranks) + " |",
-        "|---:|---:|" + "---|" * len(args.ranks),
+        f"`zoo_configs/deepcrl.yml`. The numbers are those of seeds {', '.join(map(str, range(args.seeds)))}. A training is "
+        "`torchrun --nproc-per-node RANKS -m sb3_deepcrl.zoo train`."
+    )
+    table = [
+        {
+            "env steps": f"{steps:,}",
+            "updates": f"{updates:,}",
+            **{
+                f"{n} rank{'s' * (n > 1)}": f"{np.median(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})"
+                for n, values in of_ranks.items()
+            },
+        }
+        for (steps, updates), of_ranks in found.items()
     ]
-    table: dict[tuple[int, int], dict[int, list[float]]] = {}
-    for n_ranks in args.ranks:
-        for seed in range(args.seeds):
-            logs = args.logs / f"{n_ranks}-{seed}"
-            arguments = (
-                f"--env {ENV} --seed {seed} -n {args.steps} --eval-freq {EVAL_FREQ} --eval-episodes 50 --n-eval-envs 10"
-            )
-            command = [
-                *torchrun,
-                str(n_ranks),
-                "-m",
-                "sb3_deepcrl.zoo",
-                "train",
-                *arguments.split(),
-                "-f",
-                str(logs),
-                "--resume",
-            ]
-            # One run is left as it is if it is complete
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            run = RunFolder.newest(str(logs), "deepcrl", ENV)
-            assert run is not None
-            evaluations = run.evaluations()
-            for steps, updates, success in zip(
-                *(evaluations[name] for name in ("timesteps", "n_updates", "success_any")), strict=True
-            ):
-                table.setdefault((steps, updates), {}).setdefault(n_ranks, []).append(success.mean())
-    for (steps, updates), found in table.items():
-        cells = (
-            f"{np.median(found[n]):.2f} ({', '.join(f'{value:.2f}' for value in found[n])})" for n in args.ranks if n in found
-        )
-        lines.append(f"| {steps:,} | {updates:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    write_report(f"{ENV} on several ranks", note, [table], args.output)
 
 
 def main() -> None:
@@ -190,10 +178,8 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path("logs/distributed"), help="Folder of the trainings")
     parser.add_argument("--output", type=Path, help="File for the report")
     args = parser.parse_args()
-    report = report_updates(args) if args.what == "update" else report_trainings(args)
-    print(report, end="")
-    if args.output is not None:
-        args.output.write_text(report)
+    report = report_updates if args.what == "update" else report_trainings
+    report(args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sb3_deepcrl.analysis import (
     BaselinesStudy,
     CollectorStudy,
     DepthStudy,
+    DistillationStudy,
     GridStudy,
     RepresentationStudy,
     StitchingStudy,
@@ -171,6 +172,28 @@ def test_grid_report():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4", "16"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["4", "8", "32"]
     assert ax.get_ylim()[0] < ax.get_ylim()[1]  # The deepest critic at the top
+
+
+def test_teachers_are_trained_first(tmp_path, monkeypatch):
+    trained = []
+
+    def stop(runs_by_label, *args):
+        trained.append(list(runs_by_label))
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sb3_deepcrl.analysis.study.train_all", stop)
+    study = DistillationStudy(runs=tmp_path / "runs", hyperparams={"normalize": True})
+    with pytest.raises(KeyboardInterrupt):
+        study.run()
+    assert trained == [["teacher, depth 64"], list(study.settings())]
+    (callback,) = study.settings()["student, depth 4"].hyperparams["callback"]
+    assert next(iter(callback.values()))["vec_normalize"].endswith("PointBigMaze-v0_1/PointBigMaze-v0/vecnormalize.pkl")
+    # Not for a report that cannot be written
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        DistillationStudy(runs=tmp_path / "runs", output=tmp_path / "file" / "report.md").run()
+    assert len(trained) == 2
 
 
 def test_comparisons():

@@ -175,10 +175,13 @@ def test_report_of_known_gaits(tmp_path, monkeypatch):
     known = {4: [thrown, thrown, thrown, walking], 64: [walking] * 4}
     study = WalkStudy(env="HumanoidGoal-v0", depths=(4, 64), runs=tmp_path, **TOY)
     write_all(study)
-    models = [(depth, seed, DeepCRL.__new__(DeepCRL)) for depth in (4, 64) for seed in (0, 1)]
-    for depth, seed, model in models:
-        model.num_timesteps, model.depth = 1000 * (seed + 1), depth
-    monkeypatch.setattr(WalkStudy, "models", lambda self: models)
+
+    def load_known(run, runs):
+        model = DeepCRL.__new__(DeepCRL)
+        model.num_timesteps, model.depth = 1000 * (run.seed + 1), run.hyperparams["depth"]
+        return model
+
+    monkeypatch.setattr("sb3_deepcrl.analysis.study.load_model", load_known)
     walks = {depth: [{**measure(episode), "dt": DT} for episode in episodes] for depth, episodes in known.items()}
     monkeypatch.setattr("sb3_deepcrl.analysis.walk.walk_episodes", lambda model, *args: walks[model.depth])
     report = study.run()

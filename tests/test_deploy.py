@@ -108,6 +108,27 @@ def test_exported_file_needs_no_env_and_says_what_it_is(teacher, tmp_path):
     assert not any("critic" in name for name in program.state_dict)
 
 
+def test_large_file_has_its_weights_beside_it(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    observations = sample(teacher.observation_space, 3)
+    path = export_policy(teacher, tmp_path / "policy.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["policy.onnx", "policy.onnx.data"]
+    wanted, _ = teacher.predict(observations, deterministic=True)
+    np.testing.assert_allclose(run_file(path, observations), wanted, atol=1e-5)
+
+
+def test_normalization_of_the_policy_is_exported(tmp_path):
+    settings = dict(depth=8, width=32, batch_size=32, learning_starts=100, learning_rate=1e-3, seed=0)
+    model = DeepCRL("MultiInputPolicy", BatchVecEnv("AntUMaze-v0", 4), normalize_observations=True, **settings)
+    path = export_policy(model, tmp_path / "before")
+    observations = sample(model.observation_space, 1000)
+    np.testing.assert_allclose(run_file(path, observations), model.predict(observations, deterministic=True)[0], atol=1e-5)
+    # Some of them are clipped
+    model.learn(400)
+    path = export_policy(model, tmp_path / "after")
+    np.testing.assert_allclose(run_file(path, observations), model.predict(observations, deterministic=True)[0], atol=1e-5)
+
+
 def test_export_is_float32_and_changes_nothing(tmp_path):
     model = DeepCRL("MultiInputPolicy", "PointUMaze-v0", depth=4, width=32, compile=True, precision="bfloat16")
     observations = sample(model.observation_space, 3)
@@ -165,6 +186,32 @@ def test_teacher_without_buffer_acts_first(teacher, tmp_path):
     assert student.replay_buffer.size() == 150 and student.num_timesteps == 200
 
 
+@pytest.mark.parametrize("has_buffer", [True, False])
+def test_student_begins_with_the_statistics_of_its_teacher(has_buffer):
+    settings = dict(depth=4, width=16, batch_size=32, learning_starts=100, seed=0)
+    env = BatchVecEnv("PointUMaze-v0", 4)
+    teacher = DeepCRL("MultiInputPolicy", env, normalize_observations=True, **settings).learn(400)
+    if not has_buffer:
+        teacher.replay_buffer.reset()
+    student, distillation = make_student(teacher, 4), Distillation(teacher, teacher_steps=400)
+    student.learn(160, callback=distillation)
+    # The teacher is what it was, though it may have acted
+    for name, value in teacher.actor.normalizer.state_dict().items():
+        assert th.equal(distillation.teacher.actor.normalizer.state_dict()[name], value)
+    assert student.actor.normalizer.count == 400 + 160
+
+
+def test_statistics_of_vec_normalize_rest_while_a_student_is_taught():
+    env = VecNormalize(BatchVecEnv("PointUMaze-v0", 4), norm_reward=False)
+    teacher = DeepCRL("MultiInputPolicy", env, depth=4, width=16, batch_size=32, learning_starts=100).learn(200)
+    count = env.obs_rms["observation"].count
+    student = distill(teacher, depth=4, steps=80)
+    assert env.obs_rms["observation"].count == count
+    # On its own it learns them again
+    student.learn(80)
+    assert env.obs_rms["observation"].count > count
+
+
 def test_blocks_that_do_nothing_are_pruned(teacher):
     deep = make_student(teacher, 16, seed=1)
     with th.no_grad():
@@ -197,5 +244,7 @@ def test_unfit_students_are_refused(teacher):
         prune(plain, depth=4)
     with pytest.raises(ValueError, match="repr_dim"):
         make_student(teacher, 4, policy_kwargs=dict(repr_dim=8)).learn(100, callback=Distillation(teacher))
+    with pytest.raises(ValueError, match="whose blocks are kept, 16, got 32"):
+        make_student(teacher, 4, 32).learn(100, callback=Distillation(teacher, prune=True))
     with pytest.raises(ValueError, match="observation_space"):
         DeepCRL("MultiInputPolicy", "AntUMaze-v0", depth=4, width=16).learn(100, callback=Distillation(teacher))

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 from sb3_deepcrl import DeepCRL, evaluate_goals
 from sb3_deepcrl.common.callbacks import TrainingDisplay
 from sb3_deepcrl.common.tensor_env import DeviceObs
-from sb3_deepcrl.envs import BatchVecEnv
+from sb3_deepcrl.envs import BatchVecEnv, plot_maze
 from sb3_deepcrl.tensor_envs import GoalAdapter, WarpVecEnv
 
 HAS_WARP = importlib.util.find_spec("mujoco_warp") is not None
@@ -278,11 +278,16 @@ def test_adapter_of_four_values():
     assert infos[3][0]["TimeLimit.truncated"] and "is_success" not in infos[3][0] and not infos[3][1]
 
 
+class WithoutActionSpace(TorchReach):
+    single_action_space = property()
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(achieved=lambda obs: obs["policy"][0]), r"`achieved_goal` must be a tensor of shape \(3, ...\)"),
     (dict(desired=lambda obs: obs["policy"][:, :3]), "must have one shape"),
     (dict(observation=lambda obs: obs), "`observation` must be a tensor"),
-    (dict(env=object()), "has no attribute `device`"),
+    (dict(env=object()), "has no attribute `device`.*no batched env on tensors"),
+    (dict(env=WithoutActionSpace()), "has no attribute `single_action_space`: pass `action_space=`"),
 ])  # fmt: skip
 def test_adapter_refuses(change, message):
     kwargs = dict(env=TorchReach(), achieved=lambda obs: obs["policy"][:, :2], desired=lambda obs: obs["policy"][:, 2:4])
@@ -443,6 +448,10 @@ def test_warp_is_seen_and_set_like_the_batch(points):
         observation = points.step(np.zeros((8, 2), dtype=np.float32))[0]
     assert observation["desired_goal"][3].tolist() == [6, 2]
     assert points.get_attr("goal", 3)[0].tolist() == [6, 2] and points.get_attr("_max_episode_steps", 0) == [20]
+    drawn = next(each for each in plot_maze(points).collections if each.get_label() == "goal").get_offsets()
+    np.testing.assert_array_equal(drawn[:, ::-1], observation["desired_goal"])
+    with pytest.raises(TypeError, match="can neither be copied nor pickled"):
+        copy.deepcopy(points)
     with pytest.raises(ValueError, match="is not finite"):
         points.step(np.full((8, 2), np.nan, dtype=np.float32))
     with pytest.raises(ValueError, match=r"shape \(8, 3\), expected \(8, 2\)"):

@@ -138,6 +138,7 @@ def test_what_the_folder_of_a_run_tells(logs):
     assert (arguments["learning_rate"], arguments["gamma"], arguments["n_envs"]) == ("lin_1e-3", 0.95, N_ENVS)
     assert (arguments["tau"], arguments["policy_kwargs.norm"], arguments["target_entropy"]) == (0.005, "layer", -1.0)
     assert (arguments["env.goal"], arguments["eval_env.goal_set"]) == ("continuing", "eval")
+    assert arguments["env.vec_env"] == "BatchVecEnv"
     model = run_folder.load_model()
     assert (model.num_timesteps, model.buffer_size) == (N_STEPS, 1)
     model.precision = "float32"
@@ -657,6 +658,32 @@ def test_model_without_the_state_of_its_optimizers(logs, run_folder, tmp_path, c
     with pytest.raises(SystemExit):
         command(*args, "--env", ENV)
     assert "leave --algo, --env and --vec-normalize out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distill", "prune"])
+def test_student_of_a_run(name, tmp_path, capsys):
+    kwargs = {"max_episode_steps": 40}
+    words = ("-n", "400", "--save-replay-buffer", "--env-kwargs", "max_episode_steps:40")
+    train(tmp_path, *words, *TINY, "depth:8", "normalize:True")
+    teacher = RunFolder.newest(tmp_path, "deepcrl", ENV)
+    # As its teacher, but for its size
+    args = ["--depth", "4", "-n", "160", "-f", str(tmp_path / name), "--eval-freq", "-1", "--num-threads", "1"]
+    command(name, str(teacher.path), *args)
+    student = RunFolder.newest(tmp_path / name, "deepcrl", ENV)
+    assert (student.args()["env_kwargs"], student.config()["width"], student.load_model().depth) == (kwargs, 16, 4)
+    statistics = [run.make_env().obs_rms["observation"].mean for run in (teacher, student)]
+    np.testing.assert_array_equal(*statistics)
+    assert re.search(r"teacher.* 8 .* 16 .*\n.*student.* 4 .* 16 ", capsys.readouterr().out)
+    command("export", str(student.path), str(tmp_path / "policy.pt2"), "--format", "torch")
+    env = student.make_env()
+    obs = env.reset()
+    raw = [torch.as_tensor(value) for value in env.get_original_obs().values()]
+    found = torch.export.load(tmp_path / "policy.pt2").module()(*raw).detach().numpy()
+    model = student.load_model()
+    model.precision = "float32"
+    model._setup_acceleration(None)
+    np.testing.assert_allclose(found, model.predict(obs, deterministic=True)[0], atol=1e-5)
 
 
 def test_env_of_a_run(tmp_path):

@@ -4,7 +4,7 @@ The command ``python -m sb3_deepcrl.analysis``, which is also ``sb3-deepcrl-anal
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_origin
 
@@ -27,40 +27,27 @@ GOES_ON = "The same command goes on from the last evaluations."
 registry = tyro.constructors.ConstructorRegistry()
 
 
-@registry.primitive_rule
-def _whole_number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
-    """Whole numbers may be written as 1e6."""
-    if info.type is not int:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=lambda words: whole_number(words[0]),
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-@registry.primitive_rule
-def _pairs(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[dict[str, Any]] | None:
-    """Dicts are written as RL Zoo does, but text needs no quotes."""
-    if get_origin(info.type) is not dict:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="KEY:VALUE",
-        instance_from_str=lambda words: dict(map(key_value, words)),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{key}:{entry}" for key, entry in value.items()],
-    )
-
-
 def key_value(text: str) -> tuple[str, Any]:
     """Read ``key:value``, where the value is a Python literal or else text."""
     key, colon, value = text.partition(":")
     if not colon or not key:
         raise ValueError(f"expected key:value, got {text!r}")
     return key, literal_or_text(value)
+
+
+def _add_type(kind: type, nargs: Any, metavar: str, read: Callable[..., Any], write: Callable[..., list[str]]) -> None:
+    """Let options of a type be written in another way than tyro has it."""
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        if (get_origin(info.type) or info.type) is not kind:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(nargs, metavar, read, lambda value: isinstance(value, kind), write)
+
+
+# Whole numbers may be 1e6, and dicts are as in RL Zoo, but text in them needs no quotes
+_add_type(int, 1, "INT", lambda words: whole_number(words[0]), lambda value: [str(value)])
+_add_type(dict, "*", "KEY:VALUE", lambda words: dict(map(key_value, words)), lambda d: [f"{k}:{v}" for k, v in d.items()])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

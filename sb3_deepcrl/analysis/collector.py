@@ -21,7 +21,7 @@ from sb3_deepcrl.analysis.report import MEASURES, Report, Results, depth_colors,
 from sb3_deepcrl.analysis.runs import FOLDER, Run, mean_evaluations
 from sb3_deepcrl.analysis.statistics import Estimate, curves_of
 from sb3_deepcrl.analysis.study import Study
-from sb3_deepcrl.common.utils import check_depth
+from sb3_deepcrl.common.utils import WITHOUT_BUFFER, check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deploy.distillation import make_student
 
@@ -81,10 +81,9 @@ class Learners(BaseCallback):
 
     def _find(self, depth: int) -> DeepCRL | None:
         """The newest saved model that is not ahead of the collector."""
-        paths = sorted(_learner_folder(self.folder, depth).glob("*.zip"), key=_steps_of)
-        paths = [path for path in paths if _steps_of(path) <= self.model.num_timesteps]
+        paths = [path for path in _saved(self.folder, depth) if int(path.stem) <= self.model.num_timesteps]
         # What it lacks is made up for before the next rollout
-        return DeepCRL.load(paths[-1], self.training_env, custom_objects={"buffer_size": 1}) if paths else None
+        return DeepCRL.load(paths[-1], self.training_env, custom_objects=WITHOUT_BUFFER) if paths else None
 
     def _make(self, depth: int) -> DeepCRL:
         assert isinstance(self.model, DeepCRL)
@@ -107,11 +106,10 @@ class Learners(BaseCallback):
             evaluations = self.evaluations[depth]
             evaluations.on_step()
             if evaluations.n_calls % evaluations.eval_freq == 0:
-                folder = _learner_folder(self.folder, depth)
                 # The collector may not be saved yet, and goes on with the previous one then
-                for path in sorted(folder.glob("*.zip"), key=_steps_of)[:-1]:
+                for path in _saved(self.folder, depth)[:-1]:
                     path.unlink()
-                learner.save(folder / f"{self.num_timesteps}.zip")
+                learner.save(_learner_folder(self.folder, depth) / f"{self.num_timesteps}.zip")
         return True
 
     def _on_rollout_start(self) -> None:
@@ -130,13 +128,14 @@ class Learners(BaseCallback):
     _on_training_end = _on_rollout_start
 
 
-def _steps_of(path: Path) -> int:
-    return int(path.stem)
-
-
 def _learner_folder(folder: Path | str, depth: int) -> Path:
     """Where a learner has its evaluations and models."""
     return Path(folder) / f"learner-depth-{depth}"
+
+
+def _saved(folder: str, depth: int) -> list[Path]:
+    """Its models, which are named by their number of steps, the newest last."""
+    return sorted(_learner_folder(folder, depth).glob("*.zip"), key=lambda path: int(path.stem))
 
 
 @dataclass(kw_only=True)

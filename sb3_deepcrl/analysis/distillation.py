@@ -2,13 +2,10 @@
 Does a shallow policy do what a deep one has learned, if it is taught by it or cut out of it?
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from rich.console import Console
-
-from sb3_deepcrl.analysis.report import Report
-from sb3_deepcrl.analysis.runs import FOLDER, SEED, Run, check_origin, config_entry, train_all
+from sb3_deepcrl.analysis.runs import FOLDER, SEED, Run, config_entry
 from sb3_deepcrl.analysis.statistics import Estimate
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
@@ -44,6 +41,10 @@ class DistillationStudy(Study):
             raise ValueError(f"`teacher_depth` must be larger than all other depths, got {self.teacher_depth}")
 
     @property
+    def _teacher_label(self) -> str:
+        return f"teacher, depth {self.teacher_depth}"
+
+    @property
     def _teacher(self) -> Run:
         return self.make_run(depth=self.teacher_depth)
 
@@ -56,17 +57,20 @@ class DistillationStudy(Study):
             "replay_buffer": f"{teacher}/replay_buffer.pkl",
             "prune": prune,
         }
+        of_env = {**config_entry("deepcrl", name), **self.hyperparams}
+        if of_env.get("normalize"):
+            arguments["vec_normalize"] = f"{teacher}/{name}/vecnormalize.pkl"
         callback = [{f"{Distillation.__module__}.{Distillation.__name__}": arguments}]
         run = self.make_run(depth=depth, callback=callback)
-        of_env = {**config_entry(run.algo, name), **run.hyperparams}.get("transitions_per_update", 16)
         # As many updates as the others have
-        hyperparams = {**run.hyperparams, "transitions_per_update": max(of_env * self.student_steps // self.steps, 1)}
-        steps = {"steps": self.student_steps, "eval_freq": self.student_steps // self.n_evaluations}
-        return Run(**{**vars(run), **steps, "hyperparams": hyperparams})
+        transitions = max(of_env.get("transitions_per_update", 16) * self.student_steps // self.steps, 1)
+        hyperparams = {**run.hyperparams, "transitions_per_update": transitions}
+        eval_freq = self.student_steps // self.n_evaluations
+        return replace(run, steps=self.student_steps, eval_freq=eval_freq, hyperparams=hyperparams)
 
     def settings(self) -> dict[str, Run]:
         return {
-            f"teacher, depth {self.teacher_depth}": self._teacher,
+            self._teacher_label: self._teacher,
             **{f"by itself, depth {depth}": self.make_run(depth=depth) for depth in self.depths},
             **{f"student, depth {depth}": self._taught(depth, prune=False) for depth in self.depths},
             **{f"pruned to depth {depth}": self._taught(depth, prune=True) for depth in self.pruned_depths},
@@ -81,14 +85,8 @@ class DistillationStudy(Study):
     def columns(self) -> dict[str, dict[str, Any]]:
         return {label: {"env steps": f"{run.steps:,}"} for label, run in self.settings().items()}
 
-    def run(self, console: Console | None = None) -> Report | None:
-        if not self.dry_run:
-            # Without them nobody can be taught
-            teachers = self.seeds_of(self._teacher)
-            if not self.reuse_other_code:
-                check_origin(teachers, self.runs)
-            train_all({"teacher": teachers}, self.runs, self.jobs, self.backend, self.scheduler, console)
-        return super().run(console)
+    def needed_first(self) -> list[str]:
+        return [self._teacher_label]
 
     def compare(self, estimates: dict[str, Estimate]) -> list[str]:
         taught = [label for label in estimates if label.startswith(("student", "pruned"))]

@@ -2,6 +2,7 @@
 Episodes to look at, the same for all models.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -95,8 +96,5 @@ def play_episodes(
     model: PolicyPredictor, env_id: str, n_episodes: int, env_kwargs: Mapping[str, Any] | None = None, seed: int = EVAL_SEED
 ) -> list[Episode]:
     """Play episodes with deterministic actions, the same starts and goals for all models."""
-    env = make_envs(env_id, n_episodes, env_kwargs, seed)
-    try:
+    with contextlib.closing(make_envs(env_id, n_episodes, env_kwargs, seed)) as env:
         return record_episodes(model, env)
-    finally:
-        env.close()

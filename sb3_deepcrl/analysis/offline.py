@@ -2,10 +2,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from rich.console import Console
 
 from sb3_deepcrl.analysis.report import Report, Results, evaluation_rows
-from sb3_deepcrl.analysis.runs import Run, train_all
+from sb3_deepcrl.analysis.runs import Run
 from sb3_deepcrl.analysis.statistics import interquartile_mean
 from sb3_deepcrl.analysis.study import Study
 
@@ -40,40 +39,28 @@ class OfflineStudy(Study):
         learner = replace(self.make_run(bc_coef=self.bc_coef), data_of=agent, offline_updates=self.offline_updates)
         return {AGENT: agent, LEARNER: learner}
 
-    def run(self, console: Console | None = None) -> Report | None:
-        """See :meth:`Study.run`. The agent that makes the data is trained first."""
-        if not self.dry_run:
-            agent = self.settings()[AGENT]
-            train_all({AGENT: self.seeds_of(agent)}, self.runs, self.jobs, self.backend, self.scheduler, console)
-        return super().run(console)
+    def needed_first(self) -> list[str]:
+        return [AGENT]
 
     def report(self, results: Results) -> Report:
-        """See :meth:`Study.report`. What was learned is taken apart: before the first step, and after the last."""
+        # What was learned is taken apart: before the first step, and after the last
         parts = ((AGENT, AGENT, -1), ("offline", LEARNER, 0), (f"then {self.steps:,} steps online", LEARNER, -1))
-        table = []
+        table: list[dict[str, Any]] = []
         for label, setting, index in parts:
-            scores = {name: np.array([seed[name][index] for seed in results[setting]]) for name in MEASURES}
             row: dict[str, Any] = {"": label}
-            for name, values in scores.items():
-                row |= {
-                    MEASURES[name]: interquartile_mean(values),
-                    f"{MEASURES[name]}, each seed": ", ".join(map(_text, values)),
-                }
+            for name, column in MEASURES.items():
+                scores = np.array([seed[name][index] for seed in results[setting]])
+                row[column] = interquartile_mean(scores)
+                row[f"{column}, each seed"] = ", ".join(str(interquartile_mean(score)) for score in scores[:, None])
             table.append({**row, "updates": f"{results[setting][0]['n_updates'][index]:.0f}"})
-        curves = {label: seeds for label, seeds in results.items() if label == LEARNER}
-        figure = self.draw(curves)
+        figure = self.draw({LEARNER: results[LEARNER]})
         figure.suptitle(self.caption())
         return Report(f"Offline on {self.env}", evaluation_rows(results, {}), table, [self.protocol()], figure)
 
     def protocol(self) -> str:
-        """See :meth:`Study.protocol`."""
         return (
             f"The agent was trained on {self.env}; the data are its {self.agent_steps:,} env steps. All were evaluated on "
             f"{self.eval_env}, {self.n_eval_episodes} episodes each time, with deterministic actions. Success is reaching the "
             "goal at any step, time at goal the number of "
             f"steps there. {self.averaging()}. The curve begins where learning offline has ended."
         )
-
-
-def _text(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"

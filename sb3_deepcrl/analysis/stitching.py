@@ -109,13 +109,9 @@ class StitchingStudy(ComparisonOfDepths):
                 yield {"trained": distance <= self._trained, "distance": distance, **means}
 
         rows = self.measure_models(measure)
-
-        def curves_of(name: str) -> dict[int, np.ndarray]:
-            values = np.reshape([row[name] for row in rows], (len(self.depths), self.seeds, -1))
-            return dict(zip(self.depths, values, strict=True))
-
         # By measure and depth, shape (n_seeds, n_distances)
-        curves = {name: curves_of(name) for name in CURVES}
+        shape = (len(self.depths), self.seeds, len(self._distances))
+        curves = {name: dict(zip(self.depths, np.reshape([row[name] for row in rows], shape), strict=True)) for name in CURVES}
         table = [
             {
                 "depth": depth,

@@ -5,7 +5,7 @@ What all studies are: settings, each trained with several seeds, and a report of
 import ast
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -117,6 +117,10 @@ class Study(ABC):
     def settings(self) -> dict[str, Run]:
         """What is trained: a run of each setting, by label."""
 
+    def needed_first(self) -> list[str]:
+        """Labels of the settings that others learn from: they are trained before these."""
+        return []
+
     def columns(self) -> dict[str, dict[str, Any]]:
         """What else the table and the CSV file say of each setting, by its label: values by column."""
         return {}
@@ -189,7 +193,9 @@ class Study(ABC):
             return None
         if not self.reuse_other_code:
             check_origin(all_runs, self.runs)
-        train_all(runs_by_label, self.runs, self.jobs, self.backend, self.scheduler, console)
+        first = {label: runs_by_label[label] for label in self.needed_first()}
+        for part in (first, runs_by_label) if first else (runs_by_label,):
+            train_all(part, self.runs, self.jobs, self.backend, self.scheduler, console)
         report = self.report({label: [run.evaluations(self.runs) for run in seeds] for label, seeds in runs_by_label.items()})
         report.notes += describe_origin([(run.algo, run.made_with(self.runs)) for run in all_runs])
         report.write(path, self.command())
@@ -273,19 +279,15 @@ class ComparisonOfDepths(Study):
     def settings(self) -> dict[str, Run]:
         return {f"depth {depth}": self.make_run(depth=depth) for depth in self.depths}
 
-    def models(self) -> Iterator[tuple[int, int, DeepCRL]]:
-        """Load depth, seed and model of each run, one after the other."""
+    def measure_models(self, measure: Callable[[int, int, DeepCRL], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Make the rows of what is measured of each model, of which depth, seed and model are given, one after the other."""
+        rows: list[dict[str, Any]] = []
         for depth in self.depths:
             for run in self.seeds_of(self.make_run(depth=depth)):
-                yield depth, run.seed, load_model(run, self.runs)
-
-    def measure_models(self, measure: Callable[[int, int, DeepCRL], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """Make the rows of what is measured of each model, of which depth, seed and model are given."""
-        return [
-            {"depth": depth, "seed": seed, "timesteps": model.num_timesteps, **row}
-            for depth, seed, model in self.models()
-            for row in measure(depth, seed, model)
-        ]
+                model = load_model(run, self.runs)
+                common = {"depth": depth, "seed": run.seed, "timesteps": model.num_timesteps}
+                rows += [{**common, **row} for row in measure(depth, run.seed, model)]
+        return rows
 
 
 def load_model(run: Run, runs: Path) -> DeepCRL:

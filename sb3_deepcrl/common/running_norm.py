@@ -78,7 +78,7 @@ class RunningNorm(nn.Module):
             if source in self.columns:
                 mean, var = self.mean[self.columns[source]], self.var[self.columns[source]]
                 if is_goal:
-                    var = var.amax().expand_as(var)
+                    var = var.amax(0).expand_as(var)
                 scale = th.where(var > MIN_STD**2, var.rsqrt(), 1.0)
                 mean, scale = (statistic.to(th.float32).reshape(self.shapes[source]) for statistic in (mean, scale))
                 scaled = (values - mean) * scale

@@ -32,6 +32,9 @@ from torch import nn
 # Number of Dense layers in a residual block, of which depths are multiples
 LAYERS_PER_BLOCK = 4
 
+# Arguments with which a model is loaded that stores no transitions, and so needs no env
+WITHOUT_BUFFER: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
+
 # Windows has no SIGHUP
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Signals that come together, as when a service is stopped, are one

@@ -4,23 +4,25 @@ Shallow policies that learn from deep ones.
 
 import inspect
 import io
+import math
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, TrainFreq, TrainFrequencyUnit
 
+from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.losses import info_nce
-from sb3_deepcrl.common.utils import check_positive_int
+from sb3_deepcrl.common.utils import WITHOUT_BUFFER, check_positive_int
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.deepcrl.offline import read_replay_buffer
 from sb3_deepcrl.deepcrl.policies import GOAL_KEY
 from sb3_deepcrl.deploy.pruning import policy_kwargs_without_size, prune_blocks, pruned_kwargs
 
-# Arguments of a model without an env, which stores no transitions
-WITHOUT_BUFFER: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
 # A student has a stationary target: it may be updated so many times as often as its teacher was
 MORE_UPDATES = 4
 # Transitions on which the blocks of a teacher are measured
@@ -68,11 +70,13 @@ class Distillation(BaseCallback):
     squared distance to the representations of the teacher's critic, so that it can go on to learn by itself afterwards.
     ``train/actor_loss`` and ``train/critic_loss`` are these.
 
-    A training that was stopped goes on with the same callback. Statistics of ``VecNormalize`` stay those of the teacher.
+    A training that was stopped goes on with the same callback. Until it ends, statistics of ``VecNormalize`` stay those of the
+    teacher; with ``normalize_observations``, those of the student begin as those of the teacher.
 
     :param teacher: Model, or file of a model, with the same spaces, ``repr_dim`` and ``energy``
     :param replay_buffer: File with the replay buffer of the teacher, by default the one that the model has
-    :param vec_normalize: File with the statistics of ``VecNormalize`` of the teacher, by default those of the student's env
+    :param vec_normalize: File with the statistics of ``VecNormalize`` of the teacher, by default those of the env that the
+        model has
     :param teacher_steps: Number of env steps that the teacher makes before the student does, if it has no replay buffer
     :param prune: Whether the student begins as the teacher without the residual blocks that contribute least, see
         :func:`~sb3_deepcrl.deploy.pruning.prune_blocks`
@@ -90,7 +94,8 @@ class Distillation(BaseCallback):
         prune: bool = False,
     ):
         super().__init__()
-        self.teacher_buffer = None if replay_buffer is None else load_from_pkl(replay_buffer)
+        self.replay_buffer = replay_buffer
+        self.teacher_buffer: ContrastiveReplayBuffer | None = None
         if not isinstance(teacher, DeepCRL):
             file: Any = teacher
         else:
@@ -101,9 +106,13 @@ class Distillation(BaseCallback):
             if replay_buffer is None and teacher.replay_buffer is not None and teacher.replay_buffer.size() > 0:
                 self.teacher_buffer = deepcopy(teacher.replay_buffer)
         self.teacher = DeepCRL.load(file, device="cpu", custom_objects=WITHOUT_BUFFER)
-        self.statistics = None if vec_normalize is None else load_from_pkl(vec_normalize)
+        of_teacher = teacher.get_vec_normalize_env() if isinstance(teacher, DeepCRL) else None
+        # Without `norm_obs` there are none
+        self.statistics = deepcopy(getattr(load_from_pkl(vec_normalize) if vec_normalize else of_teacher, "obs_rms", None))
         self.teacher_steps = check_positive_int(teacher_steps, "teacher_steps")
         self.prune = prune
+        # Whether `VecNormalize` goes on to learn after the training
+        self._was_training = False
 
     def _init_callback(self) -> None:
         student, teacher = self.model, self.teacher
@@ -115,6 +124,10 @@ class Distillation(BaseCallback):
         for name in ("repr_dim", "energy"):
             if (found := getattr(student.policy, name)) != (wanted := getattr(teacher.policy, name)):
                 raise ValueError(f"`{name}` must be that of the teacher, {wanted!r}, got {found!r}")
+        if self.prune and student.width != teacher.width:
+            raise ValueError(
+                f"`width` must be that of the teacher, whose blocks are kept, {teacher.width}, got {student.width}"
+            )
 
     def _on_training_start(self) -> None:
         student, teacher = self.model, self.teacher
@@ -126,32 +139,46 @@ class Distillation(BaseCallback):
         rollout = student.train_freq.frequency * student.n_envs
         teacher._setup_acceleration(self.locals["total_timesteps"] * max(student.gradient_steps, 1) // rollout)
         if (vec_normalize := student.get_vec_normalize_env()) is not None:
+            self._was_training |= vec_normalize.training
             vec_normalize.training = False
             if self.statistics is not None:
-                vec_normalize.obs_rms = self.statistics.obs_rms
+                vec_normalize.obs_rms = deepcopy(self.statistics)
         # Not where a training goes on, whatever its number of steps
         if student._n_updates == 0:
             self._begin()
         student._runner.update = self._update
 
+    def _on_training_end(self) -> None:
+        if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
+            vec_normalize.training = self._was_training
+
     def _on_step(self) -> bool:
         return True
+
+    def _act(self) -> None:
+        """Let the teacher act, which fills the replay buffer of the student."""
+        student, teacher = self.model, self.teacher
+        assert student.replay_buffer is not None
+        teacher.set_logger(Logger(None, []))
+        teacher.set_env(self.training_env)
+        teacher.replay_buffer, teacher.buffer_size = student.replay_buffer, student.buffer_size
+        _, callback = teacher._setup_learn(self.teacher_steps)
+        n_steps = TrainFreq(math.ceil(self.teacher_steps / student.n_envs), TrainFrequencyUnit.STEP)
+        teacher.collect_rollouts(self.training_env, callback, n_steps, student.replay_buffer)
+        # As at the beginning of `learn()`: the envs are the student's again
+        student._last_obs = self.training_env.reset()  # type: ignore[assignment]
+        if (vec_normalize := student.get_vec_normalize_env()) is not None:
+            student._last_original_obs = vec_normalize.get_original_obs()  # type: ignore[assignment]
 
     def _begin(self) -> None:
         student, teacher = self.model, self.teacher
         assert student.replay_buffer is not None
         student.learning_starts = 0
+        statistics = deepcopy(teacher.actor.normalizer)
+        if self.replay_buffer is not None:
+            self.teacher_buffer = read_replay_buffer(self.replay_buffer, student)
         if self.teacher_buffer is None:
-            # It does nothing but act
-            for name, value in dict(learning_starts=0, gradient_steps=0, buffer_size=student.buffer_size).items():
-                setattr(teacher, name, value)
-            teacher.set_env(self.training_env)
-            teacher.replay_buffer = student.replay_buffer
-            teacher.learn(self.teacher_steps, log_interval=None)  # type: ignore[arg-type]
-            # As at the beginning of `learn()`: the envs are the student's again
-            student._last_obs = self.training_env.reset()  # type: ignore[assignment]
-            if (vec_normalize := student.get_vec_normalize_env()) is not None:
-                student._last_original_obs = vec_normalize.get_original_obs()  # type: ignore[assignment]
+            self._act()
         elif (
             self.teacher_buffer.n_envs != student.n_envs
             or self.teacher_buffer.buffer_size != student.replay_buffer.buffer_size
@@ -166,6 +193,10 @@ class Distillation(BaseCallback):
             student.replay_buffer, self.teacher_buffer = self.teacher_buffer, None
             student.replay_buffer.on_device = student.replay_buffer_kwargs.get("on_device", "auto")
         student.replay_buffer.truncate_last_trajectory()
+        for model in (student, teacher):
+            # Also those of the teacher, which learn from what it sees while it acts
+            if statistics is not None and model.actor.normalizer is not None:
+                model.actor.normalizer.load_state_dict(statistics.state_dict())
         if student.log_ent_coef is not None and teacher.log_ent_coef is not None:
             with th.no_grad():
                 student.log_ent_coef.copy_(teacher.log_ent_coef)
@@ -238,19 +269,12 @@ def distill(
     :param kwargs: Arguments of :class:`Distillation`
     :return: The student, which is a model as all others
     """
-    student = make_student(model, depth, width, env)
-    return _teach(student, model, steps, callback, progress_bar, **kwargs)
+    others = callback if isinstance(callback, list) else [callback] if callback else []
+    student = make_student(model, depth, width, env, **(pruned_kwargs(model, depth) if kwargs.get("prune") else {}))
+    return student.learn(steps, callback=[Distillation(model, **kwargs), *others], progress_bar=progress_bar)
 
 
-def prune(
-    model: DeepCRL,
-    depth: int = 16,
-    steps: int = 250_000,
-    env: GymEnv | None = None,
-    callback: list[BaseCallback] | BaseCallback | None = None,
-    progress_bar: bool = False,
-    **kwargs: Any,
-) -> DeepCRL:
+def prune(model: DeepCRL, depth: int = 16, steps: int = 250_000, **kwargs: Any) -> DeepCRL:
     """
     Drop the residual blocks that contribute least, from actor and critic, and let what is left learn from the whole model, see
     :class:`Distillation`.
@@ -258,24 +282,8 @@ def prune(
     :param model: The deep model. Its replay buffer is used if it has one.
     :param depth: Depth that is left
     :param steps: Number of env steps of learning, 0 for none
-    :param env: Env to learn in, by default that of the model
-    :param callback: What else is called at each step
-    :param progress_bar: Whether to show a progress bar
-    :param kwargs: Arguments of :class:`Distillation`
+    :param kwargs: Other arguments of :func:`distill`, but for the width
     :return: The pruned model, which is one as all others
     :raises ValueError: if the model is not as deep, or has no identity paths or no factors that fit
     """
-    student = make_student(model, depth, env=env, **pruned_kwargs(model, depth))
-    return _teach(student, model, steps, callback, progress_bar, prune=True, **kwargs)
-
-
-def _teach(
-    student: DeepCRL,
-    teacher: DeepCRL,
-    steps: int,
-    callback: list[BaseCallback] | BaseCallback | None,
-    progress_bar: bool,
-    **kwargs: Any,
-) -> DeepCRL:
-    others = callback if isinstance(callback, list) else [callback] if callback else []
-    return student.learn(steps, callback=[Distillation(teacher, **kwargs), *others], progress_bar=progress_bar)
+    return distill(model, depth, model.width, steps, prune=True, **kwargs)

@@ -5,9 +5,11 @@ Files with which a policy acts where there is neither this package nor Stable-Ba
 import contextlib
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -126,13 +128,6 @@ def _find_raw(space: spaces.Space, env: VecEnv | None) -> tuple[dict[str, spaces
     return {key: raw_spaces[key] for key in _by_key(space)}, vec_normalize
 
 
-def _env_id(env: VecEnv | None) -> str | None:
-    # VecEnvs of simulators raise all kinds of errors and may return anything
-    with contextlib.suppress(Exception):
-        return str(env.get_attr("spec")[0].id)  # type: ignore[union-attr]
-    return None
-
-
 def describe_policy(model: BaseAlgorithm, env: VecEnv | None = None) -> dict[str, str]:
     """
     Say what a policy is, for those who find its file.
@@ -149,15 +144,17 @@ def describe_policy(model: BaseAlgorithm, env: VecEnv | None = None) -> dict[str
         "stable_baselines3": stable_baselines3.__version__,
         "torch": th.__version__,
         "algorithm": type(model).__name__,
-        "env_id": _env_id(env),
         "num_timesteps": model.num_timesteps,
         "observation_space": model.observation_space,
         "action_space": model.action_space,
     }
+    # VecEnvs of simulators raise all kinds of errors and may return anything
+    with contextlib.suppress(Exception):
+        facts["env_id"] = str(env.get_attr("spec")[0].id)  # type: ignore[union-attr]
     if towers := residual_towers(model.policy):
         # The network that acts is the first one of all policies
         facts |= {"depth": LAYERS_PER_BLOCK * len(towers[0].blocks), "width": towers[0].stem[0].out_features}
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    return {name: str(value) for name, value in facts.items()}
 
 
 @contextlib.contextmanager
@@ -189,12 +186,16 @@ def _drop_unused(program: th.export.ExportedProgram) -> None:
     """Drop parameters that have no part in the actions, such as those of the critic."""
     unused = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and not node.users}
     specs = program.graph_signature.input_specs
-    for spec in [spec for spec in specs if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)]:
-        if spec.arg.name in unused:  # type: ignore[union-attr]
-            specs.remove(spec)
-            program.graph.erase_node(unused[spec.arg.name])  # type: ignore[union-attr]
-            for tensors in (program.state_dict, program.constants):
-                tensors.pop(spec.target, None)
+    kept = []
+    for spec in specs:
+        node = unused.get(spec.arg.name) if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) else None  # type: ignore[union-attr]
+        if node is None:
+            kept.append(spec)
+            continue
+        program.graph.erase_node(node)
+        for tensors in (program.state_dict, program.constants):
+            tensors.pop(spec.target, None)
+    specs[:] = kept
 
 
 def _trace(model: BaseAlgorithm, env: VecEnv | None) -> tuple[th.export.ExportedProgram, list[str]]:
@@ -224,7 +225,7 @@ def export_policy(model: BaseAlgorithm, path: str | Path, format: str = "onnx", 
     The network computes in float32, also where the model does in bfloat16.
 
     :param model: Model of any algorithm of Stable-Baselines3 or sb3-contrib without recurrent policy or action masks
-    :param path: Where to write it. Weights of more than 2 GB are beside an ONNX file, in one whose name ends in ``.data``
+    :param path: Where to write it. Weights of more than 1.5 GB are beside an ONNX file, in one of its name and ``.data``
     :param format: ``"onnx"``, or ``"torch"`` for a file of ``torch.export`` that ``torch.export.load`` reads
     :param env: Env with which the policy was trained, for its ``VecNormalize`` and the layout of images, by default that of
         the model. A ``VecNormalize`` that was unpickled will do. Without any, images have the channels last.
@@ -245,11 +246,13 @@ def export_policy(model: BaseAlgorithm, path: str | Path, format: str = "onnx", 
         # Of PyTorch about itself
         warnings.simplefilter("ignore")
         program, keys = _trace(model, env)
-        with atomic_path(path, FORMATS[format]) as temporary:
-            if format == "torch":
-                with temporary.open("wb") as file:
-                    th.export.save(program, file, extra_files={"metadata.json": json.dumps(facts)})
-                return path
+        if format == "torch":
+            with atomic_path(path, FORMATS[format]) as temporary, temporary.open("wb") as file:
+                th.export.save(program, file, extra_files={"metadata.json": json.dumps(facts)})
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # With its own name, by which a file finds its weights
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             logger = logging.getLogger("torch.onnx")
             level = logger.level
             logger.setLevel(logging.ERROR)
@@ -266,5 +269,8 @@ def export_policy(model: BaseAlgorithm, path: str | Path, format: str = "onnx", 
                 logger.setLevel(level)
             assert onnx_program is not None
             onnx_program.model.metadata_props.update(facts)
-            onnx_program.save(temporary)
+            onnx_program.save(Path(folder) / path.name)
+            # The weights first, if they are in a file of their own
+            for written in sorted(Path(folder).iterdir(), reverse=True):
+                os.replace(written, path.with_name(written.name))
     return path

@@ -63,10 +63,10 @@ def _read(env: Any) -> tuple[Maze, np.ndarray]:
     if isinstance(env, Layout):
         return Maze(env, cell_size=1.0), np.zeros((0, 2))
     core = env.unwrapped
-    if hasattr(core, "simulation"):
-        scene, goals = core.task.scene, core.simulation.goals
-    elif hasattr(core, "get_attr"):
+    if hasattr(core, "get_attr"):
         scene, goals = core.get_attr("task")[0].scene, np.array(core.get_attr("goal"))
+    elif hasattr(core, "simulation"):
+        scene, goals = core.task.scene, core.simulation.goals
     else:
         scene, goals = None, np.zeros((0, 2))
     if not isinstance(scene, Maze):

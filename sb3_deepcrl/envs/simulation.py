@@ -120,7 +120,7 @@ class Simulation:
         batch, task = self.batch, self.task
         if not self._running:
             raise RuntimeError("No episode is running. Call reset() before the first step().")
-        self._state["ctrl"][:] = task.robot.control(np.clip(self.check_actions(actions), -1.0, 1.0))
+        self._state["ctrl"][:] = task.robot.control(self.check_actions(actions).clip(-1.0, 1.0))
         failed: np.ndarray | list[int] = []
         try:
             batch.step(nstep=task.frame_skip, stage=int(task.robot.derived_stage))

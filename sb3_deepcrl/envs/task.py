@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -121,7 +122,6 @@ class GoalTask:
         self._home = self.robot.home()
         free = self.model.jnt_type == int(mujoco.mjtJoint.mjJNT_FREE)
         self._quaternions = (self.model.jnt_qposadr[free] + 3).tolist()
-        self._data = mujoco.MjData(self.model)
 
         observation = spaces.Box(-np.inf, np.inf, (self.robot.observation_dim,), np.float32)
         goal_space = spaces.Box(-np.inf, np.inf, (self.robot.goal_dim,), np.float32)
@@ -175,18 +175,25 @@ class GoalTask:
             qvel += self.reset_noise_scale * velocity_noise
         qpos[:, self.robot.start_address] += starts
         if self.reset_noise_scale > 0 and self.robot.healthy_z_range is not None:
-            depths = np.array([self._depth_in_floor(row) for row in qpos])
-            qpos[:, 2] += np.where(depths > 0, depths + CLEARANCE, 0)
+            self._lift_out_of_floor(qpos)
         return qpos, qvel
 
-    def _depth_in_floor(self, qpos: np.ndarray) -> float:
-        """How far a robot reaches into the floor in meters. MuJoCo would throw it up, out of its healthy range."""
-        self._data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self._data)
-        mujoco.mj_collision(self.model, self._data)
-        contact = self._data.contact
-        on_floor = (contact.geom == self.model.geom("floor").id).any(axis=1)
-        return max(0.0, -contact.dist[on_floor].min(initial=0.0))
+    @cached_property
+    def _kinematics(self) -> mujoco.MjData:
+        # Kept, as to make one takes as long as eight steps of an ant
+        return mujoco.MjData(self.model)
+
+    def _lift_out_of_floor(self, qpos: np.ndarray) -> None:
+        """Lift robots that reach into the floor. MuJoCo would throw them up, out of their healthy range."""
+        data, floor = self._kinematics, self.model.geom("floor").id
+        for row in qpos:
+            data.qpos[:] = row
+            mujoco.mj_kinematics(self.model, data)
+            mujoco.mj_collision(self.model, data)
+            on_floor = (data.contact.geom == floor).any(axis=1)
+            depth = -data.contact.dist[on_floor].min(initial=0.0)
+            if depth > 0:
+                row[2] += depth + CLEARANCE
 
     def check_options(self, options: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Check the options of a reset: "start" (x and y) and "goal" in meters, each None in the result if not given."""

@@ -67,8 +67,11 @@ class GoalAdapter(TensorVecEnv):
         for env in (self.env, getattr(self.env, "unwrapped", None)):
             if hasattr(env, name):
                 return getattr(env, name)
+        if name == "single_action_space":
+            raise ValueError(f"{self.env} has no attribute `{name}`: pass `action_space=`")
         raise ValueError(
-            f"{self.env} has no attribute `{name}`: it is no batched env, or it lacks that: pass `action_space=`, or wrap it"
+            f"{self.env} has no attribute `{name}`, so it is no batched env on tensors. Envs of Gymnasium and of "
+            "Stable-Baselines3 need no adapter"
         )
 
     @staticmethod

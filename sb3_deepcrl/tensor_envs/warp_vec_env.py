@@ -88,6 +88,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
                 setattr(self._robot, name, self._tensor(value))
         self._host = {name: self.simulation.batch.bind(name) for name in ("qpos", "qvel")}
         self._generator = th.Generator(self.device)
+        self._generator.seed()
         # What a reset consists of, and those that are drawn ahead, one after the other in a ring
         self._widths = [task.model.nq, task.model.nv, task.robot.goal_dim, task.robot.observation_dim]
         self._resets = th.zeros(self.num_envs, N_RESETS, sum(self._widths), device=self.device)
@@ -106,6 +107,9 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
             self._graph = capture.graph
             # From here on everything is on the streams of PyTorch
             warp.synchronize_device(warp.device_from_torch(self.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("A WarpVecEnv can neither be copied nor pickled: make a second one with the same arguments")
 
     def _tensor(self, values: np.ndarray) -> th.Tensor:
         return th.tensor(values, dtype=th.float32 if values.dtype.kind == "f" else th.int64, device=self.device)

@@ -16,10 +16,10 @@ from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 from sb3_deepcrl.common.startup import end_start
-from sb3_deepcrl.common.utils import atomic_path, how_to_write, is_for_user, whole_number
+from sb3_deepcrl.common.utils import WITHOUT_BUFFER, atomic_path, how_to_write, is_for_user, whole_number
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deploy import Distillation, compare_policies, export_policy
-from sb3_deepcrl.deploy.distillation import WITHOUT_BUFFER, updates_of_student
+from sb3_deepcrl.deploy.distillation import updates_of_student
 from sb3_deepcrl.deploy.export import FORMATS
 from sb3_deepcrl.deploy.pruning import policy_kwargs_without_size, pruned_kwargs
 from sb3_deepcrl.env_ids import find_spec
@@ -150,6 +150,9 @@ def _learn_from(command: str, parser: argparse.ArgumentParser, argv: Sequence[st
     words = ["--env", of_run["env"], "--eval-env", eval_env, "-n", str(args.n_timesteps), "-f", args.log_folder]
     if of_run["gym_packages"]:
         words += ["--gym-packages", *of_run["gym_packages"]]
+    for name in ("env_kwargs", "eval_env_kwargs"):
+        if values := of_run[name]:
+            words += [f"--{name.replace('_', '-')}", *(f"{key}:{value!r}" for key, value in values.items())]
     launcher.run("train", [*words, *others, "--hyperparams", *given])
     student_run = RunFolder.newest(args.log_folder, "deepcrl", of_run["env"])
     assert student_run is not None

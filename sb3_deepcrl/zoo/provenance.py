@@ -28,7 +28,10 @@ from sb3_deepcrl.envs.arguments import default_arguments, default_env_kwargs
 PACKAGE = Path(sb3_deepcrl.__file__).parent
 # Where the code is that decides what comes out of a run
 CODE = ("common", "deep_policies", "deepcrl", "deploy", "envs", "tensor_envs", "env_ids.py", "zoo/exp_manager.py")
-DEPENDENCIES = ("torch", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "gymnasium-robotics", "mujoco", "numpy")
+DEPENDENCIES = (
+    *("torch", "stable-baselines3", "sb3-contrib", "rl_zoo3", "gymnasium", "gymnasium-robotics", "mujoco"),
+    *("mujoco_warp", "numpy"),
+)
 # Arguments of algorithms, and entries of configs, that say nothing about what is learned, or name folders
 OTHER_ARGUMENTS = ("_init_setup_model", "callback", "device", "env", "n_timesteps", "seed", "tensorboard_log", "verbose")
 
@@ -96,6 +99,8 @@ def _arguments(
         spec = gym.spec(env_id)
         values = {"id": env_id, "entry_point": spec.entry_point, **default_env_kwargs(spec), **env_kwargs}
         found |= {f"{name}.{key}": value for key, value in values.items()}
+    if model.env is not None:
+        found["env.vec_env"] = type(model.env.unwrapped).__name__
     return found
 
 

@@ -24,6 +24,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 import sb3_deepcrl
+from sb3_deepcrl.common.utils import WITHOUT_BUFFER
 
 #: Log folder of the trained agents that come with this package
 AGENTS = Path(sb3_deepcrl.__file__).parent / "agents"
@@ -212,9 +213,7 @@ class RunFolder:
         """
         if (path := self.model_path) is None:
             raise ValueError(f"There is no model in {self.path}, neither a final one nor a checkpoint (`--save-freq`)")
-        # Without an env it needs no place to store transitions
-        small: dict[str, Any] = {"buffer_size": 1, "replay_buffer_class": None, "replay_buffer_kwargs": {}}
-        return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=small if env is None else None)
+        return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=WITHOUT_BUFFER if env is None else None)
 
     def make_env(self, env_id: str | None = None) -> VecEnv:
         """
