@@ -273,8 +273,9 @@ class _Tower(th.autograd.Function):
 class TowerKernel:
     """
     What a residual tower does when it is called: stem, blocks and heads run as the kernel wherever that does the same, i.e.
-    for layers of Dense, LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them. What it does
-    not know, and what traces or transforms, gets the plain modules. This is decided here, once for each change of the tower.
+    for layers of Dense, LayerNorm and Swish in float32, with products of bfloat16 where autocast asks for them and processor
+    and width allow them. What it does not know, and what traces or transforms, gets the plain modules. This is decided here,
+    once for each change of the tower.
 
     :param library: See :func:`load_kernel`
     :param tower: The residual tower
@@ -321,8 +322,12 @@ class TowerKernel:
         autocast = tower.autocast_dtype or (th.get_autocast_dtype("cpu") if th.is_autocast_enabled("cpu") else None)
         bfloat16 = autocast is th.bfloat16
         layout = None
-        if x.is_cpu and x.dtype is th.float32 and x.ndim == 2 and len(x) > 0 and (autocast is None or bfloat16):
-            layout = None if is_traced(x) else self.layout(heads, bfloat16)
+        is_known = x.is_cpu and x.dtype is th.float32 and x.ndim == 2 and len(x) > 0 and (autocast is None or bfloat16)
+        if is_known and not is_traced(x):
+            layout = self.layout(heads, bfloat16)
+            if layout is None and bfloat16:
+                # Float32 in the kernel takes less time than bfloat16 without it
+                bfloat16, layout = False, self.layout(heads)
         if layout is None or x.shape[1] != layout.shape.n_inputs:
             output = tower._call_impl(x)
             return tuple([head(output) for head in heads]) if heads else output
