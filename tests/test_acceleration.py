@@ -26,6 +26,7 @@ from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, ca
 from sb3_deepcrl.common.losses import info_nce, rowwise_energy
 from sb3_deepcrl.common.torch_layers import ResidualTower, residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, load_kernel
+from sb3_deepcrl.deepcrl.deepcrl import UPDATE_METRICS
 from tests.envs import GoalReachEnv
 
 needs_compiler = pytest.mark.skipif(
@@ -323,8 +324,8 @@ def test_losses_are_one_graph():
     def losses(observations, actions):
         features = model.critic.extract_state_features(observations)
         goals = model.critic.encode_goal(observations)
-        actor_loss, log_prob, ent_coef = model._actor_loss(observations, features.detach(), goals.detach(), actions)
-        return actor_loss, log_prob, ent_coef, model._critic_loss(features, actions, goals)[0]
+        actor_loss, log_prob, ent_coef, output = model._actor_loss(observations, features.detach(), goals.detach(), actions)
+        return actor_loss, log_prob, ent_coef, output, model._critic_loss(features, actions, goals)[0]
 
     th._dynamo.reset()
     traced = th.compile(losses, backend="eager", fullgraph=True)
@@ -347,6 +348,7 @@ class TraceableAdam:
             group[name] for name in ("params", "lr", "betas", "eps")
         )
         self.states = [optimizer.state[parameter] for parameter in self.parameters]
+        self.param_groups = [{"params": self.parameters}]
 
     def zero_grad(self):
         for parameter in self.parameters:
@@ -883,7 +885,7 @@ def test_optimizer_that_cannot_be_captured():
 
 def graph(model: DeepCRL) -> StandInBackend:
     """Give the model's updates to a stand-in, as ``UpdateRunner`` gives them to CUDA."""
-    n_metrics = 8 + (model.ent_coef_optimizer is not None)
+    n_metrics = len(UPDATE_METRICS) + (model.ent_coef_optimizer is not None)
     backend = StandInBackend(th.empty(n_metrics))
     model._runner.graph = GraphedFunction(model._runner.update_minibatch, backend)
     return backend
@@ -1157,7 +1159,10 @@ def test_parameters_are_cast_once_for_an_update(monkeypatch, flat):
     for model in (plain, cast):
         th.manual_seed(0)
         for _ in range(3):
-            model._runner.run(observations, actions)
+            metrics = dict(zip(UPDATE_METRICS, model._runner.run(observations, actions), strict=False))
+        for name, network in (("actor", model.actor), ("critic", model.critic)):
+            gradients = th.cat([parameter.grad.flatten() for parameter in network.parameters()])
+            th.testing.assert_close(metrics[f"{name}_grad_norm"], gradients.norm())
     assert {weight.dtype for weight in seen} == {th.bfloat16} and len({*map(id, seen)}) == 1
     assert all(one is other for one, other in zip(parameters, cast.policy.parameters(), strict=True))
     for actual, wanted in zip(parameters, plain.policy.parameters(), strict=True):
@@ -1281,7 +1286,7 @@ def test_update_reads_no_value(kwargs):
         observations = {key: th.empty(value.shape) for key, value in batch.items()}
         for _ in range(2):
             metrics = model._update(observations, th.empty(actions.shape))
-        assert metrics.shape == (9,)
+        assert metrics.shape == (12,)
         with pytest.raises(DataDependentOutputException):
             metrics[0].item()
 

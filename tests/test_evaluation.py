@@ -206,13 +206,15 @@ def test_evaluations_of_a_training_that_stopped_go_on(tmp_path):
     model.learn(48, callback=callback())
     before = evaluations()
     assert before["timesteps"].tolist() == [20, 40]
-    # It was saved after the first evaluation, and goes on from there
+    # It was saved after the first evaluation, and goes on from there, without what older versions did not write
     model.num_timesteps = 26
+    np.savez(tmp_path / "evaluations.npz", **{name: values for name, values in before.items() if name != "actor_grad_norm"})
     resumed = callback(best_model_save_path=str(tmp_path))
     model.learn(40, callback=resumed, reset_num_timesteps=False)
     after = evaluations()
     assert after["timesteps"].tolist() == [20, 40, 60]
     assert {len(values) for values in after.values()} == {3}
+    assert np.isnan(after["actor_grad_norm"][0]) and np.isfinite(after["actor_grad_norm"][2])
     assert (after["seconds"][0] == before["seconds"][0]) and (np.diff(after["seconds"]) > 0).all()
     assert (tmp_path / "best_model.zip").is_file()
     # The best one is there already

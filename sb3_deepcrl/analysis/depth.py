@@ -15,6 +15,13 @@ from sb3_deepcrl.analysis.study import ComparisonOfDepths
 # https://github.com/wang-kevin3290/scaling-crl, results_data/fig1_main.json of commit 86c1f08
 PAPER_CURVES = Path(__file__).with_name("paper_curves.csv")
 
+NETWORK_MEASURES = {
+    "critic_loss": "critic loss",
+    "actor_output": "|actor output| before tanh",
+    "actor_grad_norm": "gradient norm, actor",
+    "critic_grad_norm": "gradient norm, critic",
+}
+
 
 @dataclass(kw_only=True)
 class DepthStudy(ComparisonOfDepths):
@@ -31,6 +38,8 @@ class DepthStudy(ComparisonOfDepths):
     """Depths"""
     parts: tuple[Literal["both", "actor", "critic"], ...] = ("both",)
     """What becomes deeper"""
+    networks: bool = False
+    """Draw the critic's loss, the size of the actor's output and the norms of the gradients, too"""
 
     def settings(self) -> dict[str, Run]:
         shallow = min(self.depths)
@@ -47,7 +56,7 @@ class DepthStudy(ComparisonOfDepths):
         return f"depth {depth}" if part == "both" else f"{part} depth {depth}"
 
     def draw(self, results: Results) -> Figure:
-        figure = draw_learning_curves(results, is_ordered=True)
+        figure = draw_learning_curves(results, is_ordered=True, more=NETWORK_MEASURES if self.networks else None)
         ax = figure.axes[0]
         color_by_label = {line.get_label(): line.get_color() for line in ax.lines}
         for depth, means in self.paper_curves().items():

@@ -30,6 +30,8 @@ Results = dict[str, list[dict[str, np.ndarray]]]
 STAR: dict[str, Any] = dict(marker="*", color="tab:red", markeredgecolor="white", linestyle="none")
 # What curves show, and how their axis is named
 MEASURES = {"time_at_goal": "time at goal (steps)", "success_any": "success"}
+# Over what they show it, in which unit
+STEPS, SECONDS = ("timesteps", 1000, "env steps (thousands)"), ("seconds", 1, "CPU seconds")
 
 
 @dataclass
@@ -162,18 +164,24 @@ def draw_estimates(ax: Axes, points: Mapping[float, Estimate], label: str, color
     ax.errorbar(sorted(points), means, errors, fmt="o-", label=label, color=color, capsize=3)
 
 
-def draw_learning_curves(results: Results, is_ordered: bool = False) -> Figure:
-    """Draw time at goal and success over env steps and over seconds, in shades if the settings have an order."""
+def draw_learning_curves(results: Results, is_ordered: bool = False, more: Mapping[str, str] | None = None) -> Figure:
+    """
+    Draw time at goal and success over env steps and over seconds, in shades if the settings have an order, and ``more``
+    measures with their labels over env steps, on a scale of powers.
+    """
     shades = depth_colors(range(len(results)))
-    figure, axes = new_figure(2, 2)
-    columns = (("timesteps", 1000, "env steps (thousands)"), ("seconds", 1, "CPU seconds"))
-    for column, (over, unit, xlabel) in enumerate(columns):
-        for ax, (measure, ylabel) in zip(axes[:, column], MEASURES.items(), strict=True):
-            for number, (label, seeds) in enumerate(results.items()):
-                color, style = shades[number] if is_ordered else f"C{number}", LINE_STYLES[number % len(LINE_STYLES)]
-                draw_curve(ax, curves_of(seeds, over).mean(axis=0) / unit, curves_of(seeds, measure), label, color, style)
-            ax.set(xlabel=xlabel, ylabel=ylabel)
+    panels = [(measure, label, *over) for measure, label in MEASURES.items() for over in (STEPS, SECONDS)]
+    panels += [(measure, label, *STEPS) for measure, label in (more or {}).items()]
+    figure, axes = new_figure(-(-len(panels) // 2), 2)
+    for ax, (measure, ylabel, over, unit, xlabel) in zip(axes.flat, panels, strict=False):
+        for number, (label, seeds) in enumerate(results.items()):
+            color, style = shades[number] if is_ordered else f"C{number}", LINE_STYLES[number % len(LINE_STYLES)]
+            draw_curve(ax, curves_of(seeds, over).mean(axis=0) / unit, curves_of(seeds, measure), label, color, style)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        if measure in MEASURES:
             set_range(ax, measure)
+        else:
+            ax.set_yscale("log")
     # Where it hides no line
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
     return figure

@@ -22,10 +22,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
 from sb3_deepcrl.common.tensor_env import LazyArray
+from sb3_deepcrl.common.update_runner import NETWORK_METRICS
 from sb3_deepcrl.common.utils import atomic_path
 
 # What the logger holds of the last update, where the algorithm has it
-TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy")
+TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy", *NETWORK_METRICS)
 GOAL_MEASURES = ("success_any", "success_last", "time_at_goal", "time_at_goal_fraction", "mean_distance")
 
 
@@ -162,7 +163,8 @@ class ResumableEvalCallback(EvalCallback):
 
     - ``n_updates``: number of updates so far
     - ``seconds``: CPU seconds of this process that training took so far, without evaluations
-    - ``critic_loss``, ``categorical_accuracy``, ``ent_coef`` and ``entropy``: what was logged of the last update, or NaN
+    - ``critic_loss``, ``categorical_accuracy``, ``ent_coef``, ``entropy``, ``actor_output``, ``actor_grad_norm`` and
+      ``critic_grad_norm``: what was logged of the last update, or NaN
 
     :param eval_env: The environment used for evaluation, another one than that for training
     :param args: Other positional arguments of ``EvalCallback``
@@ -219,7 +221,9 @@ class ResumableEvalCallback(EvalCallback):
         self.evaluations_results = lists.pop("results")
         self.evaluations_length = lists.pop("ep_lengths")
         self.evaluations_successes = lists.pop("successes", [])
-        self.evaluations_measures = lists
+        # Older files may lack one of them
+        missing = dict.fromkeys(TRAINING_MEASURES, [math.nan] * len(self.evaluations_timesteps))
+        self.evaluations_measures = {**{name: [*values] for name, values in missing.items()}, **lists}
         self._seconds = max(lists["seconds"], default=0.0)
 
     def _on_training_start(self) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch as th
+from torch import nn
 
 from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products, uncompile_blocks
 from sb3_deepcrl.common.cuda_graphs import (
@@ -22,6 +23,9 @@ from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, load_kernel, threads_of_kernel
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice
 
+# What an update tells of the networks: the mean absolute value of the actor's means before the tanh, or of its
+# log-probabilities, and the norms of the gradients
+NETWORK_METRICS = ("actor_output", "actor_grad_norm", "critic_grad_norm")
 # Name of the actions in a minibatch, next to those of the observations
 ACTION_KEY = "__action__"
 # With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up, which takes
@@ -209,9 +213,7 @@ class UpdateRunner:
             if flat is not None:
                 flat.gather()
         if self.ranks.size > 1:
-            parameters = (p for group in optimizer.param_groups for p in group["params"])
-            gradients = [flat.flat[1]] if flat is not None else [p.grad for p in parameters if p.grad is not None]
-            self._sums[optimizer] = self.ranks.start_sum(gradients)
+            self._sums[optimizer] = self.ranks.start_sum(self._gradients(optimizer))
 
     def step(self, *optimizers: th.optim.Optimizer) -> None:
         """Step optimizers along the gradients that :meth:`backward` computed."""
@@ -223,6 +225,16 @@ class UpdateRunner:
                 flat.step()
             else:
                 optimizer.step()
+
+    def grad_norm(self, optimizer: th.optim.Optimizer) -> th.Tensor:
+        """Norm of the gradients along which an optimizer was stepped."""
+        gradients = self._gradients(optimizer)
+        return gradients[0].norm() if len(gradients) == 1 else nn.utils.get_total_norm(gradients)
+
+    def _gradients(self, optimizer: th.optim.Optimizer) -> list[th.Tensor]:
+        if (flat := self._active(optimizer)) is not None:
+            return [flat.flat[1]]
+        return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _active(self, optimizer: th.optim.Optimizer) -> FlatParameters | None:
         """The parameters of an optimizer in one tensor, within an update that has them so."""

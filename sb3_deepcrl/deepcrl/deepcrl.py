@@ -31,7 +31,7 @@ from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, in
 from sb3_deepcrl.common.running_norm import check_normalized_once, warn_of_clipped_goals
 from sb3_deepcrl.common.torch_layers import frozen
 from sb3_deepcrl.common.tower_kernel import has_kernel
-from sb3_deepcrl.common.update_runner import UpdateRunner
+from sb3_deepcrl.common.update_runner import NETWORK_METRICS, UpdateRunner
 from sb3_deepcrl.common.utils import (
     atomic_path,
     check_buffer_size,
@@ -55,7 +55,7 @@ MAX_SAMPLE_BYTES = 2**28
 # Arguments that are those of the policy
 SHORTCUTS = ("depth", "width", "normalize_observations")
 # What `_update` returns, in order, followed by "ent_coef_loss" where the coefficient is learned
-UPDATE_METRICS = ("actor_loss", "critic_loss", "ent_coef", "entropy", *ContrastiveMetrics._fields)
+UPDATE_METRICS = ("actor_loss", "critic_loss", "ent_coef", "entropy", *NETWORK_METRICS, *ContrastiveMetrics._fields)
 
 
 class DeepCRL(OfflineLearning):
@@ -473,7 +473,7 @@ class DeepCRL(OfflineLearning):
         # pay, as the latter need the gradients of the parameters too.
         with frozen(self.critic.sa_encoder):
             features = state_features.detach(), goal_repr.detach()
-            actor_loss, log_prob, ent_coef = self._actor_loss(observations, *features, actions)
+            actor_loss, log_prob, ent_coef, output = self._actor_loss(observations, *features, actions)
             self._runner.backward(self.actor.optimizer, actor_loss)
         # What its graph held serves the next one
         actor_loss = actor_loss.detach()
@@ -482,8 +482,7 @@ class DeepCRL(OfflineLearning):
         ent_coef_losses = []
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             assert isinstance(self.target_entropy, float)
-            entropy_gap = (log_prob + self.target_entropy).mean()
-            ent_coef_loss = -(self.log_ent_coef.exp() * entropy_gap).sum()
+            ent_coef_loss = -(self.log_ent_coef.exp() * (log_prob + self.target_entropy).mean()).sum()
             self._runner.backward(self.ent_coef_optimizer, ent_coef_loss)
             ent_coef_losses.append(ent_coef_loss.detach())
 
@@ -496,7 +495,8 @@ class DeepCRL(OfflineLearning):
         self._runner.step(*self._optimizers())
 
         losses = [actor_loss, critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
-        return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])
+        norms = [self._runner.grad_norm(network.optimizer) for network in (self.actor, self.critic)]
+        return th.stack([*losses, output, *norms, *contrastive_metrics, *ent_coef_losses])
 
     def _critic_loss(
         self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor
@@ -509,8 +509,8 @@ class DeepCRL(OfflineLearning):
 
     def _actor_loss(
         self, observations: dict[str, th.Tensor], state_features: th.Tensor, goal_repr: th.Tensor, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Compute the loss of the actor (equation 3) and, detached, log-probability of its actions and ``ent_coef``."""
+    ) -> tuple[th.Tensor, ...]:
+        """Compute the loss of the actor (equation 3) and, detached, ``log_prob``, ``ent_coef`` and the size of its output."""
         batch_size = len(goal_repr)
         n_random = int(self.random_goals * batch_size)
         # The rows are in random order: take the goal of the next one
@@ -531,7 +531,7 @@ class DeepCRL(OfflineLearning):
         if self._bc_coef > 0:
             loss = loss / values.detach().abs().mean().clamp(min=1e-6)
             loss = loss + self._bc_coef * self.actor.cloning_loss(params, actions)
-        return loss, log_prob.detach(), ent_coef
+        return loss, log_prob.detach(), ent_coef, params[0].detach().abs().mean()
 
     def learn(
         self: SelfDeepCRL,

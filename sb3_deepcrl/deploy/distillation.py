@@ -240,7 +240,8 @@ class Distillation(BaseCallback):
             ent_coef = student.ent_coef_tensor if student.log_ent_coef is None else student.log_ent_coef.exp()
             ent_coef_losses = [] if student.ent_coef_optimizer is None else [th.zeros_like(actor_loss)]
             losses = [actor_loss, critic_loss, ent_coef.squeeze(), -log_prob.mean()]
-            return th.stack([*losses, *contrastive_metrics, *ent_coef_losses])
+            norms = [student._runner.grad_norm(network.optimizer) for network in (student.actor, student.critic)]
+            return th.stack([*losses, params[0].abs().mean(), *norms, *contrastive_metrics, *ent_coef_losses])
 
 
 def distill(
