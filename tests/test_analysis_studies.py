@@ -23,7 +23,6 @@ from sb3_deepcrl.analysis import (
     ValueMapStudy,
 )
 from sb3_deepcrl.analysis.__main__ import key_value, main
-from sb3_deepcrl.analysis.depth import NETWORK_MEASURES
 from sb3_deepcrl.analysis.report import describe_origin
 from sb3_deepcrl.analysis.study import find_eval_env
 from tests.studies import RECORD, TOY, check_files, results_of_scores, write_all
@@ -133,12 +132,18 @@ def test_depth_report():
     assert [line.get_ydata()[-1] for line in seconds.lines] == [11, 12, 41]
     assert list(steps.lines[0].get_xdata()) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert list(seconds.lines[0].get_xdata()) == [2, 4, 6, 8, 10, 12]
+    measures = {"critic_loss": 1.0, "actor_output": 2.0, "actor_grad_norm": 3.0, "critic_grad_norm": 4.0}
     results = results_of_scores(scores)
-    for seed in (seed for seeds in results.values() for seed in seeds):
-        seed.update({name: np.full(6, 100.0) for name in NETWORK_MEASURES})
-    *_, loss, output, _, norm = replace(study, networks=True).report(results).figure.axes
-    assert (loss.get_yscale(), loss.get_ylabel(), norm.get_ylabel()) == ("log", "critic loss", "gradient norm, critic")
-    assert [line.get_ydata()[-1] for line in output.lines] == [100, 100, 100]
+    for number, seeds in enumerate(results.values(), start=1):
+        for seed in seeds:
+            seed.update({name: np.full(6, 10 * value + number) for name, value in measures.items()})
+    axes = replace(study, networks=True).report(results).figure.axes[4:]
+    assert [(ax.get_ylabel(), ax.get_yscale(), [line.get_ydata()[-1] for line in ax.lines]) for ax in axes] == [
+        ("critic loss", "log", [11, 12, 13]),
+        ("|actor output| before tanh", "log", [21, 22, 23]),
+        ("gradient norm, actor", "log", [31, 32, 33]),
+        ("gradient norm, critic", "log", [41, 42, 43]),
+    ]
 
 
 def test_paper_curve_beside_the_depths(tmp_path):
