@@ -90,7 +90,8 @@ def draw_curves(path: Path) -> None:
     }
     figure = draw_learning_curves(results, is_ordered=all(label[-1:].isdigit() for label in results))
     title = path.with_suffix(".md").read_text().splitlines()[0].removeprefix("# ")
-    figure.suptitle(f"{title}: means of {rows['seed'].nunique()} seeds, 95 % intervals")
+    n_seeds = rows["seed"].nunique()
+    figure.suptitle(f"{title}: {'interquartile ' * (n_seeds > 3)}means of {n_seeds} seeds, 95 % intervals")
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
