@@ -6,6 +6,7 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib import QRDQN, TQC, TRPO, CrossQ
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_deepcrl import DeepCRL
@@ -31,6 +32,11 @@ class RandomEnv(gym.Env):
 
     def step(self, action):
         return self.observation_space.sample(), 0.0, False, False, {}
+
+
+class StopHere(BaseCallback):
+    def _on_step(self):
+        raise KeyboardInterrupt
 
 
 def sample(space, n):
@@ -207,9 +213,18 @@ def test_statistics_of_vec_normalize_rest_while_a_student_is_taught():
     count = env.obs_rms["observation"].count
     student = distill(teacher, depth=4, steps=80)
     assert env.obs_rms["observation"].count == count
-    # On its own it learns them again
+    # On its own it learns them again, also if the training was stopped
+    with pytest.raises(KeyboardInterrupt):
+        student.learn(80, callback=[Distillation(teacher), EveryNTimesteps(40, StopHere())])
+    assert env.obs_rms["observation"].count == count
     student.learn(80)
     assert env.obs_rms["observation"].count > count
+
+
+def test_teacher_whose_observations_are_not_normalized(teacher, tmp_path):
+    env = VecNormalize(BatchVecEnv("PointUMaze-v0", 4), norm_obs=False)
+    env.save(str(tmp_path / "vecnormalize.pkl"))
+    assert Distillation(teacher, vec_normalize=tmp_path / "vecnormalize.pkl").statistics is None
 
 
 def test_blocks_that_do_nothing_are_pruned(teacher):

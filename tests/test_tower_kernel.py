@@ -12,10 +12,11 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_deepcrl import compile_blocks, uncompile_blocks
+from sb3_deepcrl import DeepCRL, compile_blocks, uncompile_blocks
 from sb3_deepcrl.common import compilation, tower_kernel
 from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
 from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, _check_memory, apply_heads, has_kernel, load_kernel
+from tests.envs import GoalReachEnv
 
 has_avx2 = th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no AVX2 or no compiler")
@@ -571,6 +572,17 @@ def test_flat_parameters_do_what_the_optimizer_does(optimizer_class):
     for one, other in zip(states[0].values(), states[1].values(), strict=True):
         assert one.keys() == other.keys() and one["step"] == other["step"] == len(xs)
         th.testing.assert_close(one["exp_avg_sq"], other["exp_avg_sq"], rtol=1e-3, atol=1e-5)
+
+
+@needs_kernel
+def test_optimizers_may_be_replaced():
+    settings = dict(depth=4, width=32, batch_size=32, learning_starts=20, compile=True, seed=0)
+    model = DeepCRL("MultiInputPolicy", GoalReachEnv(), **settings).learn(60)
+    model.actor.optimizer = th.optim.SGD(model.actor.parameters(), lr=0.1)
+    model = deepcopy(model)
+    before = [parameter.clone() for parameter in model.actor.parameters()]
+    model.learn(60)
+    assert not any(th.equal(one, other) for one, other in zip(model.actor.parameters(), before, strict=True))
 
 
 @needs_kernel

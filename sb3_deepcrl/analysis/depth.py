@@ -56,7 +56,10 @@ class DepthStudy(ComparisonOfDepths):
         return f"depth {depth}" if part == "both" else f"{part} depth {depth}"
 
     def draw(self, results: Results) -> Figure:
-        figure = draw_learning_curves(results, is_ordered=True, more=NETWORK_MEASURES if self.networks else None)
+        # Runs of older versions have none
+        known = set.intersection(*(set(seed) for seeds in results.values() for seed in seeds))
+        more = {name: label for name, label in NETWORK_MEASURES.items() if self.networks and name in known}
+        figure = draw_learning_curves(results, is_ordered=True, more=more)
         ax = figure.axes[0]
         color_by_label = {line.get_label(): line.get_color() for line in ax.lines}
         for depth, means in self.paper_curves().items():

@@ -167,7 +167,7 @@ def draw_estimates(ax: Axes, points: Mapping[float, Estimate], label: str, color
 def draw_learning_curves(results: Results, is_ordered: bool = False, more: Mapping[str, str] | None = None) -> Figure:
     """
     Draw time at goal and success over env steps and over seconds, in shades if the settings have an order, and ``more``
-    measures with their labels over env steps, on a scale of powers.
+    measures with their labels over env steps, on a logarithmic scale.
     """
     shades = depth_colors(range(len(results)))
     panels = [(measure, label, *over) for measure, label in MEASURES.items() for over in (STEPS, SECONDS)]

@@ -27,6 +27,10 @@ RUNNING = -1
 TRANSITION_ARRAYS = ("actions", "rewards", "dones", "timeouts")
 # Draws after which the transitions are looked up, because hardly any slot holds one
 MAX_DRAWS = 20
+FIND_NAN = (
+    "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
+    "`stable_baselines3.common.vec_env.VecCheckNan`"
+)
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
@@ -39,8 +43,7 @@ def check_finite(values: Mapping[str, ArrayLike], axis: str = "env") -> None:
         index = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
         raise ValueError(
             f"NaN or infinity in `{key}` of {axis} {index}: {value[index]}. It was not stored. "
-            "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
-            "`stable_baselines3.common.vec_env.VecCheckNan`"
+            + (FIND_NAN if axis == "env" else "Leave its episode out of the data set")
         )
 
 

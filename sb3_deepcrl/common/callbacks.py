@@ -21,8 +21,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
+from sb3_deepcrl.common.losses import NETWORK_METRICS
 from sb3_deepcrl.common.tensor_env import LazyArray
-from sb3_deepcrl.common.update_runner import NETWORK_METRICS
 from sb3_deepcrl.common.utils import atomic_path
 
 # What the logger holds of the last update, where the algorithm has it
@@ -222,8 +222,8 @@ class ResumableEvalCallback(EvalCallback):
         self.evaluations_length = lists.pop("ep_lengths")
         self.evaluations_successes = lists.pop("successes", [])
         # Older files may lack one of them
-        missing = dict.fromkeys(TRAINING_MEASURES, [math.nan] * len(self.evaluations_timesteps))
-        self.evaluations_measures = {**{name: [*values] for name, values in missing.items()}, **lists}
+        n_evaluations = len(self.evaluations_timesteps)
+        self.evaluations_measures = {name: [math.nan] * n_evaluations for name in TRAINING_MEASURES} | lists
         self._seconds = max(lists["seconds"], default=0.0)
 
     def _on_training_start(self) -> None:

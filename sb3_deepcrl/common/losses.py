@@ -49,6 +49,11 @@ def rowwise_energy(x: th.Tensor, y: th.Tensor, energy: str = "norm") -> th.Tenso
     return _ENERGIES[check_choice(energy, ENERGIES, "energy")](x, y)
 
 
+#: What an update tells of the networks: the mean absolute value of the actor's means before the tanh, or of its
+#: log-probabilities, and the norms of the gradients
+NETWORK_METRICS = ("actor_output", "actor_grad_norm", "critic_grad_norm")
+
+
 class ContrastiveMetrics(NamedTuple):
     """
     Scalars that tell how well the critic tells the positives apart, logged as ``train/`` with these names.

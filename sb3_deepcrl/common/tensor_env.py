@@ -53,8 +53,10 @@ class LazyArray(np.lib.mixins.NDArrayOperatorsMixin):
 
     @functools.cached_property
     def array(self) -> np.ndarray:
-        """The array, read once."""
-        return self.tensor.numpy(force=True)
+        """The array, read once. It is read-only, as the training does not read it again."""
+        array = self.tensor.numpy(force=True)
+        array.flags.writeable = False
+        return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.array, dtype, copy=copy)
@@ -81,6 +83,9 @@ class LazyArray(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __getitem__(self, index: Any) -> Any:
         return self.array[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.array[index] = value
 
 
 def to_arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

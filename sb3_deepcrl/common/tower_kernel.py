@@ -1,5 +1,6 @@
 """
-Residual towers, InfoNCE and Adam on CPUs: what ``tower.cpp`` does, as part of PyTorch.
+Residual towers, InfoNCE and Adam on CPUs: what ``tower.cpp`` does, as part of PyTorch. And, for GPUs too, all parameters of
+an optimizer in one tensor.
 
 Private names of PyTorch: hooks have no public ones, and ``named_parameters`` makes names, for which the update of a deep and
 narrow network would wait. ``_compiled_call_impl`` is what ``nn.Module.compile()`` sets, ``_call_impl`` what it compiles.
@@ -404,7 +405,7 @@ class FlatParameters:
             optimizer.state[parameter].update(ours)
         self.last_state: dict[str, th.Tensor] = optimizer.state[self.parameters[-1]]
         self.last_average = self.last_state["exp_avg"]
-        #: Whether the gradients are written in place now
+        #: Whether an update has them so now
         self.is_active = False
         # Where towers write their gradients, and which of them will
         self.addresses: WeakKeyDictionary[_Layout, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
@@ -456,7 +457,7 @@ class FlatParameters:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Context in which the towers write the gradients of their parameters and add nothing."""
+        """Context of an update, in which towers of the kernel write the gradients of their parameters and add nothing."""
         for kernel in self.kernels:
             kernel.flat = self
         self.is_active = True
@@ -513,7 +514,7 @@ class FlatParameters:
         if self.library is None:
             values, gradients, *moments = self.flat
             # It counts the first one itself
-            self.steps[1:] += 1
+            self.steps[1:].add_(1)
             adam(
                 [values],
                 [gradients],

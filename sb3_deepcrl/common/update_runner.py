@@ -23,9 +23,6 @@ from sb3_deepcrl.common.torch_layers import residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, has_kernel, load_kernel, threads_of_kernel
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice
 
-# What an update tells of the networks: the mean absolute value of the actor's means before the tanh, or of its
-# log-probabilities, and the norms of the gradients
-NETWORK_METRICS = ("actor_output", "actor_grad_norm", "critic_grad_norm")
 # Name of the actions in a minibatch, next to those of the observations
 ACTION_KEY = "__action__"
 # With compile="auto" on a CPU, so many layers have to be updated (updates times depth) to earn the start-up, which takes
@@ -129,18 +126,20 @@ class UpdateRunner:
             self.graph.invalidate()
         for optimizer in self.optimizers():
             prepare_optimizer(optimizer, capturable=self.graph is not None)
-        # Before a graph keeps the addresses of parameters
-        self._lay_out()
+        if self.graph is not None:
+            # Before it keeps the addresses of parameters
+            self._lay_out()
 
     def _lay_out(self) -> None:
         """Lay out the parameters of each optimizer in one tensor, where it pays, unless they are."""
+        # Optimizers may have been replaced
+        before, self._flat = self._flat, {}
         on_gpu = self.graph is not None and self.graph.backend.device.type == "cuda"
         if not on_gpu and not has_kernel(*self.towers):
-            self._flat.clear()
             return
         networks = {network.optimizer: network for network in (self.policy.actor, self.policy.critic)}
         for optimizer in self.optimizers():
-            flat = self._flat.pop(optimizer, None)
+            flat = before.get(optimizer)
             if flat is None or not flat.holds():
                 flat = FlatParameters.make(networks.get(optimizer), optimizer)
             if flat is not None:
@@ -228,8 +227,7 @@ class UpdateRunner:
 
     def grad_norm(self, optimizer: th.optim.Optimizer) -> th.Tensor:
         """Norm of the gradients along which an optimizer was stepped."""
-        gradients = self._gradients(optimizer)
-        return gradients[0].norm() if len(gradients) == 1 else nn.utils.get_total_norm(gradients)
+        return nn.utils.get_total_norm(self._gradients(optimizer))
 
     def _gradients(self, optimizer: th.optim.Optimizer) -> list[th.Tensor]:
         if (flat := self._active(optimizer)) is not None:

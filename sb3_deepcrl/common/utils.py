@@ -129,15 +129,21 @@ def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
 
 @contextlib.contextmanager
 def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
-    """Put the statistics of VecNormalize back if a value from the env is not a number: it is in them already."""
+    """
+    Put the statistics of VecNormalize back if a value from the env is not a number, as it is in them already, and let it go on
+    to learn if a callback made it rest.
+    """
     # There is no `obs_rms` where observations are not normalized
     attributes: dict[str, Any] = {} if vec_normalize is None else vars(vec_normalize)
     statistics = deepcopy({name: value for name, value in attributes.items() if name in ("obs_rms", "ret_rms")})
+    training = {name: value for name, value in attributes.items() if name == "training"}
     try:
         yield
     except ValueError:
         attributes.update(statistics)
         raise
+    finally:
+        attributes.update(training)
 
 
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:

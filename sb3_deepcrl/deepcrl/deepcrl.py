@@ -27,11 +27,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer, check_finite, replace_her_replay_buffer
 from sb3_deepcrl.common.cuda_graphs import check_cuda_graph, graph_key, set_learning_rate
 from sb3_deepcrl.common.distributed import Ranks
-from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, ContrastiveMetrics, info_nce, rowwise_energy
+from sb3_deepcrl.common.losses import CONTRASTIVE_LOSSES, NETWORK_METRICS, ContrastiveMetrics, info_nce, rowwise_energy
 from sb3_deepcrl.common.running_norm import check_normalized_once, warn_of_clipped_goals
 from sb3_deepcrl.common.torch_layers import frozen
 from sb3_deepcrl.common.tower_kernel import has_kernel
-from sb3_deepcrl.common.update_runner import NETWORK_METRICS, UpdateRunner
+from sb3_deepcrl.common.update_runner import UpdateRunner
 from sb3_deepcrl.common.utils import (
     atomic_path,
     check_buffer_size,
@@ -396,7 +396,7 @@ class DeepCRL(OfflineLearning):
         return self._ranks.whole(rollout)
 
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
-        # The replay buffer checks what it stores, but sees the first observations of new episodes after an update only
+        # The replay buffer checks what it stores, but sees the first observations after `dones` after an update only
         if np.asarray(args[1]).any():
             check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())  # type: ignore[arg-type]
         last_obs = self._last_obs

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TrainFreq, TrainFreque
 
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.losses import info_nce
-from sb3_deepcrl.common.utils import WITHOUT_BUFFER, check_positive_int
+from sb3_deepcrl.common.utils import WITHOUT_BUFFER, check_positive_int, keep_normalization
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.deepcrl.offline import read_replay_buffer
 from sb3_deepcrl.deepcrl.policies import GOAL_KEY
@@ -106,18 +106,20 @@ class Distillation(BaseCallback):
             if replay_buffer is None and teacher.replay_buffer is not None and teacher.replay_buffer.size() > 0:
                 self.teacher_buffer = deepcopy(teacher.replay_buffer)
         self.teacher = DeepCRL.load(file, device="cpu", custom_objects=WITHOUT_BUFFER)
-        of_teacher = teacher.get_vec_normalize_env() if isinstance(teacher, DeepCRL) else None
-        # Without `norm_obs` there are none
-        self.statistics = deepcopy(getattr(load_from_pkl(vec_normalize) if vec_normalize else of_teacher, "obs_rms", None))
+        normalized = teacher.get_vec_normalize_env() if isinstance(teacher, DeepCRL) else None
+        if vec_normalize is not None:
+            normalized = load_from_pkl(vec_normalize)
+        # There are none without `norm_obs`
+        self.statistics = deepcopy(normalized.obs_rms) if normalized is not None and normalized.norm_obs else None
         self.teacher_steps = check_positive_int(teacher_steps, "teacher_steps")
         self.prune = prune
-        # Whether `VecNormalize` goes on to learn after the training
-        self._was_training = False
 
     def _init_callback(self) -> None:
         student, teacher = self.model, self.teacher
         if not isinstance(student, DeepCRL):
             raise ValueError(f"Only DeepCRL learns from a teacher, not {type(student).__name__}")
+        if student._ranks.size > 1:
+            raise ValueError(f"A teacher teaches a single rank, not {student._ranks.size}: start it without torchrun")
         for name in ("observation_space", "action_space"):
             if getattr(student, name) != getattr(teacher, name):
                 raise ValueError(f"The teacher has another `{name}`, {getattr(teacher, name)}: use an env like its own")
@@ -138,19 +140,20 @@ class Distillation(BaseCallback):
         assert isinstance(student.train_freq, TrainFreq)
         rollout = student.train_freq.frequency * student.n_envs
         teacher._setup_acceleration(self.locals["total_timesteps"] * max(student.gradient_steps, 1) // rollout)
-        if (vec_normalize := student.get_vec_normalize_env()) is not None:
-            self._was_training |= vec_normalize.training
-            vec_normalize.training = False
-            if self.statistics is not None:
+        vec_normalize = student.get_vec_normalize_env()
+        with keep_normalization(vec_normalize):
+            if vec_normalize is not None and self.statistics is not None:
                 vec_normalize.obs_rms = deepcopy(self.statistics)
-        # Not where a training goes on, whatever its number of steps
-        if student._n_updates == 0:
-            self._begin()
+            self._on_rollout_start()
+            # Not where a training goes on, whatever its number of steps
+            if student._n_updates == 0:
+                self._begin()
         student._runner.update = self._update
 
-    def _on_training_end(self) -> None:
+    def _on_rollout_start(self) -> None:
         if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
-            vec_normalize.training = self._was_training
+            # Until the end of the rollout
+            vec_normalize.training = False
 
     def _on_step(self) -> bool:
         return True

@@ -3,16 +3,19 @@ The commands ``sb3-deepcrl export``, ``distill`` and ``prune``, which take the p
 """
 
 import argparse
+import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import torch as th
 from rich.console import Console
 from rich.table import Table
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file, save_to_zip_file
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 from sb3_deepcrl.common.startup import end_start
@@ -66,8 +69,9 @@ def _make_env(run: RunFolder, path: Path, env_id: str | None, statistics: Path |
     if (vec_normalize := unwrap_vec_normalize(env)) is None:
         loaded.set_venv(env)
         return loaded
-    # Those of a checkpoint are not those of the end
-    vec_normalize.obs_rms = loaded.obs_rms
+    if loaded.norm_obs:
+        # Those of a checkpoint are not those of the end
+        vec_normalize.obs_rms = loaded.obs_rms
     return env
 
 
@@ -75,14 +79,16 @@ def _write_model(path: Path, output: Path) -> Path:
     """
     Write a model without what its optimizers have gathered, which is two thirds of it. Learning can go on: they start anew.
     """
-    state_dict: Any
-    data, params, variables = load_from_zip_file(path, device="cpu")
-    for state_dict in params.values():
-        if "param_groups" in state_dict:
-            state_dict["state"] = {}
     output = output if output.suffix else output.with_suffix(".zip")
-    with atomic_path(output, ".zip") as file:
-        save_to_zip_file(file, data, params, variables)
+    with atomic_path(output, ".zip") as file, zipfile.ZipFile(path) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("optimizer.pth"):
+                state_dict = th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                buffer = io.BytesIO()
+                th.save({**state_dict, "state": {}}, buffer)
+                content = buffer.getvalue()
+            new.writestr(name, content)
     return output
 
 
