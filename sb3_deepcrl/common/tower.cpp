@@ -28,6 +28,7 @@
 #include <numeric>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -1225,14 +1226,23 @@ void squash(const float* mean, const float* log_std, const float* noise, int64_t
 
 // ---------------------------------------------------------------- Adam
 
-void step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
-                  float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+// Gives the norm of the gradients, which it reads anyway
+double step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
+                    float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
   // Less than that is done before another thread is awake
   n_threads = std::max<int64_t>(1, std::min(n_threads, n / 100'000));
+  std::vector<double> squares(n_threads);
   Team::run(n_threads, [&](int64_t index, Team& team) {
     const Share share(n / LANES, index, team);
+    Vec total = all(0);
     for (int64_t i = share.first * LANES; i < share.last * LANES; i += LANES) {
-      const Vec value = load(values + i), gradient = fmadd(all(l2), value, load(gradients + i));
+      const Vec value = load(values + i), raw = load(gradients + i), gradient = fmadd(all(l2), value, raw);
+      total = fmadd(raw, raw, total);
+      if (i % (256 * LANES) == 0) {
+        // Sums of many numbers lose digits
+        squares[index] += sum(total);
+        total = all(0);
+      }
       const Vec mean = fmadd(all(1.0f - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
       const Vec square = fmadd(all(1.0f - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
       store(exp_avg + i, mean);
@@ -1240,7 +1250,9 @@ void step_of_adam(float* values, const float* gradients, float* exp_avg, float* 
       const Vec step = all(step_size) * mean / fmadd(sqrt(square), all(correction), all(eps));
       store(values + i, fnmadd(all(decay), value, value) - step);
     }
+    squares[index] += sum(total);
   });
+  return std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0));
 }
 
 #ifdef __AMX_BF16__
@@ -1313,7 +1325,7 @@ extern "C" void squashed_gaussian(const float* mean, const float* log_std, const
 
 // A step of Adam (https://arxiv.org/abs/1412.6980, algorithm 1) for n numbers, a multiple of the lanes of a vector: step_size
 // is the learning rate over 1 - beta1^t, correction is 1 / sqrt(1 - beta2^t). Weights decay by the gradient (l2) or by themselves.
-extern "C" void adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
-                     float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
-  step_of_adam(values, gradients, exp_avg, exp_avg_sq, n, step_size, beta1, beta2, correction, eps, l2, decay, n_threads);
+extern "C" double adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
+                       float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+  return step_of_adam(values, gradients, exp_avg, exp_avg_sq, n, step_size, beta1, beta2, correction, eps, l2, decay, n_threads);
 }

@@ -90,7 +90,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.info_nce.argtypes = [_ADDRESS, _ADDRESS, _INTEGER, _INTEGER, ctypes.c_float, *[_ADDRESS] * 3, _INTEGER]
     library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_float] * 7, _INTEGER]
     library.squashed_gaussian.argtypes = [*[_ADDRESS] * 3, _INTEGER, _INTEGER, _ADDRESS, _ADDRESS]
-    library.adam.restype = library.squashed_gaussian.restype = None
+    library.adam.restype, library.squashed_gaussian.restype = ctypes.c_double, None
     library.tower_forward.restype = library.tower_backward.restype = library.info_nce.restype = _BOOL
 
 
@@ -505,8 +505,8 @@ class FlatParameters:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
-    def step(self) -> None:
-        """One step of the optimizer along these gradients."""
+    def step(self) -> th.Tensor:
+        """One step of the optimizer along these gradients. Gives their norm."""
         group = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
         learning_rate, decay = group["lr"], group["weight_decay"]
@@ -533,11 +533,11 @@ class FlatParameters:
                 capturable=group["capturable"],
                 decoupled_weight_decay=decoupled,
             )
-            return
+            return gradients.norm()
         self.steps += 1
         n_steps = self.steps[0].item()
         beta1, beta2, learning_rate = float(beta1), float(beta2), float(learning_rate)
-        self.library.adam(
+        norm: float = self.library.adam(
             *[flat.data_ptr() for flat in self.flat],
             len(self.flat[0]),
             learning_rate / (1.0 - beta1**n_steps),
@@ -549,6 +549,7 @@ class FlatParameters:
             learning_rate * decay if decoupled else 0.0,
             _count_threads(),
         )
+        return th.tensor(norm)
 
 
 def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bool) -> tuple[th.Tensor, ...]:

@@ -214,20 +214,19 @@ class UpdateRunner:
         if self.ranks.size > 1:
             self._sums[optimizer] = self.ranks.start_sum(self._gradients(optimizer))
 
-    def step(self, *optimizers: th.optim.Optimizer) -> None:
-        """Step optimizers along the gradients that :meth:`backward` computed."""
+    def step(self, *optimizers: th.optim.Optimizer) -> list[th.Tensor]:
+        """Step optimizers along the gradients that :meth:`backward` computed. Gives their norms."""
+        norms = []
         for optimizer in optimizers:
             if self.ranks.size > 1:
                 self._sums.pop(optimizer)()
             flat = self._active(optimizer)
             if flat is not None:
-                flat.step()
+                norms.append(flat.step())
             else:
                 optimizer.step()
-
-    def grad_norm(self, optimizer: th.optim.Optimizer) -> th.Tensor:
-        """Norm of the gradients along which an optimizer was stepped."""
-        return nn.utils.get_total_norm(self._gradients(optimizer))
+                norms.append(nn.utils.get_total_norm(self._gradients(optimizer)))
+        return norms
 
     def _gradients(self, optimizer: th.optim.Optimizer) -> list[th.Tensor]:
         if (flat := self._active(optimizer)) is not None:

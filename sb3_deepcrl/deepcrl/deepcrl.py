@@ -492,11 +492,10 @@ class DeepCRL(OfflineLearning):
             self._runner.backward(self.critic.optimizer, critic_loss)
         self._runner.join()
         # After all gradients, which need the networks as they were
-        self._runner.step(*self._optimizers())
+        grad_norms = self._runner.step(*self._optimizers())[:2]
 
         losses = [actor_loss, critic_loss.detach(), ent_coef.squeeze(), -log_prob.mean()]
-        norms = [self._runner.grad_norm(network.optimizer) for network in (self.actor, self.critic)]
-        return th.stack([*losses, output, *norms, *contrastive_metrics, *ent_coef_losses])
+        return th.stack([*losses, output, *grad_norms, *contrastive_metrics, *ent_coef_losses])
 
     def _critic_loss(
         self, state_features: th.Tensor, actions: th.Tensor, goal_repr: th.Tensor

@@ -233,7 +233,7 @@ class Distillation(BaseCallback):
         distances = (state_action - target_state_action).square() + (goal - target_goal).square()
         critic_loss = distances.sum(dim=1).mean()
         student._runner.backward(student.critic.optimizer, critic_loss)
-        student._runner.step(student.actor.optimizer, student.critic.optimizer)
+        grad_norms = student._runner.step(student.actor.optimizer, student.critic.optimizer)
 
         with th.no_grad():
             _, contrastive_metrics = info_nce(
@@ -243,8 +243,7 @@ class Distillation(BaseCallback):
             ent_coef = student.ent_coef_tensor if student.log_ent_coef is None else student.log_ent_coef.exp()
             ent_coef_losses = [] if student.ent_coef_optimizer is None else [th.zeros_like(actor_loss)]
             losses = [actor_loss, critic_loss, ent_coef.squeeze(), -log_prob.mean()]
-            norms = [student._runner.grad_norm(network.optimizer) for network in (student.actor, student.critic)]
-            return th.stack([*losses, params[0].abs().mean(), *norms, *contrastive_metrics, *ent_coef_losses])
+            return th.stack([*losses, params[0].abs().mean(), *grad_norms, *contrastive_metrics, *ent_coef_losses])
 
 
 def distill(
