@@ -132,17 +132,18 @@ def test_depth_report():
     assert [line.get_ydata()[-1] for line in seconds.lines] == [11, 12, 41]
     assert list(steps.lines[0].get_xdata()) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert list(seconds.lines[0].get_xdata()) == [2, 4, 6, 8, 10, 12]
-    measures = {"critic_loss": 1.0, "actor_output": 2.0, "actor_grad_norm": 3.0, "critic_grad_norm": 4.0}
+    measures = {"critic_loss": 1.0, "actor_output": 2.0, "actor_grad_norm": 3.0}
     results = results_of_scores(scores)
     for number, seeds in enumerate(results.values(), start=1):
         for seed in seeds:
             seed.update({name: np.full(6, 10 * value + number) for name, value in measures.items()})
+            seed["critic_grad_norm"] = np.full(6, 100.0**number)
     axes = replace(study, networks=True).report(results).figure.axes[4:]
     assert [(ax.get_ylabel(), ax.get_yscale(), [line.get_ydata()[-1] for line in ax.lines]) for ax in axes] == [
-        ("critic loss", "log", [11, 12, 13]),
-        ("|actor output| before tanh", "log", [21, 22, 23]),
-        ("gradient norm, actor", "log", [31, 32, 33]),
-        ("gradient norm, critic", "log", [41, 42, 43]),
+        ("critic loss", "linear", [11, 12, 13]),
+        ("|actor output| before tanh", "linear", [21, 22, 23]),
+        ("gradient norm, actor", "linear", [31, 32, 33]),
+        ("gradient norm, critic", "log", [100, 10_000, 1_000_000]),
     ]
 
 

@@ -167,7 +167,7 @@ def draw_estimates(ax: Axes, points: Mapping[float, Estimate], label: str, color
 def draw_learning_curves(results: Results, is_ordered: bool = False, more: Mapping[str, str] | None = None) -> Figure:
     """
     Draw time at goal and success over env steps and over seconds, in shades if the settings have an order, and ``more``
-    measures with their labels over env steps, on a logarithmic scale.
+    measures with their labels over env steps, on a logarithmic scale where they explode.
     """
     shades = depth_colors(range(len(results)))
     panels = [(measure, label, *over) for measure, label in MEASURES.items() for over in (STEPS, SECONDS)]
@@ -180,7 +180,7 @@ def draw_learning_curves(results: Results, is_ordered: bool = False, more: Mappi
         ax.set(xlabel=xlabel, ylabel=ylabel)
         if measure in MEASURES:
             set_range(ax, measure)
-        else:
+        elif 0 < 30 * ax.dataLim.y0 < ax.dataLim.y1:
             ax.set_yscale("log")
     # Where it hides no line
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
