@@ -1137,6 +1137,17 @@ def test_tf32_is_for_products_of_an_update_but_those_of_the_loss(monkeypatch):
     th.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_nothing_is_laid_out_while_a_graph_is_captured(monkeypatch, capturing):
+    """Parameters would move, and counts of steps, which a loaded optimizer has on the GPU, are read."""
+    model, tried = make_model(), []
+    graph(model).device = th.device("cuda")
+    monkeypatch.setattr("sb3_deepcrl.common.update_runner.FlatParameters.make", lambda *args: tried.append(args))
+    monkeypatch.setattr(th.cuda, "is_current_stream_capturing", lambda: capturing)
+    model._runner._lay_out()
+    assert len(tried) == (0 if capturing else 3) and not model._runner._flat
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_parameters_are_cast_once_for_an_update(monkeypatch, flat):
     """

@@ -141,7 +141,9 @@ class UpdateRunner:
         for optimizer in self.optimizers():
             flat = before.get(optimizer)
             if flat is None or not flat.holds():
-                flat = FlatParameters.make(networks.get(optimizer), optimizer)
+                # It moves parameters and reads counts of steps, for which a capture has no place
+                is_captured = on_gpu and th.cuda.is_current_stream_capturing()
+                flat = None if is_captured else FlatParameters.make(networks.get(optimizer), optimizer)
             if flat is not None:
                 self._flat[optimizer] = flat
 
