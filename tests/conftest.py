@@ -1,5 +1,6 @@
 import getpass
 import os
+import random
 import signal
 import tempfile
 
@@ -26,3 +27,14 @@ def temp_folder(tmp_path_factory):
         patch.setattr(tempfile, "tempdir", folder)
         patch.setenv("TMPDIR", folder)
         yield
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch):
+    """Give a test that sets no seed the same random numbers each time, those of environments without a seed included."""
+    import numpy as np
+    from stable_baselines3.common.utils import set_random_seed
+
+    set_random_seed(0)
+    # Where NumPy takes the entropy of a generator without a seed from
+    monkeypatch.setattr(np.random.bit_generator, "randbits", random.Random(0).getrandbits)
