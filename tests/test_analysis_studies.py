@@ -18,6 +18,7 @@ from sb3_deepcrl.analysis import (
     DepthStudy,
     DistillationStudy,
     GridStudy,
+    OfflineStudy,
     RepresentationStudy,
     StitchingStudy,
     ValueMapStudy,
@@ -81,6 +82,16 @@ def test_baselines():
     assert sac == replace(deepcrl, algo="sac", hyperparams={"tau": 0.1})
     deep = replace(study, deep_baselines=True).settings()["SAC+HER, depth 8"]
     assert deep.hyperparams == {"tau": 0.1, "policy": "DeepMultiInputPolicy", "policy_kwargs": {"depth": 8}}
+
+
+def test_offline():
+    study = OfflineStudy(hyperparams={"width": 8}, agent_steps=50, learner_hyperparams={"bc_coef": 0.1}, seeds=1)
+    agent, learner = study.settings().values()
+    assert (agent.hyperparams, agent.steps, agent.eval_freq) == ({"width": 8}, 50, 50)
+    assert learner.hyperparams == {"width": 8, "bc_coef": 0.1} and learner.data_of == agent
+    # What was learned before the first step and after the last one
+    report = study.report(results_of_scores({label: [7.0] for label in study.settings()}))
+    assert [row["time at goal"].mean for row in report.table] == [7, 0, 7]
 
 
 def test_collector_names_its_learners():

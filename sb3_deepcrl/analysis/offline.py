@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,12 +31,12 @@ class OfflineStudy(Study):
     """Number of env steps that the agent is trained which makes the data"""
     offline_updates: int = 16_000
     """Number of updates on the data"""
-    bc_coef: float = 0.0
-    """Coefficient of behavior cloning in these"""
+    learner_hyperparams: dict[str, Any] = field(default_factory=dict)
+    """Hyperparameters of who learns from the data alone, e.g. bc_coef:0.1"""
 
     def settings(self) -> dict[str, Run]:
         agent = replace(self.make_run(), steps=self.agent_steps, eval_freq=self.agent_steps)
-        learner = replace(self.make_run(bc_coef=self.bc_coef), data_of=agent, offline_updates=self.offline_updates)
+        learner = replace(self.make_run(**self.learner_hyperparams), data_of=agent, offline_updates=self.offline_updates)
         return {AGENT: agent, LEARNER: learner}
 
     def needed_first(self) -> list[str]:
