@@ -32,7 +32,7 @@ class OfflineStudy(Study):
     offline_updates: int = 16_000
     """Number of updates on the data"""
     learner_hyperparams: dict[str, Any] = field(default_factory=dict)
-    """Hyperparameters of who learns from the data alone, e.g. bc_coef:0.1"""
+    """Hyperparameters of the agent that learns from the data, besides those of both, e.g. bc_coef:0.1"""
 
     def settings(self) -> dict[str, Run]:
         agent = replace(self.make_run(), steps=self.agent_steps, eval_freq=self.agent_steps)
