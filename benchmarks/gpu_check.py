@@ -1,5 +1,5 @@
 """
-What there is to know about a GPU in eight minutes: does everything run on it, does it compute what it should, and how fast.
+What there is to know about a GPU in twelve minutes: does everything run on it, does it compute what it should, and how fast.
 
 Each section is a process of its own with a time limit, the most telling ones first. Whatever fails is in the report, and the
 others go on. See docs/guide/machines.md for a machine without network::
@@ -25,6 +25,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch as th
 from envs import rate
 from harness import machine, table
@@ -36,6 +37,7 @@ from sb3_deepcrl import DeepCRL, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.compilation import tf32_products
 from sb3_deepcrl.common.cuda_graphs import Branch, GraphedFunction, cuda_graph_backend
 from sb3_deepcrl.envs import BatchVecEnv
+from sb3_deepcrl.tensor_envs import WarpVecEnv
 
 Rows = Iterator[dict[str, Any]]
 N_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -156,20 +158,21 @@ def update(gpu: bool) -> Rows:
 
 def equality(gpu: bool) -> Rows:
     """Parameters after 12 updates without noise, graphs compared to plain ones (below 1e-4), and TF32 to float32."""
-    outcomes, noise = {}, th.randn_like
-    th.randn_like = lambda x: x.new_zeros(x.shape)
-    try:
-        for mode in ("plain", "graph, float32", "graph, tf32, no branches", "graph, tf32", "compiled, tf32"):
-            model, run = make_update(gpu, 16 if gpu else 4, mode, width=64)
-            for _ in range(12):
-                run()
-            outcomes[mode] = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().double()
-    finally:
-        th.randn_like = noise
-    for mode in list(outcomes)[1:]:
-        for other in ("plain", "graph, tf32, no branches")[: 1 + mode.endswith("tf32")]:
-            difference = (outcomes[mode] - outcomes[other]).norm() / outcomes[other].norm()
-            yield {"mode": mode, "compared to": other, "relative difference": difference.item()}
+    for depth in (4, 16) if gpu else (4,):
+        outcomes, noise = {}, th.randn_like
+        th.randn_like = lambda x: x.new_zeros(x.shape)
+        try:
+            for mode in ("plain", "graph, float32", "graph, tf32, no branches", "graph, tf32", "compiled, tf32"):
+                model, run = make_update(gpu, depth, mode, width=64)
+                for _ in range(12):
+                    run()
+                outcomes[mode] = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().double()
+        finally:
+            th.randn_like = noise
+        for mode in list(outcomes)[1:]:
+            for other in ("plain", "graph, tf32, no branches")[: 1 + mode.endswith("tf32")]:
+                difference = (outcomes[mode] - outcomes[other]).norm() / outcomes[other].norm()
+                yield {"depth": depth, "mode": mode, "compared to": other, "relative difference": difference.item()}
 
 
 def capture_failure(gpu: bool) -> Rows:
@@ -290,17 +293,75 @@ def envs(gpu: bool) -> Rows:
         yield {"env": env_id, "envs": n_envs, "threads": N_THREADS, "env steps/s": steps_per_second}
 
 
+def tensor_envs(gpu: bool) -> Rows:
+    """
+    `WarpVecEnv` (extra `warp`): env steps a second of random actions and of `learn()` at depth 4 with one update for 40
+    transitions, all on the GPU. The errors are those of observations after one more step, median and 99 of 100, beside
+    `BatchVecEnv` from the same states.
+    """
+    n_envs, n_compared = (4096, 64) if gpu else (4, 2)
+    for env_id in ("AntUMaze-v0", "HumanoidUMaze-v0", "ArmPushEasy-v0") if gpu else ("PointUMaze-v0",):
+        start = time.perf_counter()
+        env = WarpVecEnv(env_id, n_envs, device="cuda" if gpu else "cpu", n_threads=N_THREADS)
+        env.reset_tensors()
+
+        def step(env: WarpVecEnv = env) -> None:
+            env.step_tensors(2 * th.rand(env.num_envs, *(env.action_space.shape or ()), device=env.device) - 1)
+
+        step()
+        start_up = time.perf_counter() - start
+        steps_per_second = 1000 * n_envs / milliseconds(step, gpu, 3.0 if gpu else 0.01)[0]
+        row = {"env": env_id, "envs": n_envs, "start-up s": start_up, "env steps/s": steps_per_second}
+        yield {**row, **step_errors(env_id, env, n_compared)}
+        model = DeepCRL(
+            "MultiInputPolicy",
+            env,
+            depth=4,
+            width=256 if gpu else 16,
+            batch_size=512 if gpu else 16,
+            buffer_size=n_envs * 300,
+            learning_starts=n_envs,
+            train_freq=5,
+            gradient_steps=max(1, 5 * n_envs // 40),
+            precision="auto" if gpu else "float32",
+            compile="auto" if gpu else False,
+            device="cuda" if gpu else "cpu",
+            replay_buffer_kwargs=dict(on_device=True),
+        )
+        model.learn(n_envs * 10, log_interval=None)  # type: ignore[arg-type]
+        n_updates, n_steps = model._n_updates, model.num_timesteps
+        total = train_for(model, 6.0 if gpu else 0.1, n_envs * 10)
+        row = {"env": env_id, "envs": n_envs, "learn() env steps/s": (model.num_timesteps - n_steps) / total}
+        yield {**row, "ms an update": 1000 * total / (model._n_updates - n_updates), "diverged": env.n_diverged}
+        env.close()
+
+
+def step_errors(env_id: str, warp_env: WarpVecEnv, n_envs: int) -> dict[str, float]:
+    """How far the observations of some envs are from those of `BatchVecEnv` after one step from the same states."""
+    batch_env = BatchVecEnv(env_id, n_envs, N_THREADS)
+    batch_env.reset()
+    for name in ("qpos", "qvel"):
+        batch_env.simulation.batch.bind(name)[:] = warp_env.state[name][:n_envs].numpy(force=True)
+    actions = 2 * th.rand(warp_env.num_envs, *(warp_env.action_space.shape or ()), device=warp_env.device) - 1
+    observation = warp_env.step_tensors(actions).terminal_observation["observation"][:n_envs].numpy(force=True)
+    expected: Any = batch_env.step(actions[:n_envs].numpy(force=True))
+    batch_env.close()
+    errors = abs(observation - expected[0]["observation"])[~expected[2]]
+    return {"error": float(np.median(errors)), "99 % below": float(np.quantile(errors, 0.99))}
+
+
 # By the seconds that each may take
 SECTIONS: dict[Callable[[bool], Rows], float] = {
     ceilings: 40,
     update: 115,
-    equality: 50,
+    equality: 65,
     capture_failure: 15,
-    gpu_tests: 90,
+    gpu_tests: 110,
     learn: 65,
     training: 65,
     profile: 30,
     envs: 20,
+    tensor_envs: 160,
 }
 
 
@@ -320,7 +381,7 @@ def main() -> None:
     names = [section.__name__ for section in SECTIONS]
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--sections", nargs="+", choices=names, default=names)
-    parser.add_argument("--seconds", type=float, default=470.0, help="time for all sections")
+    parser.add_argument("--seconds", type=float, default=690.0, help="time for all sections")
     parser.add_argument("--output", type=Path, help="file for the report (it is always printed)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from sb3_deepcrl.common import compilation, cuda_graphs
 from sb3_deepcrl.common.compilation import CastParameters, compile_blocks, set_precision, tf32_products
 from sb3_deepcrl.common.cuda_graphs import CudaGraphBackend, GraphedFunction, can_capture, prepare_optimizer, set_learning_rate
 from sb3_deepcrl.common.losses import info_nce, rowwise_energy
-from sb3_deepcrl.common.torch_layers import ResidualTower, residual_towers
+from sb3_deepcrl.common.torch_layers import ResidualTower, frozen, residual_towers
 from sb3_deepcrl.common.tower_kernel import FlatParameters, load_kernel
 from sb3_deepcrl.deepcrl.deepcrl import UPDATE_METRICS
 from tests.envs import GoalReachEnv
@@ -64,6 +64,39 @@ def test_compiled_gradients(kwargs):
     assert compile_blocks(tower)
     for actual, wanted in zip(gradients(tower, x), expected, strict=True):
         th.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@needs_compiler
+@pytest.mark.parametrize("depth", [4, 8])
+def test_compiled_blocks_are_trained_after_they_were_frozen(depth):
+    """An update does so. With PyTorch 2.11 a single block went on as if it were frozen."""
+    tower = ResidualTower(5, 3, depth=depth, width=16).double()
+    x = th.randn(6, 5, dtype=th.float64)
+    expected = gradients(tower, x)
+    assert compile_blocks(tower)
+    for _ in range(2):
+        tower.zero_grad()
+        with frozen(tower):
+            tower(x.clone().requires_grad_()).sum().backward()
+        assert all(parameter.grad is None for parameter in tower.parameters())
+        for actual, wanted in zip(gradients(tower, x), expected, strict=True):
+            th.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@needs_compiler
+def test_the_compiler_is_told_what_is_trained(monkeypatch):
+    """That is how: by an argument, as it does not look at the parameters each time."""
+    calls = []
+    monkeypatch.setattr(
+        th, "compile", lambda call, backend: lambda block, x, trained: calls.append(trained) or call(block, x, trained)
+    )
+    tower = ResidualTower(5, 3, depth=4, width=16).double()
+    compile_blocks(tower)
+    x = th.randn(6, 5, dtype=th.float64)
+    for context in (frozen(tower), nullcontext(), frozen(tower.blocks[0].branch[0]), nullcontext()):
+        with context:
+            tower(x)
+    assert len(set(calls)) == 3 and calls[1] == calls[3]
 
 
 @needs_compiler
@@ -1033,11 +1066,12 @@ def test_update_keeps_nothing():
     assert count() == before
 
 
+@pytest.mark.parametrize("depth", [4, 8])
 @pytest.mark.parametrize("device", [ON_A_GPU])
-def test_cuda_graphs_on_a_gpu(device, tmp_path, monkeypatch):
+def test_cuda_graphs_on_a_gpu(device, depth, tmp_path, monkeypatch):
     # Without noise both do the same updates on the same minibatches
     monkeypatch.setattr(th, "randn_like", lambda x: x.new_zeros(x.shape))
-    models = [make_model(device=device, cuda_graph=graph).learn(40) for graph in (False, True)]
+    models = [make_model(device=device, depth=depth, cuda_graph=graph).learn(40) for graph in (False, True)]
     models[1].set_parameters(deepcopy(models[0].get_parameters()))
     models[1].replay_buffer = deepcopy(models[0].replay_buffer)
     for model in models:

@@ -46,11 +46,24 @@ def can_compile(device_type: str) -> bool:
     return reason is None
 
 
-def _call_compiled(block: ResidualBlock, compiled: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
+def _call_block(block: ResidualBlock, x: th.Tensor, trained: str) -> th.Tensor:
+    """
+    The function that is compiled.
+
+    :param trained: Which parameters need gradients. Some versions of PyTorch (2.11 is one, see its issue 139476) do not see
+        that this was changed in place, and would go on with code that leaves frozen parameters out. They do see another text.
+    """
+    assert trained != ""
+    return block._call_impl(x)
+
+
+def _call_compiled(
+    block: ResidualBlock, compiled: Callable[[ResidualBlock, th.Tensor, str], th.Tensor], x: th.Tensor
+) -> th.Tensor:
     """What a compiled residual block does: it is the plain one where somebody sees its operations."""
     if is_traced(x) or is_watched(block, *block.branch):
         return block._call_impl(x)
-    return compiled(x)
+    return compiled(block, x, str([parameter.requires_grad for parameter in block.parameters()]))
 
 
 def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -99,7 +112,7 @@ def compile_blocks(module: nn.Module) -> bool:
     for block in blocks:
         # What nn.Module.compile() would put there
         if block._compiled_call_impl is None:
-            compiled = th.compile(block._call_impl, backend=lean_inductor)
+            compiled = th.compile(_call_block, backend=lean_inductor)
             block._compiled_call_impl = functools.partial(_call_compiled, block, compiled)
     return True
 
