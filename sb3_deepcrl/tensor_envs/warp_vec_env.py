@@ -63,9 +63,9 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
             raise ImportError(f"WarpVecEnv needs MuJoCo Warp: pip install 'sb3_deepcrl[warp]' ({error})") from error
         BatchVecEnv.__init__(self, env, n_envs, **kwargs)
         self.device = th.device(device or ("cuda" if th.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.device.index is None:
             # Warp asks for its number
-            self.device = th.device("cuda", self.device.index or 0)
+            self.device = th.device("cuda", th.cuda.current_device())
         if self.device.type == "cpu":
             warnings.warn(
                 "WarpVecEnv simulates on the CPU, as there is no GPU or device='cpu' was given: BatchVecEnv is the faster one"
