@@ -31,7 +31,8 @@ def trajectory(*places, goal=(8.0, 2.0), fall: bool = False, heights=None) -> Ep
     at_goal = np.linalg.norm(positions - goals, axis=1) < 0.5
     healthy = (height >= 1.0) & (height <= 2.0)
     infos = [{"is_healthy": healthy[i], "is_success": at_goal[i]} for i in times[1:]]
-    return Episode({"achieved_goal": positions, "desired_goal": goals}, np.zeros((steps[-1], 1)), infos)
+    observations = {"observation": positions, "achieved_goal": positions, "desired_goal": goals}
+    return Episode(observations, np.zeros((steps[-1], 1)), infos)
 
 
 def measure(episode: Episode, maze: MazeMap | None = None) -> dict:
@@ -144,6 +145,7 @@ def test_numbers_of_an_episode():
     assert episode["mean_height"] == pytest.approx(1.3)
     assert episode["min_height"] == pytest.approx(1.2)
     assert episode["distance_travelled"] == pytest.approx(7.0)
+    assert episode["farthest_from_start"] == pytest.approx(5.0)
     assert episode["start_distance"] == pytest.approx(np.sqrt(3**2 + 5**2 + 0.15**2))
     assert episode["final_distance"] == episode["closest_distance"] == pytest.approx(np.hypot(1.0, 0.05))
     assert (episode["reached"], episode["time_at_goal"]) == (False, 0)
@@ -258,8 +260,15 @@ def test_episodes_of_an_existing_model(tmp_path, env_id, dt):
     assert lying["steps"] == 300 and lying["fall_step"] is not None
 
 
+def test_ants_move_too():
+    model = DeepCRL("MultiInputPolicy", "AntUMaze-v0", depth=4, width=8, buffer_size=2000)
+    (episode,) = walk_episodes(model, "AntUMaze-v0", 1, {"max_episode_steps": 40})
+    assert episode["kind"] == "stands" and 0.2 < episode["min_height"] <= episode["mean_height"] < 1.0
+    assert 0 < episode["farthest_from_start"] < 0.5
+
+
 def test_wrong_input():
-    message = "'PointUMaze-v0' is no such env of this package: use for instance HumanoidGoal-v0 or HumanoidUMaze-v0"
+    message = "'PointUMaze-v0' is no such env of this package: use for instance HumanoidGoal-v0 or AntUMaze-v0"
     for kwargs in (dict(env="PointUMaze-v0"), dict(eval_env="PointUMaze-v0")):
         with pytest.raises(ValueError, match=message):
             WalkStudy(**kwargs)

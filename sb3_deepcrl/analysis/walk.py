@@ -1,5 +1,5 @@
 """
-How humanoids move, and how they fall.
+How humanoids and ants move, and how they fall.
 """
 
 from collections.abc import Sequence
@@ -63,13 +63,15 @@ def _classify(
 
 def measure_walk(episode: Episode, dt: float, maze: MazeMap | None = None) -> dict[str, Any]:
     """
-    Describe how a humanoid moved in an episode of steps of ``dt`` seconds, up to its fall if there was one: ``kind``, one of
+    Describe how a robot moved in an episode of steps of ``dt`` seconds, up to its fall if there was one: ``kind``, one of
     ``CLASSES``, ``fall_step`` from 1 on, None without a fall, and other measures, lengths in meters.
     """
     healthy = np.array([info["is_healthy"] for info in episode.infos])
     fall_step = None if healthy.all() else int(np.argmin(healthy)) + 1
     upright = episode.head(fall_step or len(healthy))
     positions, goals, at_goal = upright.positions.astype(float), upright.goals.astype(float), upright.successes
+    # The observations of both robots begin with the position of the torso
+    heights = upright.observations["observation"][:, 2].astype(float)
     distances = np.linalg.norm(positions - goals, axis=1)
     stride = max(round(PATH_SECONDS / dt), 1)
     path = np.concatenate([positions[:-1:stride, :2], positions[-1:, :2]])
@@ -77,8 +79,9 @@ def measure_walk(episode: Episode, dt: float, maze: MazeMap | None = None) -> di
         "kind": _classify(positions, goals, at_goal, fall_step is not None, dt, maze),
         "steps": len(healthy),
         "fall_step": fall_step,
-        "mean_height": float(positions[:, 2].mean()),
-        "min_height": float(positions[:, 2].min()),
+        "mean_height": float(heights.mean()),
+        "min_height": float(heights.min()),
+        "farthest_from_start": float(np.linalg.norm((positions - positions[0])[:, :2], axis=1).max()),
         "distance_travelled": float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum()),
         "start_distance": float(distances[0]),
         "closest_distance": float(distances.min()),
@@ -88,11 +91,11 @@ def measure_walk(episode: Episode, dt: float, maze: MazeMap | None = None) -> di
     }
 
 
-def _check_humanoid(env_id: str) -> None:
-    if ENV_TABLE.get(env_id, {}).get("robot") != "humanoid":
+def _check_has_legs(env_id: str) -> None:
+    if ENV_TABLE.get(env_id, {}).get("robot") not in ("ant", "humanoid"):
         raise ValueError(
-            f"Gaits are those of a humanoid, but {env_id!r} is no such env of this package: "
-            "use for instance HumanoidGoal-v0 or HumanoidUMaze-v0"
+            f"Gaits are those of a humanoid or an ant, but {env_id!r} is no such env of this package: "
+            "use for instance HumanoidGoal-v0 or AntUMaze-v0"
         )
 
 
@@ -103,14 +106,14 @@ def walk_episodes(
     Describe how a model walks, for instance one that was loaded with ``DeepCRL.load()``.
 
     :param model: Anything that has ``predict``
-    :param env_id: Id of one of this package's humanoid envs
+    :param env_id: Id of one of this package's envs of a humanoid or an ant
     :param n_episodes: Number of episodes
     :param env_kwargs: Arguments of the env
     :param seed: Seed of the episodes
     :return: What each episode shows, see :func:`measure_walk`, and the seconds of a step, ``dt``
-    :raises ValueError: if it is not a humanoid's env
+    :raises ValueError: if its robot is neither
     """
-    _check_humanoid(env_id)
+    _check_has_legs(env_id)
     single = make_env(env_id, env_kwargs)
     maze, dt = MazeMap.find(single), float(single.unwrapped.task.dt)  # type: ignore[attr-defined]
     episodes = play_episodes(model, env_id, n_episodes, env_kwargs, seed)
@@ -125,7 +128,7 @@ def _shares(episodes: Sequence[dict[str, Any]]) -> list[float]:
 @dataclass(kw_only=True)
 class WalkStudy(ComparisonOfDepths):
     """
-    How humanoids of several depths move (section 4.3).
+    How humanoids or ants of several depths move (section 4.3).
 
     Fall time, height of the torso, distances, and a class for each episode, such as
     walking, throwing itself at the goal, or going over the wall.
@@ -134,14 +137,14 @@ class WalkStudy(ComparisonOfDepths):
     name: ClassVar[str] = "walk"
 
     env: str = "HumanoidGoal-v0"
-    """Env of a humanoid that is trained on"""
+    """Env of a humanoid or an ant that is trained on"""
     depths: tuple[int, ...] = (4, 16)
     """Depths"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for env_id in (self.env, self.eval_env):
-            _check_humanoid(env_id)
+            _check_has_legs(env_id)
 
     def report(self, results: Results) -> Report:
         def measure(depth: int, seed: int, model: DeepCRL) -> list[dict[str, Any]]:
@@ -175,7 +178,10 @@ class WalkStudy(ComparisonOfDepths):
         falls = [episode["fall_step"] * episode["dt"] for episode in episodes if episode["fall_step"] is not None]
         medians = {
             name.replace("_", " ") + " (m)": f"{np.median([episode[name] for episode in episodes]):.2f}"
-            for name in ("mean_height", "min_height", "distance_travelled", "closest_distance", "final_distance")
+            for name in (
+                *("mean_height", "min_height", "farthest_from_start", "distance_travelled"),
+                *("closest_distance", "final_distance"),
+            )
         }
         return {
             **dict(zip(CLASSES, interquartile_means(np.array([_shares(seed) for seed in seeds])), strict=True)),
