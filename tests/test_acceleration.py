@@ -84,6 +84,18 @@ def test_compiled_blocks_are_trained_after_they_were_frozen(depth):
 
 
 @needs_compiler
+@pytest.mark.parametrize("depth", [4, 8])
+@pytest.mark.parametrize("with_kernel", [True, False])
+def test_every_parameter_is_trained(monkeypatch, depth, with_kernel):
+    if not with_kernel:
+        monkeypatch.setattr(compilation, "load_kernel", lambda: None)
+    model = make_model(compile=True, depth=depth)
+    before = deepcopy(dict(model.policy.named_parameters()))
+    model.learn(60)
+    assert [name for name, parameter in model.policy.named_parameters() if th.equal(parameter, before[name])] == []
+
+
+@needs_compiler
 def test_the_compiler_is_told_what_is_trained(monkeypatch):
     """That is how: by an argument, as it does not look at the parameters each time."""
     calls = []
