@@ -31,7 +31,7 @@ def gpu_check(monkeypatch):
         ("training", 1),
         ("profile", 16),
         ("envs", 3),
-        pytest.param("tensor_envs", 2, marks=pytest.mark.skipif(not HAS_WARP, reason="MuJoCo Warp is not installed")),
+        pytest.param("tensor_envs", 1, marks=pytest.mark.skipif(not HAS_WARP, reason="MuJoCo Warp is not installed")),
     ],
 )
 def test_sections_run_on_a_cpu(gpu_check, capsys, name, n_rows):
@@ -42,10 +42,12 @@ def test_sections_run_on_a_cpu(gpu_check, capsys, name, n_rows):
     assert len(gpu_check.table(rows)) == n_rows + 2
     if name == "equality":
         assert all(row["relative difference"] < 1e-6 for row in rows)
+    if name == "tensor_envs":
+        assert rows[0]["error"] < 1e-5 and rows[0]["diverged"] == 0
     if name == "gpu_tests":
         assert rows[0]["exit status"] == 0
     assert name in {section.__name__ for section in gpu_check.SECTIONS}
-    assert sum(gpu_check.SECTIONS.values()) < 700
+    assert sum(gpu_check.SECTIONS.values()) < 720
     assert th.get_float32_matmul_precision() == "highest"
 
 

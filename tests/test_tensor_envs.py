@@ -410,6 +410,18 @@ def test_warp_trains_deepcrl_on_tensors(points):
     assert 0.01 < np.abs(moved).max() < 0.5
 
 
+@needs_warp
+@pytest.mark.gpu
+@pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
+def test_warp_on_a_gpu():
+    env = WarpVecEnv("PointUMaze-v0", 64, max_episode_steps=20)
+    assert env.device.type == "cuda"
+    model = DeepCRL("MultiInputPolicy", env, **{**MODEL, "device": "cuda"}, replay_buffer_kwargs=dict(on_device=True))
+    model.learn(64 * 30)
+    assert model._n_updates > 0 and env.n_diverged == 0
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+
+
 def test_warp_trains_sac_on_arrays(points):
     model = SAC("MultiInputPolicy", points, learning_starts=50, batch_size=8, device="cpu").learn(300)
     assert model._n_updates > 20 and model.ep_info_buffer[0]["l"] == 20

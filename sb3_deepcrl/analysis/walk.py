@@ -26,10 +26,12 @@ OVER_WALL = 0.25
 STAY_SECONDS = 1.5
 # A fall is one at the goal up to that horizontal distance from it (the released code's easy threshold), in meters, ...
 AT_GOAL = 2.0
-# ... if it covered that share of the distance at the start: otherwise the humanoid just fell where it was
+# ... if it covered that share of the distance at the start: otherwise the robot just fell where it was
 APPROACH = 0.5
 # Who never was that far from the start, in meters, has not walked
 STANDING_RADIUS = 0.5
+# Measures in meters that the report shows
+LENGTHS = ("mean_height", "min_height", "farthest_from_start", "distance_travelled", "closest_distance", "final_distance")
 # Steps of the path, in seconds: shorter ones would count how the torso sways
 PATH_SECONDS = 0.3
 
@@ -46,7 +48,7 @@ def _longest_stay(at_goal: np.ndarray) -> int:
 
 
 def _classify(
-    positions: np.ndarray, goals: np.ndarray, at_goal: np.ndarray, fell: bool, dt: float, maze: MazeMap | None
+    positions: np.ndarray, goals: np.ndarray, at_goal: np.ndarray, fell: bool, farthest: float, dt: float, maze: MazeMap | None
 ) -> str:
     """One of ``CLASSES``, by what was before a fall. The notes of the report say when each holds."""
     if maze is not None and _goes_over_wall(positions, maze).any():
@@ -54,8 +56,7 @@ def _classify(
     if _longest_stay(at_goal) * dt >= STAY_SECONDS:
         return "walks"
     if not fell:
-        moved = np.linalg.norm((positions - positions[0])[:, :2], axis=1).max()
-        return "walks" if moved > STANDING_RADIUS or at_goal.any() else "stands"
+        return "walks" if farthest > STANDING_RADIUS or at_goal.any() else "stands"
     distances = np.linalg.norm((positions - goals)[:, :2], axis=1)
     thrown = distances[-1] <= AT_GOAL and distances[0] - distances[-1] >= APPROACH * distances[0]
     return "falls at the goal" if thrown else "falls on the way"
@@ -73,15 +74,16 @@ def measure_walk(episode: Episode, dt: float, maze: MazeMap | None = None) -> di
     # The observations of both robots begin with the position of the torso
     heights = upright.observations["observation"][:, 2].astype(float)
     distances = np.linalg.norm(positions - goals, axis=1)
+    farthest = float(np.linalg.norm((positions - positions[0])[:, :2], axis=1).max())
     stride = max(round(PATH_SECONDS / dt), 1)
     path = np.concatenate([positions[:-1:stride, :2], positions[-1:, :2]])
     return {
-        "kind": _classify(positions, goals, at_goal, fall_step is not None, dt, maze),
+        "kind": _classify(positions, goals, at_goal, fall_step is not None, farthest, dt, maze),
         "steps": len(healthy),
         "fall_step": fall_step,
         "mean_height": float(heights.mean()),
         "min_height": float(heights.min()),
-        "farthest_from_start": float(np.linalg.norm((positions - positions[0])[:, :2], axis=1).max()),
+        "farthest_from_start": farthest,
         "distance_travelled": float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum()),
         "start_distance": float(distances[0]),
         "closest_distance": float(distances.min()),
@@ -94,7 +96,7 @@ def measure_walk(episode: Episode, dt: float, maze: MazeMap | None = None) -> di
 def _check_has_legs(env_id: str) -> None:
     if ENV_TABLE.get(env_id, {}).get("robot") not in ("ant", "humanoid"):
         raise ValueError(
-            f"Gaits are those of a humanoid or an ant, but {env_id!r} is no such env of this package: "
+            f"Gaits are those of a humanoid or an ant, but {env_id!r} is no env of either: "
             "use for instance HumanoidGoal-v0 or AntUMaze-v0"
         )
 
@@ -160,7 +162,7 @@ class WalkStudy(ComparisonOfDepths):
             f"Trained on {self.env}. Each seed plays {self.n_eval_episodes} episodes of {self.eval_env}, the same for all, "
             f"with deterministic actions. Shares of the episodes: {self.averaging().lower()}. "
             "Reached the goal is a share too. The other rows are medians over the episodes, that of the fall over those "
-            "with one; what comes after a fall does not count. A fall is a torso out of the healthy heights.",
+            "with one; what comes after a fall does not count. A fall is a torso out of the healthy heights, on either side.",
             f"Goes over the wall: the torso was above a wall, at least {OVER_WALL:g} of a cell inside. Walks: stayed at the "
             f"goal for {STAY_SECONDS:g} s, or never fell and got further than {STANDING_RADIUS:g} m or to the goal. Stands: "
             f"never fell otherwise. Falls at the goal: at most {AT_GOAL:g} m from it, after at least {APPROACH:g} of the "
@@ -177,11 +179,7 @@ class WalkStudy(ComparisonOfDepths):
         episodes = [episode for seed in seeds for episode in seed]
         falls = [episode["fall_step"] * episode["dt"] for episode in episodes if episode["fall_step"] is not None]
         medians = {
-            name.replace("_", " ") + " (m)": f"{np.median([episode[name] for episode in episodes]):.2f}"
-            for name in (
-                *("mean_height", "min_height", "farthest_from_start", "distance_travelled"),
-                *("closest_distance", "final_distance"),
-            )
+            name.replace("_", " ") + " (m)": f"{np.median([episode[name] for episode in episodes]):.2f}" for name in LENGTHS
         }
         return {
             **dict(zip(CLASSES, interquartile_means(np.array([_shares(seed) for seed in seeds])), strict=True)),

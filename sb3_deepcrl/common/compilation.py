@@ -11,14 +11,15 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, residual_blocks, residual_towers
+from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower, parameters_of, residual_blocks, residual_towers
 from sb3_deepcrl.common.tower_kernel import TowerKernel, describe_error, load_kernel, tower_kernels
 from sb3_deepcrl.common.tracing import is_traced, is_watched
 from sb3_deepcrl.common.utils import check_choice
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "auto")
 
-# Blocks of all models of a process share their code, so each width, batch size and precision counts as a recompilation
+# Blocks of all models of a process share their code, so each width, batch size, precision and set of frozen parameters counts
+# as a recompilation
 RECOMPILE_LIMIT = 128
 
 
@@ -46,24 +47,26 @@ def can_compile(device_type: str) -> bool:
     return reason is None
 
 
-def _call_block(block: ResidualBlock, x: th.Tensor, trained: str) -> th.Tensor:
+def _block(block: ResidualBlock, x: th.Tensor, trained: str) -> th.Tensor:
     """
     The function that is compiled.
 
-    :param trained: Which parameters need gradients. Some versions of PyTorch (2.11 is one, see its issue 139476) do not see
-        that this was changed in place, and would go on with code that leaves frozen parameters out. They do see another text.
+    :param trained: Which parameters need gradients. In some versions of PyTorch (2.11 is one, see its issue 139476) code for
+        frozen parameters goes on after they were released in place, as guards on parameters are skipped where no module
+        has changed. An argument is always looked at.
     """
-    assert trained != ""
+    # If the function reads it
+    bool(trained)
     return block._call_impl(x)
 
 
-def _call_compiled(
+def _run_block(
     block: ResidualBlock, compiled: Callable[[ResidualBlock, th.Tensor, str], th.Tensor], x: th.Tensor
 ) -> th.Tensor:
     """What a compiled residual block does: it is the plain one where somebody sees its operations."""
     if is_traced(x) or is_watched(block, *block.branch):
         return block._call_impl(x)
-    return compiled(block, x, str([parameter.requires_grad for parameter in block.parameters()]))
+    return compiled(block, x, str([parameter.requires_grad for parameter in parameters_of(block)]))
 
 
 def lean_inductor(graph: th.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -109,11 +112,11 @@ def compile_blocks(module: nn.Module) -> bool:
         return bool(in_kernels)
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     th._dynamo.config.accumulated_recompile_limit = max(th._dynamo.config.accumulated_recompile_limit, 8 * RECOMPILE_LIMIT)
+    compiled = th.compile(_block, backend=lean_inductor)
     for block in blocks:
         # What nn.Module.compile() would put there
         if block._compiled_call_impl is None:
-            compiled = th.compile(_call_block, backend=lean_inductor)
-            block._compiled_call_impl = functools.partial(_call_compiled, block, compiled)
+            block._compiled_call_impl = functools.partial(_run_block, block, compiled)
     return True
 
 

@@ -193,18 +193,22 @@ def residual_towers(module: nn.Module) -> list[ResidualTower]:
     return [tower for tower in module.modules() if isinstance(tower, ResidualTower)]
 
 
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """``module.parameters()`` without names, for which the update of a deep and narrow network would wait."""
+    modules, found = [module], list[nn.Parameter | None]()
+    for part in modules:
+        modules += [child for child in part._modules.values() if child is not None]
+        found += part._parameters.values()
+    return [parameter for parameter in found if parameter is not None]
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
     Compute no gradients of the parameters of a network. Forward and backward pass belong into the context: compiled and
     checkpointed blocks decide in both what to compute.
     """
-    # `module.parameters()` also makes names, for which the update of a deep and narrow network would wait
-    modules, found = [module], list[nn.Parameter | None]()
-    for part in modules:
-        modules += [child for child in part._modules.values() if child is not None]
-        found += part._parameters.values()
-    parameters = [parameter for parameter in found if parameter is not None and parameter.requires_grad]
+    parameters = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
