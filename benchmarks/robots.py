@@ -18,6 +18,8 @@ MEASURES = ("steps up", "fallen within 60 steps (%)", "distance (m)", "joint vel
 RELEASED = {
     ("AntGoal-v0", "random"): (100.0, 0.0, 1.44, 3.51),
     ("AntGoal-v0", "idle"): (100.0, 0.0, 0.0916, 0.125),
+    # 512 robots
+    ("AntGoal-v0", "waves"): (100.0, 0.0, 1.46, 2.02),
     ("AntUMaze-v0", "random"): (99.9, 0.0, 1.05, 3.50),
     ("AntUMaze-v0", "idle"): (100.0, 0.0, 0.0916, 0.125),
     ("HumanoidGoal-v0", "random"): (40.3, 97.7, 0.51, 1.43),
@@ -29,8 +31,9 @@ RELEASED = {
 
 def behavior(env_id: str, actions: str, n_robots: int = 256) -> tuple[float, ...]:
     """
-    Means of ``MEASURES`` over the first episodes of robots whose actions are "random", uniform in [-1, 1], or "idle". An
-    episode ends with the fall or after ``MAX_STEPS``. The distance is that from the start, the velocity a root mean square.
+    Means of ``MEASURES`` over the first episodes of robots whose actions are "random", uniform in [-1, 1], "idle", or "waves",
+    one sine of 1 Hz and amplitude 0.3 a motor with a random phase. An episode ends with the fall or after ``MAX_STEPS``. The
+    distance is that from the start, the velocity a root mean square.
     """
     simulation, rng = Simulation(GoalTask(**gym.spec(env_id).kwargs), n_robots, 1), np.random.default_rng(0)
     for i in range(n_robots):
@@ -39,9 +42,15 @@ def behavior(env_id: str, actions: str, n_robots: int = 256) -> tuple[float, ...
     qpos, qvel = simulation.batch.bind("qpos"), simulation.batch.bind("qvel")
     start, up = qpos[:, :2].copy(), np.ones(n_robots, dtype=bool)
     steps, distance, squares = np.zeros(n_robots), np.zeros(n_robots), []
-    for _ in range(next(n for name, n in MAX_STEPS.items() if env_id.startswith(name))):
-        action = rng.uniform(-1, 1, (n_robots, simulation.task.robot.action_dim))
-        terminated = simulation.step(action if actions == "random" else np.zeros_like(action)).terminated
+    shape = (n_robots, simulation.task.robot.action_dim)
+    phases = np.random.default_rng(1).uniform(0, 2 * np.pi, shape)
+    for step in range(next(n for name, n in MAX_STEPS.items() if env_id.startswith(name))):
+        action = {
+            "random": rng.uniform(-1, 1, shape),
+            "waves": 0.3 * np.sin(2 * np.pi * step * simulation.task.dt + phases),
+            "idle": np.zeros(shape),
+        }[actions]
+        terminated = simulation.step(action).terminated
         steps += up
         distance[up] = np.linalg.norm(qpos[up, :2] - start[up], axis=1)
         up &= ~terminated
