@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from update import ENV, PASSES, Size, make_model
 
 from sb3_deepcrl import DeepCRL, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.compilation import tf32_products
-from sb3_deepcrl.common.cuda_graphs import Branch, GraphedFunction, cuda_graph_backend
+from sb3_deepcrl.common.cuda_graphs import Branch, cuda_graph_backend
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.tensor_envs import WarpVecEnv
 
@@ -173,18 +172,6 @@ def equality(gpu: bool) -> Rows:
             for other in ("plain", "graph, tf32, no branches")[: 1 + mode.endswith("tf32")]:
                 difference = (outcomes[mode] - outcomes[other]).norm() / outcomes[other].norm()
                 yield {"depth": depth, "mode": mode, "compared to": other, "relative difference": difference.item()}
-
-
-def capture_failure(gpu: bool) -> Rows:
-    """A function that reads a value is not captured: it runs as it is, with random numbers, and the next one is captured."""
-    # Nothing is captured on a CPU
-    backend: Any = cuda_graph_backend(th.device("cuda", 0)) if gpu else SimpleNamespace(device=th.device("cuda"))
-    x = th.ones(4, device="cuda" if gpu else "cpu")
-    for name, scale in (("reads a value", lambda x: float(x.sum())), ("reads none", lambda x: 4.0)):
-        graphed = GraphedFunction(lambda inputs, scale=scale: scale(inputs["x"]) * th.randn_like(inputs["x"]), backend)  # type: ignore[misc]
-        results = [graphed({"x": x}).tolist() for _ in range(6)]
-        row = {"function": name, "captured": bool(graphed.graphs), "all differ": len({map(str, r) for r in results}) == 6}
-        yield {**row, "stream restored": not gpu or th.cuda.current_stream() == th.cuda.default_stream()}
 
 
 def gpu_tests(gpu: bool) -> Rows:
@@ -358,7 +345,6 @@ SECTIONS: dict[Callable[[bool], Rows], float] = {
     ceilings: 40,
     update: 115,
     equality: 65,
-    capture_failure: 15,
     gpu_tests: 140,
     learn: 65,
     training: 65,

@@ -25,7 +25,6 @@ def gpu_check(monkeypatch):
         ("ceilings", 5),
         ("update", 7),
         ("equality", 6),
-        ("capture_failure", 2),
         ("gpu_tests", 1),
         ("learn", 2),
         ("training", 1),
