@@ -29,6 +29,7 @@ import torch as th
 from envs import rate
 from harness import machine, table
 from learn import watch
+from stable_baselines3.common.vec_env import VecEnv
 from torch.profiler import ProfilerActivity
 from update import ENV, PASSES, Size, make_model
 
@@ -196,6 +197,26 @@ def train_for(model: DeepCRL, seconds: float, n_steps: int) -> float:
     return spent
 
 
+def make_learner(gpu: bool, env: VecEnv, depth: int, steps_kept: int, on_device: bool) -> DeepCRL:
+    """A model with one update for 40 transitions, and room for so many steps of each env."""
+    return DeepCRL(
+        "MultiInputPolicy",
+        env,
+        depth=depth if gpu else 4,
+        width=256 if gpu else 32,
+        batch_size=512 if gpu else 32,
+        buffer_size=env.num_envs * steps_kept,
+        learning_starts=env.num_envs,
+        train_freq=5,
+        gradient_steps=max(1, 5 * env.num_envs // 40),
+        precision="auto" if gpu else "float32",
+        compile="auto" if gpu else False,
+        seed=0,
+        device="cuda" if gpu else "cpu",
+        replay_buffer_kwargs=dict(on_device=on_device),
+    )
+
+
 def learn(gpu: bool) -> Rows:
     """
     Milliseconds an update of `learn()`, 512 envs and one update for 40 transitions. `train` waits for the GPU, and has
@@ -205,22 +226,7 @@ def learn(gpu: bool) -> Rows:
     cases = [("AntUMaze-v0", 16, False), ("AntUMaze-v0", 16, True), ("HumanoidUMaze-v0", 64, True)]
     for env_id, depth, on_device in cases if gpu else cases[:2]:
         env = BatchVecEnv(env_id, n_envs, N_THREADS)
-        model = DeepCRL(
-            "MultiInputPolicy",
-            env,
-            depth=depth if gpu else 4,
-            width=256 if gpu else 32,
-            batch_size=512 if gpu else 32,
-            buffer_size=n_envs * 1010,
-            learning_starts=n_envs,
-            train_freq=5,
-            gradient_steps=max(1, 5 * n_envs // 40),
-            precision="auto" if gpu else "float32",
-            compile="auto" if gpu else False,
-            seed=0,
-            device="cuda" if gpu else "cpu",
-            replay_buffer_kwargs=dict(on_device=on_device),
-        )
+        model = make_learner(gpu, env, depth, 1010, on_device)
         # Everything is compiled and captured
         model.learn(n_envs * 10, log_interval=None)  # type: ignore[arg-type]
         seconds: dict[str, float] = {}
@@ -317,21 +323,7 @@ def tensor_envs(gpu: bool) -> Rows:
         ms, _ = milliseconds(partial(lambda env: env.step_tensors(random_actions(env)), env), gpu, 3.0 if gpu else 0.01)
         row = {"env": env_id, "envs": n_envs, "start-up s": start_up, "env steps/s": 1000 * n_envs / ms}
         row |= step_errors(env_id, env, n_compared)
-        model = DeepCRL(
-            "MultiInputPolicy",
-            env,
-            depth=4,
-            width=256 if gpu else 16,
-            batch_size=512 if gpu else 16,
-            buffer_size=n_envs * 300,
-            learning_starts=n_envs,
-            train_freq=5,
-            gradient_steps=max(1, 5 * n_envs // 40),
-            precision="auto" if gpu else "float32",
-            compile="auto" if gpu else False,
-            device="cuda" if gpu else "cpu",
-            replay_buffer_kwargs=dict(on_device=True),
-        )
+        model = make_learner(gpu, env, 4, 300, on_device=True)
         model.learn(n_envs * 10, log_interval=None)  # type: ignore[arg-type]
         n_updates, n_steps = model._n_updates, model.num_timesteps
         total = train_for(model, 6.0 if gpu else 0.1, n_envs * 10)
