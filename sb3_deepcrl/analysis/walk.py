@@ -130,7 +130,7 @@ def _shares(episodes: Sequence[dict[str, Any]]) -> list[float]:
 @dataclass(kw_only=True)
 class WalkStudy(ComparisonOfDepths):
     """
-    How humanoids or ants of several depths move (section 4.3).
+    How humanoids and ants move, by depth (section 4.3).
 
     Fall time, height of the torso, distances, and a class for each episode, such as
     walking, throwing itself at the goal, or going over the wall.

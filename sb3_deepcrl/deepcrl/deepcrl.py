@@ -513,7 +513,8 @@ class DeepCRL(OfflineLearning):
         batch_size = len(goal_repr)
         n_random = int(self.random_goals * batch_size)
         # The rows are in random order: take the goal of the next one
-        order = th.arange(batch_size, device=goal_repr.device)[self._ranks.rows]
+        ours = self._ranks.rows
+        order = th.arange(ours.start or 0, ours.stop or batch_size, device=goal_repr.device)
         order = th.where(order < n_random, (order + 1) % batch_size, order)
         goals = self._ranks.gather(observations[GOAL_KEY]).index_select(0, order)
 
