@@ -36,6 +36,7 @@ from update import ENV, PASSES, Size, make_model
 from sb3_deepcrl import DeepCRL, evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.compilation import tf32_products
 from sb3_deepcrl.common.cuda_graphs import Branch, cuda_graph_backend
+from sb3_deepcrl.common.tensor_env import TensorStep
 from sb3_deepcrl.envs import BatchVecEnv
 from sb3_deepcrl.tensor_envs import WarpVecEnv
 
@@ -178,10 +179,8 @@ def equality(gpu: bool) -> Rows:
 def gpu_tests(gpu: bool) -> Rows:
     """The tests that need a GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "ignore"]
-    command += [
-        "tests/test_save_load.py",
-        *(("tests/test_acceleration.py", "tests/test_tensor_envs.py") if gpu else ("--collect-only",)),
-    ]
+    command += ["tests/test_save_load.py"]
+    command += ["tests/test_acceleration.py", "tests/test_tensor_envs.py"] if gpu else ["--collect-only"]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR", "E  ")):
@@ -289,8 +288,10 @@ def envs(gpu: bool) -> Rows:
         yield {"env": env_id, "envs": n_envs, "threads": N_THREADS, "env steps/s": steps_per_second}
 
 
-def random_actions(env: WarpVecEnv) -> th.Tensor:
-    return 2 * th.rand(env.num_envs, *(env.action_space.shape or ()), device=env.device) - 1
+def random_step(env: WarpVecEnv) -> tuple[th.Tensor, TensorStep]:
+    """Step with random actions. Gives these, and what they led to."""
+    actions = 2 * th.rand(env.num_envs, *(env.action_space.shape or ()), device=env.device) - 1
+    return actions, env.step_tensors(actions)
 
 
 def step_errors(env_id: str, warp_env: WarpVecEnv, n_envs: int) -> dict[str, float]:
@@ -299,8 +300,8 @@ def step_errors(env_id: str, warp_env: WarpVecEnv, n_envs: int) -> dict[str, flo
     batch_env.reset()
     for name in ("qpos", "qvel"):
         batch_env.simulation.batch.bind(name)[:] = warp_env.state[name][:n_envs].numpy(force=True)
-    actions = random_actions(warp_env)
-    observation = warp_env.step_tensors(actions).terminal_observation["observation"][:n_envs].numpy(force=True)
+    actions, step = random_step(warp_env)
+    observation = step.terminal_observation["observation"][:n_envs].numpy(force=True)
     expected: Any = batch_env.step(actions[:n_envs].numpy(force=True))
     batch_env.close()
     errors = abs(observation - expected[0]["observation"])[~expected[2]]
@@ -318,9 +319,9 @@ def tensor_envs(gpu: bool) -> Rows:
         start = time.perf_counter()
         env = WarpVecEnv(env_id, n_envs, device="cuda" if gpu else "cpu", n_threads=N_THREADS)
         env.reset_tensors()
-        env.step_tensors(random_actions(env))
+        random_step(env)
         start_up = time.perf_counter() - start
-        ms, _ = milliseconds(partial(lambda env: env.step_tensors(random_actions(env)), env), gpu, 3.0 if gpu else 0.01)
+        ms, _ = milliseconds(partial(random_step, env), gpu, 3.0 if gpu else 0.01)
         row = {"env": env_id, "envs": n_envs, "start-up s": start_up, "env steps/s": 1000 * n_envs / ms}
         row |= step_errors(env_id, env, n_compared)
         model = make_learner(gpu, env, 4, 300, on_device=True)
