@@ -13,13 +13,18 @@ from sb3_deepcrl.envs.task import GoalTask
 
 # Number of env steps at most
 MAX_STEPS = {"Ant": 100, "Humanoid": 300}
+# Frequency in Hz, amplitude and whether they are sines or jump from one end to the other
+WAVES = {"waves": (1, 0.3, True), "strong waves": (2, 0.6, True), "quick waves": (4, 1.0, True), "jumps": (4, 0.6, False)}
 MEASURES = ("steps up", "fallen within 60 steps (%)", "distance (m)", "joint velocity (rad/s)")
 # behavior() of 128 robots of the released code (commit 8516075 of scaling-crl, with the physics of brax 0.10.1)
 RELEASED = {
     ("AntGoal-v0", "random"): (100.0, 0.0, 1.44, 3.51),
     ("AntGoal-v0", "idle"): (100.0, 0.0, 0.0916, 0.125),
-    # 512 robots
+    # Those with waves of 512 robots
     ("AntGoal-v0", "waves"): (100.0, 0.0, 1.46, 2.02),
+    ("AntGoal-v0", "strong waves"): (90.2, 11.3, 2.36, 3.92),
+    ("AntGoal-v0", "quick waves"): (99.9, 0.2, 2.31, 4.72),
+    ("AntGoal-v0", "jumps"): (99.7, 0.4, 2.08, 3.81),
     ("AntUMaze-v0", "random"): (99.9, 0.0, 1.05, 3.50),
     ("AntUMaze-v0", "idle"): (100.0, 0.0, 0.0916, 0.125),
     ("HumanoidGoal-v0", "random"): (40.3, 97.7, 0.51, 1.43),
@@ -31,9 +36,9 @@ RELEASED = {
 
 def behavior(env_id: str, actions: str, n_robots: int = 256) -> tuple[float, ...]:
     """
-    Means of ``MEASURES`` over the first episodes of robots whose actions are "random", uniform in [-1, 1], "idle", or "waves",
-    one sine of 1 Hz and amplitude 0.3 a motor with a random phase. An episode ends with the fall or after ``MAX_STEPS``. The
-    distance is that from the start, the velocity a root mean square.
+    Means of ``MEASURES`` over the first episodes of robots whose actions are "random", uniform in [-1, 1], "idle", or one of
+    ``WAVES``, for each motor with a random phase. An episode ends with the fall or after ``MAX_STEPS``. The distance is that
+    from the start, the velocity a root mean square.
     """
     simulation, rng = Simulation(GoalTask(**gym.spec(env_id).kwargs), n_robots, 1), np.random.default_rng(0)
     for i in range(n_robots):
@@ -45,11 +50,11 @@ def behavior(env_id: str, actions: str, n_robots: int = 256) -> tuple[float, ...
     shape = (n_robots, simulation.task.robot.action_dim)
     phases = np.random.default_rng(1).uniform(0, 2 * np.pi, shape)
     for step in range(next(n for name, n in MAX_STEPS.items() if env_id.startswith(name))):
-        action = {
-            "random": rng.uniform(-1, 1, shape),
-            "waves": 0.3 * np.sin(2 * np.pi * step * simulation.task.dt + phases),
-            "idle": np.zeros(shape),
-        }[actions]
+        action = rng.uniform(-1, 1, shape) if actions == "random" else np.zeros(shape)
+        if actions in WAVES:
+            frequency, amplitude, is_sine = WAVES[actions]
+            wave = np.sin(2 * np.pi * frequency * step * simulation.task.dt + phases)
+            action = amplitude * (wave if is_sine else np.sign(wave))
         terminated = simulation.step(action).terminated
         steps += up
         distance[up] = np.linalg.norm(qpos[up, :2] - start[up], axis=1)

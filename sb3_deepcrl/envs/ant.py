@@ -9,9 +9,9 @@ FOOT_RADIUS = 0.08
 # Mass of a link in kg. The physics of the released code gives 1 kg to each of the 9 links that have a joint between them;
 # Gymnasium's ant weighs 0.9 kg as a whole, and with the same motors a random action throws it a meter into the air.
 LINK_MASS = 1.0
-# Joints and contacts of the same physics are springs. With these values MuJoCo's ant comes as far as that one and turns its joints
-# as fast, in the mean over motions like the waves of benchmarks/robots.py, weak and strong, slow and quick. With that one's own
-# damping (10) and friction (1), and hard limits, it comes 0.84 as far, and falls where actions jump from one limit to the other.
+# Joints and contacts of the same physics are springs. With these values MuJoCo's ant comes as far as that one and turns its
+# joints as fast, in the mean over random actions and the waves of benchmarks/robots.py, and learns to walk as soon. With that
+# one's own damping (10) and friction (1), and MuJoCo's hard limits, it comes 0.84 as far.
 # Damping of a joint (Nms), times in which a limit of a joint and a contact give way (s), friction of feet and floor
 JOINT_DAMPING = 8.0
 LIMIT_TIME = 0.07
