@@ -602,3 +602,21 @@ def test_what_cannot_be_flat():
     handle = optimizer.register_step_post_hook(lambda *_: None)
     assert FlatParameters.make(tower, optimizer) is None
     handle.remove()
+
+
+@needs_kernel
+def test_defaults_of_pytorch_change_nothing():
+    th.set_default_dtype(th.float64)
+    try:
+        with th.device("meta"):
+            tower, x = make_tower().to_empty(device="cpu").float(), th.ones(3, 5, device="cpu", dtype=th.float32)
+            compile_blocks(tower)
+            flat = FlatParameters.make(tower, th.optim.Adam(tower.parameters()))
+            with flat.in_place():
+                flat.backward(tower(x).sum())
+                norm = flat.step()
+    finally:
+        th.set_default_dtype(th.float32)
+    assert norm.is_cpu and norm.dtype is th.float32
+    kernel = tower._compiled_call_impl
+    assert kernel.token.is_cpu and all(kept.is_cpu and kept.dtype is th.float32 for kept in kernel.spare)

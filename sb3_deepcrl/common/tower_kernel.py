@@ -192,11 +192,11 @@ class _Layout:
 class _Memory:
     """What a forward pass keeps for its backward pass, in memory that serves again: new one is mapped page by page."""
 
-    def __init__(self, size: int, spare: list[th.Tensor]):
+    def __init__(self, size: int, spare: list[th.Tensor], x: th.Tensor):
         self.spare = spare
         while spare and len(spare[-1]) != size:
             spare.pop()
-        self.values = spare.pop() if spare else th.empty(size)
+        self.values = spare.pop() if spare else x.new_empty(size)
 
     def __del__(self) -> None:
         self.spare.append(self.values)
@@ -222,7 +222,7 @@ class _Tower(th.autograd.Function):
     ) -> Any:
         ctx.kernel, ctx.layout, ctx.gradients = kernel, layout, gradients
         ctx.how = (layout.shape, len(x), bfloat16, not kernel.tower.checkpoint_activations)
-        ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare)
+        ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare, x)
         ctx.save_for_backward(x, *(parameters if gradients is None else ()))
         return kernel.forward(layout, ctx.how, x, ctx.memory.values.data_ptr())
 
@@ -290,7 +290,7 @@ class TowerKernel:
         #: Who wants the gradients of the parameters written in place, while that lasts
         self.flat: FlatParameters | None = None
         # Stands for all parameters where their gradients are written in place
-        self.token = th.zeros((), requires_grad=True)
+        self.token = th.zeros((), device="cpu", requires_grad=True)
         self.spare: list[th.Tensor] = []
 
     def layout(self, heads: tuple[nn.Module, ...] = (), bfloat16: bool = False) -> _Layout | None:
@@ -549,7 +549,7 @@ class FlatParameters:
             learning_rate * decay if decoupled else 0.0,
             _count_threads(),
         )
-        return th.tensor(norm)
+        return self.flat[0].new_tensor(norm)
 
 
 def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bool) -> tuple[th.Tensor, ...]:
