@@ -15,7 +15,15 @@ from torch import nn
 from sb3_deepcrl import DeepCRL, compile_blocks, uncompile_blocks
 from sb3_deepcrl.common import compilation, tower_kernel
 from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
-from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, _check_memory, apply_heads, has_kernel, load_kernel
+from sb3_deepcrl.common.tower_kernel import (
+    FlatParameters,
+    TowerKernel,
+    _check_memory,
+    apply_heads,
+    has_kernel,
+    load_kernel,
+    threads_of_kernel,
+)
 from tests.envs import GoalReachEnv
 
 has_avx2 = th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -620,3 +628,24 @@ def test_defaults_of_pytorch_change_nothing():
     assert norm.is_cpu and norm.dtype is th.float32
     kernel = tower._compiled_call_impl
     assert kernel.token.is_cpu and all(kept.is_cpu and kept.dtype is th.float32 for kept in kernel.spare)
+
+
+def test_trainings_in_several_python_threads_restore_their_own_number_of_threads(n_threads):
+    n_threads(2)
+    entered, left, errors = threading.Event(), threading.Event(), []
+
+    def train():
+        try:
+            with threads_of_kernel():
+                entered.set()
+                left.wait()
+        except Exception as error:
+            errors.append(error)
+
+    other = threading.Thread(target=train)
+    with threads_of_kernel():
+        other.start()
+        entered.wait()
+    left.set()
+    other.join()
+    assert not errors and th.get_num_threads() == 2

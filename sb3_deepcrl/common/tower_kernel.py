@@ -8,6 +8,7 @@ narrow network would wait. ``_compiled_call_impl`` is what ``nn.Module.compile()
 
 import ctypes
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,14 @@ _ADDRESS, _INTEGER, _BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
 # Numbers in a line of the cache
 _LINE = 16
 
-# Threads of the kernel, None for as many as PyTorch has
-_n_threads: int | None = None
+
+class _Threads(threading.local):
+    """Threads of the kernel, None for as many as PyTorch has. Each Python thread may train a model."""
+
+    n: int | None = None
+
+
+_threads = _Threads()
 
 
 class _Shape(ctypes.Structure):
@@ -96,7 +103,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _count_threads() -> int:
     """Number of threads that the kernel may use."""
-    return th.get_num_threads() if _n_threads is None else _n_threads
+    return th.get_num_threads() if _threads.n is None else _threads.n
 
 
 def _check_memory(enough_memory: bool, x: th.Tensor) -> None:
@@ -587,11 +594,11 @@ def threads_of_kernel() -> Iterator[None]:
     Context in which the kernel has all threads and PyTorch one. OpenMP's threads, which PyTorch uses, look for work for
     milliseconds after each operation, in the way of the kernel's, and on busy cores in the way of each other.
     """
-    global _n_threads
-    before, _n_threads = _n_threads, _count_threads()
+    before, n_threads = _threads.n, th.get_num_threads()
+    _threads.n = _count_threads()
     th.set_num_threads(1)
     try:
         yield
     finally:
-        th.set_num_threads(_n_threads)
-        _n_threads = before
+        th.set_num_threads(n_threads)
+        _threads.n = before
