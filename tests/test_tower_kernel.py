@@ -607,9 +607,16 @@ def test_what_cannot_be_flat():
     optimizer = th.optim.Adam(parameters)
     with frozen(tower.blocks[0]):
         assert FlatParameters.make(tower, optimizer) is None
-    handle = optimizer.register_step_post_hook(lambda *_: None)
-    assert FlatParameters.make(tower, optimizer) is None
-    handle.remove()
+    flat = FlatParameters.make(tower, optimizer)
+    for register in (
+        optimizer.register_step_post_hook,
+        parameters[3].register_hook,
+        parameters[3].register_post_accumulate_grad_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert not flat.holds() and FlatParameters.make(tower, optimizer) is None
+        handle.remove()
+        assert flat.holds()
 
 
 @needs_kernel

@@ -371,6 +371,11 @@ def tower_kernels(module: nn.Module) -> list[TowerKernel]:
     return [kernel for kernel in kernels if isinstance(kernel, TowerKernel)]
 
 
+def _have_hooks(parameters: list[th.Tensor]) -> bool:
+    """Whether somebody wants to see the gradients that autograd makes."""
+    return any([parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters])  # type: ignore[attr-defined]
+
+
 class FlatParameters:
     """
     Parameters of an optimizer, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
@@ -384,6 +389,7 @@ class FlatParameters:
     def __init__(self, optimizer: th.optim.Optimizer, kernels: list[TowerKernel]):
         self.optimizer = optimizer
         self.kernels = kernels
+        self.n_handles = RemovableHandle.next_id
         self.parameters: list[th.Tensor] = optimizer.param_groups[0]["params"]
         self.library = load_kernel() if self.parameters[0].is_cpu else None
         # Each begins at a line of the cache. The numbers between stay zero.
@@ -438,6 +444,7 @@ class FlatParameters:
             (device.type == "cpu" and load_kernel() is None)
             or type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
             or len(groups) > 1
+            or _have_hooks(parameters)
             or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable"))
             or groups[0]["capturable"] != (device.type == "cuda")
             or optimizer._optimizer_step_pre_hooks
@@ -456,6 +463,7 @@ class FlatParameters:
         return (
             [parameter.data_ptr() for parameter in self.parameters] == self.pointers
             and all([parameter.requires_grad for parameter in self.parameters])
+            and (RemovableHandle.next_id == self.n_handles or not _have_hooks(self.parameters))
             and not optimizer._optimizer_step_pre_hooks
             and not optimizer._optimizer_step_post_hooks
             and optimizer.state.get(self.parameters[-1]) is self.last_state
