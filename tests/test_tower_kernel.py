@@ -656,3 +656,14 @@ def test_trainings_in_several_python_threads_restore_their_own_number_of_threads
     left.set()
     other.join()
     assert not errors and th.get_num_threads() == 2
+
+
+@needs_kernel
+def test_what_happens_to_the_optimizer_is_seen():
+    tower = make_tower()
+    optimizer = th.optim.Adam(tower.parameters())
+    compile_blocks(tower)
+    flat = FlatParameters.make(tower, optimizer)
+    assert flat.holds()
+    optimizer.add_param_group(dict(params=[nn.Parameter(th.zeros(1))]))
+    assert not flat.holds()

@@ -461,7 +461,8 @@ class FlatParameters:
         """Whether parameters and optimizer are still those."""
         optimizer = self.optimizer
         return (
-            [parameter.data_ptr() for parameter in self.parameters] == self.pointers
+            len(optimizer.param_groups) == 1
+            and [parameter.data_ptr() for parameter in self.parameters] == self.pointers
             and all([parameter.requires_grad for parameter in self.parameters])
             and (RemovableHandle.next_id == self.n_handles or not _have_hooks(self.parameters))
             and not optimizer._optimizer_step_pre_hooks
