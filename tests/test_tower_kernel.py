@@ -665,5 +665,11 @@ def test_what_happens_to_the_optimizer_is_seen():
     compile_blocks(tower)
     flat = FlatParameters.make(tower, optimizer)
     assert flat.holds()
+    first = next(tower.parameters())
+    for state in ({}, {**optimizer.state[first], "exp_avg": th.zeros_like(first)}):
+        whole, optimizer.state[first] = optimizer.state[first], state
+        assert not flat.holds()
+        optimizer.state[first] = whole
+        assert flat.holds()
     optimizer.add_param_group(dict(params=[nn.Parameter(th.zeros(1))]))
     assert not flat.holds()

@@ -416,8 +416,8 @@ class FlatParameters:
                 if name in optimizer.state[parameter]:
                     value.copy_(th.as_tensor(optimizer.state[parameter][name]))
             optimizer.state[parameter].update(ours)
-        self.last_state: dict[str, th.Tensor] = optimizer.state[self.parameters[-1]]
-        self.last_average = self.last_state["exp_avg"]
+        self.states: list[dict[str, th.Tensor]] = [*optimizer.state.values()]
+        self.averages = [state.get("exp_avg") for state in self.states]
         #: Whether an update has them so now
         self.is_active = False
         # Where towers write their gradients, and which of them will
@@ -467,8 +467,9 @@ class FlatParameters:
             and (RemovableHandle.next_id == self.n_handles or not _have_hooks(self.parameters))
             and not optimizer._optimizer_step_pre_hooks
             and not optimizer._optimizer_step_post_hooks
-            and optimizer.state.get(self.parameters[-1]) is self.last_state
-            and self.last_state.get("exp_avg") is self.last_average
+            and len(optimizer.state) == len(self.states)
+            and all(map(is_, optimizer.state.values(), self.states))
+            and all(map(is_, [state.get("exp_avg") for state in self.states], self.averages))
         )
 
     @contextmanager
