@@ -6,6 +6,7 @@ import subprocess
 import threading
 import warnings
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,8 @@ OTHERS = {
     "no bias": lambda tower: exchange(tower, 6, nn.Linear(32, 32, bias=False)),
     "no affine": lambda tower: exchange(tower, 4, nn.LayerNorm(32, eps=1e-6, elementwise_affine=False)),
     "eps": lambda tower: exchange(tower, 4, nn.LayerNorm(32, eps=0.1)),
+    "no eps": lambda tower: make_tower(norm=partial(nn.LayerNorm, eps=0.0)),
+    "changed eps": lambda tower: setattr(tower.blocks[1].branch[4], "eps", 0.1),
     "parametrized": lambda tower: nn.utils.parametrizations.weight_norm(tower.blocks[0].branch[0]),
     "transposed": lambda tower: setattr(tower.blocks[0].branch[0].weight, "data", tower.blocks[0].branch[0].weight.data.t()),
     "stem": lambda tower: tower.stem.append(nn.Dropout(0.5)),
@@ -350,6 +353,9 @@ def test_hooks_are_seen_and_forgotten():
     hook.remove()
     tower._call_impl = refuse
     th.testing.assert_close(tower(x), expected)
+    plain = make_tower()
+    plain.blocks[0].residual = tower.blocks[0].residual = False
+    th.testing.assert_close(tower(x), plain(x))
 
 
 @needs_kernel

@@ -144,8 +144,11 @@ class _Layout:
         assert isinstance(dense, nn.Linear)
         n_inputs, width = dense.in_features, dense.out_features
         norms = [norm for modules in layers for norm in modules[1::3]]
-        if any(norm.eps != norms[0].eps for norm in norms):
-            raise ValueError("several epsilons")
+        # Rows that fill a block of them up are constant
+        if any(norm.eps != norms[0].eps for norm in norms) or norms[0].eps < th.finfo(th.float32).tiny:
+            raise ValueError("several epsilons, or none")
+        self.settings = [(norm.__dict__, "eps", norms[0].eps) for norm in norms]
+        self.settings += [(block.__dict__, "residual", block.residual) for block in blocks]
 
         # Dictionary and name of each parameter, and its shape; None for the scale of a block that adds nothing
         self.slots: list[tuple[dict[str, Any], str] | None] = []
@@ -193,6 +196,7 @@ class _Layout:
             and [0 if tensor is None else tensor.data_ptr() for tensor in tensors] == self.pointers
             and all([tensor is None or tensor.is_contiguous() for tensor in tensors])
             and all([tuple(modules.values()) == found for modules, found in self.modules])
+            and all([found[name] == value for found, name, value in self.settings])
         )
 
 
