@@ -550,11 +550,13 @@ class TwoTowers(nn.Module):
 
 
 @needs_kernel
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 1 - 1e-7)])
 @pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
-def test_flat_parameters_do_what_the_optimizer_does(optimizer_class):
+def test_flat_parameters_do_what_the_optimizer_does(optimizer_class, betas):
     """Also from a state that there is already, with a tower that the kernel does not know, and if others step in between."""
     ours, theirs = TwoTowers(), TwoTowers()
-    optimizers = [optimizer_class(module.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1) for module in (ours, theirs)]
+    kwargs = dict(lr=1e-2, eps=1e-3, weight_decay=0.1, betas=betas)
+    optimizers = [optimizer_class(module.parameters(), **kwargs) for module in (ours, theirs)]
     compile_blocks(ours.first)
     xs = [th.randn(16, 5) for _ in range(8)]
     flat = None

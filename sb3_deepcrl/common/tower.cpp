@@ -1227,8 +1227,8 @@ void squash(const float* mean, const float* log_std, const float* noise, int64_t
 // ---------------------------------------------------------------- Adam
 
 // Gives the norm of the gradients, which it reads anyway
-double step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
-                    float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+double step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, double step_size,
+                    double beta1, double beta2, double correction, double eps, double l2, double decay, int64_t n_threads) {
   // Less than that is done before another thread is awake
   n_threads = std::max<int64_t>(1, std::min(n_threads, n / 100'000));
   std::vector<double> squares(n_threads);
@@ -1243,8 +1243,8 @@ double step_of_adam(float* values, const float* gradients, float* exp_avg, float
         squares[index] += sum(total);
         total = all(0);
       }
-      const Vec mean = fmadd(all(1.0f - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
-      const Vec square = fmadd(all(1.0f - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
+      const Vec mean = fmadd(all(1.0 - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
+      const Vec square = fmadd(all(1.0 - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
       store(exp_avg + i, mean);
       store(exp_avg_sq + i, square);
       const Vec step = all(step_size) * mean / fmadd(sqrt(square), all(correction), all(eps));
@@ -1325,7 +1325,7 @@ extern "C" void squashed_gaussian(const float* mean, const float* log_std, const
 
 // A step of Adam (https://arxiv.org/abs/1412.6980, algorithm 1) for n numbers, a multiple of the lanes of a vector: step_size
 // is the learning rate over 1 - beta1^t, correction is 1 / sqrt(1 - beta2^t). Weights decay by the gradient (l2) or by themselves.
-extern "C" double adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
-                       float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+extern "C" double adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, double step_size,
+                       double beta1, double beta2, double correction, double eps, double l2, double decay, int64_t n_threads) {
   return step_of_adam(values, gradients, exp_avg, exp_avg_sq, n, step_size, beta1, beta2, correction, eps, l2, decay, n_threads);
 }

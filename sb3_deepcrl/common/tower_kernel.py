@@ -95,7 +95,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.tower_forward.argtypes = [*how, _INTEGER, *[_ADDRESS] * 3]
     library.tower_backward.argtypes = [*how, _INTEGER, *[_ADDRESS] * 4]
     library.info_nce.argtypes = [_ADDRESS, _ADDRESS, _INTEGER, _INTEGER, ctypes.c_float, *[_ADDRESS] * 3, _INTEGER]
-    library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_float] * 7, _INTEGER]
+    library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_double] * 7, _INTEGER]
     library.squashed_gaussian.argtypes = [*[_ADDRESS] * 3, _INTEGER, _INTEGER, _ADDRESS, _ADDRESS]
     library.adam.restype, library.squashed_gaussian.restype = ctypes.c_double, None
     library.tower_forward.restype = library.tower_backward.restype = library.info_nce.restype = _BOOL
