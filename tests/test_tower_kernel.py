@@ -9,6 +9,7 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
 from torch import nn
@@ -681,3 +682,19 @@ def test_what_happens_to_the_optimizer_is_seen():
         assert flat.holds()
     optimizer.add_param_group(dict(params=[nn.Parameter(th.zeros(1))]))
     assert not flat.holds()
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_kernel)])
+def test_models_can_be_pickled(compile):
+    settings = dict(depth=4, width=32, batch_size=32, learning_starts=20, compile=compile, seed=0)
+    model = DeepCRL("MultiInputPolicy", GoalReachEnv(), **settings).learn(40)
+    models = [model, pickle.loads(pickle.dumps(model))]
+    observation = model.observation_space.sample()
+    outcomes = []
+    for each in models:
+        action = each.predict(observation, deterministic=True)[0]
+        np.random.seed(0)
+        th.manual_seed(0)
+        each.train(5, 32)
+        outcomes.append([th.as_tensor(action), *each.policy.state_dict().values()])
+    assert all(map(th.equal, *outcomes))

@@ -428,10 +428,6 @@ class FlatParameters:
         self.addresses: WeakKeyDictionary[_Layout, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
         self.written: list[_Layout] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        # Copies of the parameters have memory of their own, and are laid out anew
-        return None
-
     @classmethod
     def make(cls, module: nn.Module | None, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
         """
