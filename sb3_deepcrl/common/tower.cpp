@@ -1122,22 +1122,23 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
           const Vec squared = fmadd(all(-2.0f), load(row + j), all(square) + load(y_squares + j));
           store(row + j, sqrt(max(squared, all(0.0f))));
         }
-        row[i] = positive = std::sqrt(positive);
-        Vec total = all(0.0f), exponential = all(0.0f);
-        for (int64_t j = 0; j < rows; j += LANES) {
-          least = min(least, load(row + j));
-          total = fmadd(load(row + j), load(valid + j), total);
-        }
+        // The nearest of the others
+        row[i] = FAR;
+        for (int64_t j = 0; j < rows; j += LANES) least = min(least, load(row + j));
         float nearest = least[0];
         for (int64_t k = 1; k < LANES; ++k) nearest = std::min(nearest, least[k]);
+        row[i] = positive = std::sqrt(positive);
+        sums[CORRECT] += positive < nearest;
+        nearest = std::min(nearest, positive);
+        Vec total = all(0.0f), exponential = all(0.0f);
         for (int64_t j = 0; j < rows; j += LANES) {
+          total = fmadd(load(row + j), load(valid + j), total);
           const Vec e = exp2((all(nearest) - load(row + j)) * all(LOG2_E));
           exponential += e;
           store(exponentials + j, e);
         }
         const float sum_of_all = sum(exponential), logsumexp = std::log(sum_of_all) - nearest;
         sums[LOSS] += logsumexp + positive + coef * logsumexp * logsumexp;
-        sums[CORRECT] += positive <= nearest;
         sums[POSITIVE] -= positive;
         sums[TOTAL] -= sum(total);
         sums[LOGSUMEXP] += logsumexp;
@@ -1311,7 +1312,7 @@ extern "C" bool tower_backward(const Shape* shape, int64_t n_rows, bool bfloat16
 }
 
 // InfoNCE of negative distances, forward, with the log-sum-exp penalty: x, y, dx, dy: (n, dim), the gradients may be null;
-// metrics: loss, fraction of rows whose largest logit is the positive, means of positives, negatives and log-sum-exps
+// metrics: loss, fraction of rows whose positive is the largest logit, means of positives, negatives and log-sum-exps
 extern "C" bool info_nce(const float* x, const float* y, int64_t n, int64_t dim, float coef, float* dx, float* dy,
                          float* metrics, int64_t n_threads) {
   return enough_memory([&] { contrast(x, y, n, dim, coef, dx, dy, metrics, n_threads); });
