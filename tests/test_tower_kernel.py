@@ -698,3 +698,29 @@ def test_models_can_be_pickled(compile):
         each.train(5, 32)
         outcomes.append([th.as_tensor(action), *each.policy.state_dict().values()])
     assert all(map(th.equal, *outcomes))
+
+
+@needs_kernel
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_towers_are_called_as_often_as_one_likes(with_heads):
+    """Twice before a backward pass, or for nothing."""
+    ours, theirs = (nn.ModuleList([make_tower(5, None), nn.Linear(32, 3)]) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    compile_blocks(ours[0])
+    flat = FlatParameters.make(ours, th.optim.Adam(ours.parameters()))
+    x = th.randn(9, 5)
+
+    def loss(modules):
+        second = apply_heads(modules[0], 2 * x, modules[1])[0] if with_heads else modules[0](2 * x)
+        return modules[0](x).square().sum() + second.sum()
+
+    for _ in range(2):
+        with flat.in_place():
+            flat.backward(loss(ours))
+        theirs.zero_grad()
+        loss(theirs).backward()
+        assert_close([p.grad for p in ours[0].parameters()], [p.grad for p in theirs[0].parameters()], 1e-4)
+    with flat.in_place():
+        ours[0](x)
+        flat.backward(ours[1].weight.sum())
+    assert not any(parameter.grad.any() for parameter in ours[0].parameters())

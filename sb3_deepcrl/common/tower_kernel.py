@@ -174,7 +174,8 @@ class _Layout:
             raise ValueError("parameters that are not float32 on the CPU, one after the other")
         self.tensors = tensors
         self.parameters: list[nn.Parameter] = [tensor for tensor in found if isinstance(tensor, nn.Parameter)]
-        if len({*map(id, self.parameters)}) < len(self.parameters):
+        self.ids = {*map(id, self.parameters)}
+        if len(self.ids) < len(self.parameters):
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self.n_outputs = [head.out_features for head in dense_heads] or [width]
@@ -231,7 +232,7 @@ class _Tower(th.autograd.Function):
         x: th.Tensor,
         *parameters: th.Tensor,
     ) -> Any:
-        ctx.kernel, ctx.layout, ctx.gradients = kernel, layout, gradients
+        ctx.kernel, ctx.layout, ctx.gradients, ctx.flat = kernel, layout, gradients, kernel.flat
         ctx.how = (layout.shape, len(x), bfloat16, not kernel.tower.checkpoint_activations)
         ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare, x)
         ctx.save_for_backward(x, *(parameters if gradients is None else ()))
@@ -247,9 +248,11 @@ class _Tower(th.autograd.Function):
         of_outputs = tuple([gradient.contiguous() for gradient in of_outputs])
         dx = th.empty_like(x) if ctx.needs_input_grad[4] else None
         gradients: list[th.Tensor] = []
-        addresses = ctx.gradients
-        if addresses is None and any(ctx.needs_input_grad[5:]):
-            gradients = [th.empty_like(parameter) for parameter in parameters]
+        addresses, flat = ctx.gradients, ctx.flat
+        # Of this pass alone, where another has written already
+        is_added = addresses is not None and not layout.ids <= flat.pending
+        if is_added or (addresses is None and any(ctx.needs_input_grad[5:])):
+            gradients = [th.empty_like(parameter) for parameter in layout.parameters]
             of = iter(gradients)
             addresses = _addresses([next(of) if isinstance(t, nn.Parameter) else None for t in layout.tensors])
         enough_memory = ctx.kernel.library.tower_backward(
@@ -261,6 +264,12 @@ class _Tower(th.autograd.Function):
             addresses,
         )
         _check_memory(enough_memory, x)
+        if is_added:
+            flat._zero_pending(layout.ids)
+            th._foreach_add_([parameter.grad for parameter in layout.parameters], gradients)
+            gradients = []
+        elif ctx.gradients is not None:
+            flat.pending -= layout.ids
         return *[None] * 4, dx, *(gradients or (None,) * (len(ctx.needs_input_grad) - 5))
 
     @staticmethod
@@ -424,9 +433,9 @@ class FlatParameters:
         self.averages = [state.get("exp_avg") for state in self.states]
         #: Whether an update has them so now
         self.is_active = False
-        # Where towers write their gradients, and which of them will
+        # Where towers write their gradients, and those (by id of the parameter) that will be written and not added to
         self.addresses: WeakKeyDictionary[_Layout, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
-        self.written: list[_Layout] = []
+        self.pending: set[int] = set()
 
     @classmethod
     def make(cls, module: nn.Module | None, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
@@ -482,7 +491,7 @@ class FlatParameters:
             yield
         finally:
             self.is_active = False
-            self.written.clear()
+            self.pending.clear()
             for kernel in self.kernels:
                 kernel.flat = None
 
@@ -493,23 +502,29 @@ class FlatParameters:
             if any(id(parameter) not in of for parameter in layout.parameters):
                 return None
             self.addresses[layout] = _addresses([of.get(id(tensor)) for tensor in layout.tensors])
-        self.written.append(layout)
+        self.pending |= layout.ids
         return self.addresses[layout]
 
     def backward(self, loss: th.Tensor) -> None:
         """Compute the gradients of a loss, in place of the last ones, within :meth:`in_place`, where there is the kernel."""
-        written = {id(parameter) for layout in self.written for parameter in layout.parameters}
         added = []
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-            if id(parameter) not in written:
+            if id(parameter) not in self.pending:
                 added.append(gradient)
         if added:
             # What `zero_grad` calls
             th._foreach_zero_(added)
         loss.backward()
-        self.written.clear()
+        self._zero_pending({*map(id, self.parameters)})
+
+    def _zero_pending(self, ids: set[int]) -> None:
+        """Let nothing be the gradients of those parameters that nobody has written yet."""
+        if self.pending & ids:
+            pairs = zip(self.parameters, self.gradients, strict=True)
+            th._foreach_zero_([gradient for parameter, gradient in pairs if id(parameter) in self.pending & ids])
+            self.pending -= ids
 
     def gather(self) -> None:
         """Copy the gradients that autograd made. In place, it would add each of them to zeros."""
