@@ -416,6 +416,21 @@ def test_a_parameter_that_changes_between_forward_and_backward_pass_is_an_error(
 
 
 @needs_kernel
+def test_parameters_that_are_moved_between_forward_and_backward_pass():
+    tower = make_tower()
+    kernel, x = on_kernel(tower), th.randn(3, 5)
+    output = kernel(x).sum()
+    for module in (kernel, tower):
+        for parameter in module.parameters():
+            parameter.data = parameter.data + 0.1
+    output.backward()
+    expected = deepcopy(tower).double()
+    expected(x.double()).sum().backward()
+    for ours, theirs in zip(kernel.parameters(), expected.parameters(), strict=True):
+        th.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
 def test_several_passes_before_their_backward_passes():
     """What one keeps is its own, though the memory serves again; also if a graph is kept."""
     tower = make_tower()

@@ -242,8 +242,12 @@ class _Tower(th.autograd.Function):
     def backward(ctx: Any, *of_outputs: th.Tensor) -> Any:
         layout: _Layout = ctx.layout
         x, *parameters = ctx.saved_tensors
+        # What it read is gone, if parameters have other memory now
+        has_moved = [0 if tensor is None else tensor.data_ptr() for tensor in layout.tensors] != layout.pointers
+        if has_moved and ctx.gradients is not None:
+            raise RuntimeError("parameters were moved between forward and backward pass")
         # With create_graph=True there are gradients to be had of what is computed here
-        if th.is_grad_enabled() or is_traced(*of_outputs):
+        if th.is_grad_enabled() or is_traced(*of_outputs) or has_moved:
             return _Tower._plain_backward(ctx, of_outputs, x, parameters)
         of_outputs = tuple([gradient.contiguous() for gradient in of_outputs])
         dx = th.empty_like(x) if ctx.needs_input_grad[4] else None
