@@ -143,7 +143,7 @@ class _Layout:
         dense = tower.stem[0]
         assert isinstance(dense, nn.Linear)
         n_inputs, width = dense.in_features, dense.out_features
-        norms = [norm for modules in layers for norm in modules[1::3]]
+        norms: list[Any] = [norm for modules in layers for norm in modules[1::3]]
         # Rows that fill a block of them up are constant
         if any(norm.eps != norms[0].eps for norm in norms) or norms[0].eps < th.finfo(th.float32).tiny:
             raise ValueError("several epsilons, or none")
@@ -270,7 +270,7 @@ class _Tower(th.autograd.Function):
         _check_memory(enough_memory, x)
         if is_added:
             flat._zero_pending(layout.ids)
-            th._foreach_add_([parameter.grad for parameter in layout.parameters], gradients)
+            th._foreach_add_([p.grad for p in layout.parameters if p.grad is not None], gradients)
             gradients = []
         elif ctx.gradients is not None:
             flat.pending -= layout.ids
