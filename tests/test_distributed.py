@@ -18,6 +18,8 @@ from tests.envs import GoalReachEnv
 N_UPDATES = 50
 # Not a multiple of the number of ranks
 BATCH_SIZE = 14
+# A multiple of the lanes of any vector
+KERNEL = dict(compile=True, width=32)
 LOSSES = [*itertools.product(ENERGIES, CONTRASTIVE_LOSSES)]
 
 
@@ -104,7 +106,7 @@ def run_rank(rank: int, size: int, port: int, folder) -> None:
     th.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     results = {"-".join(name): parameters_after_updates(*name) for name in losses_of(size)}
-    results["kernel"] = parameters_after_updates("norm", "forward", th.float32, compile=True)
+    results["kernel"] = parameters_after_updates("norm", "forward", th.float32, **KERNEL)
     if size == 2:
         results["learn"] = learn(folder, rank)
     th.save(results, folder / f"{rank}.pt")
@@ -118,7 +120,7 @@ def losses_of(size: int) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def expected():
     results = {"-".join(name): parameters_after_updates(*name) for name in LOSSES}
-    return {**results, "kernel": parameters_after_updates("norm", "forward", th.float32, compile=True)}
+    return {**results, "kernel": parameters_after_updates("norm", "forward", th.float32, **KERNEL)}
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -186,3 +186,13 @@ def test_squashed_gaussian_is_finite_where_tanh_saturates():
 def test_unknown_choices(function, args, name):
     with pytest.raises(ValueError, match=f"`{name}` must be one of .* got '{args[-1]}'"):
         function(th.zeros(2, 2), th.zeros(2, 2), *args)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.3])
+def test_representations_that_are_all_the_same_are_wrong(value, fused):
+    x = th.full((33, 4), value)
+    assert info_nce(x, x.clone(), fused=fused)[1].categorical_accuracy == 0.0
+    # A tie with one of the others
+    x[:, 0] = th.arange(33).div(2, rounding_mode="floor")
+    assert info_nce(x, x.clone(), fused=fused)[1].categorical_accuracy == pytest.approx(1 / 33)

@@ -6,8 +6,10 @@ import subprocess
 import threading
 import warnings
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
 from torch import nn
@@ -15,7 +17,15 @@ from torch import nn
 from sb3_deepcrl import DeepCRL, compile_blocks, uncompile_blocks
 from sb3_deepcrl.common import compilation, tower_kernel
 from sb3_deepcrl.common.torch_layers import ResidualTower, frozen
-from sb3_deepcrl.common.tower_kernel import FlatParameters, TowerKernel, _check_memory, apply_heads, has_kernel, load_kernel
+from sb3_deepcrl.common.tower_kernel import (
+    FlatParameters,
+    TowerKernel,
+    _check_memory,
+    apply_heads,
+    has_kernel,
+    load_kernel,
+    threads_of_kernel,
+)
 from tests.envs import GoalReachEnv
 
 has_avx2 = th.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -298,6 +308,8 @@ OTHERS = {
     "no bias": lambda tower: exchange(tower, 6, nn.Linear(32, 32, bias=False)),
     "no affine": lambda tower: exchange(tower, 4, nn.LayerNorm(32, eps=1e-6, elementwise_affine=False)),
     "eps": lambda tower: exchange(tower, 4, nn.LayerNorm(32, eps=0.1)),
+    "no eps": lambda tower: make_tower(norm=partial(nn.LayerNorm, eps=0.0)),
+    "changed eps": lambda tower: setattr(tower.blocks[1].branch[4], "eps", 0.1),
     "parametrized": lambda tower: nn.utils.parametrizations.weight_norm(tower.blocks[0].branch[0]),
     "transposed": lambda tower: setattr(tower.blocks[0].branch[0].weight, "data", tower.blocks[0].branch[0].weight.data.t()),
     "stem": lambda tower: tower.stem.append(nn.Dropout(0.5)),
@@ -342,6 +354,9 @@ def test_hooks_are_seen_and_forgotten():
     hook.remove()
     tower._call_impl = refuse
     th.testing.assert_close(tower(x), expected)
+    plain = make_tower()
+    plain.blocks[0].residual = tower.blocks[0].residual = False
+    th.testing.assert_close(tower(x), plain(x))
 
 
 @needs_kernel
@@ -398,6 +413,21 @@ def test_a_parameter_that_changes_between_forward_and_backward_pass_is_an_error(
         tower.blocks[0].branch[3].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
+
+
+@needs_kernel
+def test_parameters_that_are_moved_between_forward_and_backward_pass():
+    tower = make_tower()
+    kernel, x = on_kernel(tower), th.randn(3, 5)
+    output = kernel(x).sum()
+    for module in (kernel, tower):
+        for parameter in module.parameters():
+            parameter.data = parameter.data + 0.1
+    output.backward()
+    expected = deepcopy(tower).double()
+    expected(x.double()).sum().backward()
+    for ours, theirs in zip(kernel.parameters(), expected.parameters(), strict=True):
+        th.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernel
@@ -536,11 +566,13 @@ class TwoTowers(nn.Module):
 
 
 @needs_kernel
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 1 - 1e-7)])
 @pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
-def test_flat_parameters_do_what_the_optimizer_does(optimizer_class):
+def test_flat_parameters_do_what_the_optimizer_does(optimizer_class, betas):
     """Also from a state that there is already, with a tower that the kernel does not know, and if others step in between."""
     ours, theirs = TwoTowers(), TwoTowers()
-    optimizers = [optimizer_class(module.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1) for module in (ours, theirs)]
+    kwargs = dict(lr=1e-2, eps=1e-3, weight_decay=0.1, betas=betas)
+    optimizers = [optimizer_class(module.parameters(), **kwargs) for module in (ours, theirs)]
     compile_blocks(ours.first)
     xs = [th.randn(16, 5) for _ in range(8)]
     flat = None
@@ -599,6 +631,111 @@ def test_what_cannot_be_flat():
     optimizer = th.optim.Adam(parameters)
     with frozen(tower.blocks[0]):
         assert FlatParameters.make(tower, optimizer) is None
-    handle = optimizer.register_step_post_hook(lambda *_: None)
-    assert FlatParameters.make(tower, optimizer) is None
-    handle.remove()
+    flat = FlatParameters.make(tower, optimizer)
+    for register in (
+        optimizer.register_step_post_hook,
+        parameters[3].register_hook,
+        parameters[3].register_post_accumulate_grad_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert not flat.holds() and FlatParameters.make(tower, optimizer) is None
+        handle.remove()
+        assert flat.holds()
+
+
+@needs_kernel
+def test_defaults_of_pytorch_change_nothing():
+    th.set_default_dtype(th.float64)
+    try:
+        with th.device("meta"):
+            tower, x = make_tower().to_empty(device="cpu").float(), th.ones(3, 5, device="cpu", dtype=th.float32)
+            compile_blocks(tower)
+            flat = FlatParameters.make(tower, th.optim.Adam(tower.parameters()))
+            with flat.in_place():
+                flat.backward(tower(x).sum())
+                norm = flat.step()
+    finally:
+        th.set_default_dtype(th.float32)
+    assert norm.is_cpu and norm.dtype is th.float32
+    kernel = tower._compiled_call_impl
+    assert kernel.token.is_cpu and all(kept.is_cpu and kept.dtype is th.float32 for kept in kernel.spare)
+
+
+def test_trainings_in_several_python_threads_restore_their_own_number_of_threads(n_threads):
+    n_threads(2)
+    entered, left, errors = threading.Event(), threading.Event(), []
+
+    def train():
+        try:
+            with threads_of_kernel():
+                entered.set()
+                left.wait()
+        except Exception as error:
+            errors.append(error)
+
+    other = threading.Thread(target=train)
+    with threads_of_kernel():
+        other.start()
+        entered.wait()
+    left.set()
+    other.join()
+    assert not errors and th.get_num_threads() == 2
+
+
+@needs_kernel
+def test_what_happens_to_the_optimizer_is_seen():
+    tower = make_tower()
+    optimizer = th.optim.Adam(tower.parameters())
+    compile_blocks(tower)
+    flat = FlatParameters.make(tower, optimizer)
+    assert flat.holds()
+    first = next(tower.parameters())
+    for state in ({}, {**optimizer.state[first], "exp_avg": th.zeros_like(first)}):
+        whole, optimizer.state[first] = optimizer.state[first], state
+        assert not flat.holds()
+        optimizer.state[first] = whole
+        assert flat.holds()
+    optimizer.add_param_group(dict(params=[nn.Parameter(th.zeros(1))]))
+    assert not flat.holds()
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_kernel)])
+def test_models_can_be_pickled(compile):
+    settings = dict(depth=4, width=32, batch_size=32, learning_starts=20, compile=compile, seed=0)
+    model = DeepCRL("MultiInputPolicy", GoalReachEnv(), **settings).learn(40)
+    models = [model, pickle.loads(pickle.dumps(model))]
+    observation = model.observation_space.sample()
+    outcomes = []
+    for each in models:
+        action = each.predict(observation, deterministic=True)[0]
+        np.random.seed(0)
+        th.manual_seed(0)
+        each.train(5, 32)
+        outcomes.append([th.as_tensor(action), *each.policy.state_dict().values()])
+    assert all(map(th.equal, *outcomes))
+
+
+@needs_kernel
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_towers_are_called_as_often_as_one_likes(with_heads):
+    """Twice before a backward pass, or for nothing."""
+    ours, theirs = (nn.ModuleList([make_tower(5, None), nn.Linear(32, 3)]) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    compile_blocks(ours[0])
+    flat = FlatParameters.make(ours, th.optim.Adam(ours.parameters()))
+    x = th.randn(9, 5)
+
+    def loss(modules):
+        second = apply_heads(modules[0], 2 * x, modules[1])[0] if with_heads else modules[0](2 * x)
+        return modules[0](x).square().sum() + second.sum()
+
+    for _ in range(2):
+        with flat.in_place():
+            flat.backward(loss(ours))
+        theirs.zero_grad()
+        loss(theirs).backward()
+        assert_close([p.grad for p in ours[0].parameters()], [p.grad for p in theirs[0].parameters()], 1e-4)
+    with flat.in_place():
+        ours[0](x)
+        flat.backward(ours[1].weight.sum())
+    assert not any(parameter.grad.any() for parameter in ours[0].parameters())

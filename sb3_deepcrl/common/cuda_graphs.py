@@ -110,9 +110,6 @@ class Branch(threading.local):
         #: Set while this thread captures a function
         self.stream: th.cuda.Stream | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Branch":
-        return self
-
     def fork(self) -> None:
         """Let the branch start here."""
         if self.stream is not None:

@@ -58,7 +58,7 @@ class ContrastiveMetrics(NamedTuple):
     """
     Scalars that tell how well the critic tells the positives apart, logged as ``train/`` with these names.
 
-    :param categorical_accuracy: Fraction of the rows whose largest logit is the positive. Chance is one in ``batch_size``; a
+    :param categorical_accuracy: Fraction of the rows whose positive is above all others. Chance is one in ``batch_size``; a
         trained critic has 30 to 150 times as much. It need not come near 1: states that follow each other lead to like goals.
     :param logits_pos: Mean logit of the positives; with ``energy="norm"`` and ``"squared"`` never above 0
     :param logits_neg: Mean logit of the negatives. Equal to ``logits_pos`` at the start, below it as soon as the critic learns
@@ -149,7 +149,8 @@ def _contrast(
     loss = -positive.mean()
     for logsumexp in directions:
         loss = loss + (logsumexp + logsumexp_coef * logsumexp.square()).mean() / len(directions)
-    correct = logits.argmax(dim=1) == th.arange(n, device=x.device)
+    # Nobody else comes as near, so that representations that are all the same are wrong
+    correct = (logits >= positive.unsqueeze(1)).sum(dim=1) == 1
     negative = (logits.sum() - positive.sum()) / (n * (n - 1))
     outcome = th.stack([loss, correct.to(x.dtype).mean(), positive.mean(), negative, row_logsumexp.mean()])
     if not needed:

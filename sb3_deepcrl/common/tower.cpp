@@ -1122,22 +1122,23 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
           const Vec squared = fmadd(all(-2.0f), load(row + j), all(square) + load(y_squares + j));
           store(row + j, sqrt(max(squared, all(0.0f))));
         }
-        row[i] = positive = std::sqrt(positive);
-        Vec total = all(0.0f), exponential = all(0.0f);
-        for (int64_t j = 0; j < rows; j += LANES) {
-          least = min(least, load(row + j));
-          total = fmadd(load(row + j), load(valid + j), total);
-        }
+        // The nearest of the others
+        row[i] = FAR;
+        for (int64_t j = 0; j < rows; j += LANES) least = min(least, load(row + j));
         float nearest = least[0];
         for (int64_t k = 1; k < LANES; ++k) nearest = std::min(nearest, least[k]);
+        row[i] = positive = std::sqrt(positive);
+        sums[CORRECT] += positive < nearest;
+        nearest = std::min(nearest, positive);
+        Vec total = all(0.0f), exponential = all(0.0f);
         for (int64_t j = 0; j < rows; j += LANES) {
+          total = fmadd(load(row + j), load(valid + j), total);
           const Vec e = exp2((all(nearest) - load(row + j)) * all(LOG2_E));
           exponential += e;
           store(exponentials + j, e);
         }
         const float sum_of_all = sum(exponential), logsumexp = std::log(sum_of_all) - nearest;
         sums[LOSS] += logsumexp + positive + coef * logsumexp * logsumexp;
-        sums[CORRECT] += positive <= nearest;
         sums[POSITIVE] -= positive;
         sums[TOTAL] -= sum(total);
         sums[LOGSUMEXP] += logsumexp;
@@ -1227,8 +1228,8 @@ void squash(const float* mean, const float* log_std, const float* noise, int64_t
 // ---------------------------------------------------------------- Adam
 
 // Gives the norm of the gradients, which it reads anyway
-double step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
-                    float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+double step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, double step_size,
+                    double beta1, double beta2, double correction, double eps, double l2, double decay, int64_t n_threads) {
   // Less than that is done before another thread is awake
   n_threads = std::max<int64_t>(1, std::min(n_threads, n / 100'000));
   std::vector<double> squares(n_threads);
@@ -1243,8 +1244,8 @@ double step_of_adam(float* values, const float* gradients, float* exp_avg, float
         squares[index] += sum(total);
         total = all(0);
       }
-      const Vec mean = fmadd(all(1.0f - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
-      const Vec square = fmadd(all(1.0f - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
+      const Vec mean = fmadd(all(1.0 - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
+      const Vec square = fmadd(all(1.0 - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
       store(exp_avg + i, mean);
       store(exp_avg_sq + i, square);
       const Vec step = all(step_size) * mean / fmadd(sqrt(square), all(correction), all(eps));
@@ -1311,7 +1312,7 @@ extern "C" bool tower_backward(const Shape* shape, int64_t n_rows, bool bfloat16
 }
 
 // InfoNCE of negative distances, forward, with the log-sum-exp penalty: x, y, dx, dy: (n, dim), the gradients may be null;
-// metrics: loss, fraction of rows whose largest logit is the positive, means of positives, negatives and log-sum-exps
+// metrics: loss, fraction of rows whose positive is the largest logit, means of positives, negatives and log-sum-exps
 extern "C" bool info_nce(const float* x, const float* y, int64_t n, int64_t dim, float coef, float* dx, float* dy,
                          float* metrics, int64_t n_threads) {
   return enough_memory([&] { contrast(x, y, n, dim, coef, dx, dy, metrics, n_threads); });
@@ -1325,7 +1326,7 @@ extern "C" void squashed_gaussian(const float* mean, const float* log_std, const
 
 // A step of Adam (https://arxiv.org/abs/1412.6980, algorithm 1) for n numbers, a multiple of the lanes of a vector: step_size
 // is the learning rate over 1 - beta1^t, correction is 1 / sqrt(1 - beta2^t). Weights decay by the gradient (l2) or by themselves.
-extern "C" double adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, float step_size,
-                       float beta1, float beta2, float correction, float eps, float l2, float decay, int64_t n_threads) {
+extern "C" double adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, double step_size,
+                       double beta1, double beta2, double correction, double eps, double l2, double decay, int64_t n_threads) {
   return step_of_adam(values, gradients, exp_avg, exp_avg_sq, n, step_size, beta1, beta2, correction, eps, l2, decay, n_threads);
 }

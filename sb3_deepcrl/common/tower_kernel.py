@@ -8,6 +8,7 @@ narrow network would wait. ``_compiled_call_impl`` is what ``nn.Module.compile()
 
 import ctypes
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,14 @@ _ADDRESS, _INTEGER, _BOOL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
 # Numbers in a line of the cache
 _LINE = 16
 
-# Threads of the kernel, None for as many as PyTorch has
-_n_threads: int | None = None
+
+class _Threads(threading.local):
+    """Threads of the kernel, None for as many as PyTorch has. Each Python thread may train a model."""
+
+    n: int | None = None
+
+
+_threads = _Threads()
 
 
 class _Shape(ctypes.Structure):
@@ -88,7 +95,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.tower_forward.argtypes = [*how, _INTEGER, *[_ADDRESS] * 3]
     library.tower_backward.argtypes = [*how, _INTEGER, *[_ADDRESS] * 4]
     library.info_nce.argtypes = [_ADDRESS, _ADDRESS, _INTEGER, _INTEGER, ctypes.c_float, *[_ADDRESS] * 3, _INTEGER]
-    library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_float] * 7, _INTEGER]
+    library.adam.argtypes = [*[_ADDRESS] * 4, _INTEGER, *[ctypes.c_double] * 7, _INTEGER]
     library.squashed_gaussian.argtypes = [*[_ADDRESS] * 3, _INTEGER, _INTEGER, _ADDRESS, _ADDRESS]
     library.adam.restype, library.squashed_gaussian.restype = ctypes.c_double, None
     library.tower_forward.restype = library.tower_backward.restype = library.info_nce.restype = _BOOL
@@ -96,7 +103,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _count_threads() -> int:
     """Number of threads that the kernel may use."""
-    return th.get_num_threads() if _n_threads is None else _n_threads
+    return th.get_num_threads() if _threads.n is None else _threads.n
 
 
 def _check_memory(enough_memory: bool, x: th.Tensor) -> None:
@@ -136,9 +143,12 @@ class _Layout:
         dense = tower.stem[0]
         assert isinstance(dense, nn.Linear)
         n_inputs, width = dense.in_features, dense.out_features
-        norms = [norm for modules in layers for norm in modules[1::3]]
-        if any(norm.eps != norms[0].eps for norm in norms):
-            raise ValueError("several epsilons")
+        norms: list[Any] = [norm for modules in layers for norm in modules[1::3]]
+        # Rows that fill a block of them up are constant
+        if any(norm.eps != norms[0].eps for norm in norms) or norms[0].eps < th.finfo(th.float32).tiny:
+            raise ValueError("several epsilons, or none")
+        self.settings = [(norm.__dict__, "eps", norms[0].eps) for norm in norms]
+        self.settings += [(block.__dict__, "residual", block.residual) for block in blocks]
 
         # Dictionary and name of each parameter, and its shape; None for the scale of a block that adds nothing
         self.slots: list[tuple[dict[str, Any], str] | None] = []
@@ -164,7 +174,8 @@ class _Layout:
             raise ValueError("parameters that are not float32 on the CPU, one after the other")
         self.tensors = tensors
         self.parameters: list[nn.Parameter] = [tensor for tensor in found if isinstance(tensor, nn.Parameter)]
-        if len({*map(id, self.parameters)}) < len(self.parameters):
+        self.ids = {*map(id, self.parameters)}
+        if len(self.ids) < len(self.parameters):
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self.n_outputs = [head.out_features for head in dense_heads] or [width]
@@ -186,17 +197,18 @@ class _Layout:
             and [0 if tensor is None else tensor.data_ptr() for tensor in tensors] == self.pointers
             and all([tensor is None or tensor.is_contiguous() for tensor in tensors])
             and all([tuple(modules.values()) == found for modules, found in self.modules])
+            and all([found[name] == value for found, name, value in self.settings])
         )
 
 
 class _Memory:
     """What a forward pass keeps for its backward pass, in memory that serves again: new one is mapped page by page."""
 
-    def __init__(self, size: int, spare: list[th.Tensor]):
+    def __init__(self, size: int, spare: list[th.Tensor], x: th.Tensor):
         self.spare = spare
         while spare and len(spare[-1]) != size:
             spare.pop()
-        self.values = spare.pop() if spare else th.empty(size)
+        self.values = spare.pop() if spare else x.new_empty(size)
 
     def __del__(self) -> None:
         self.spare.append(self.values)
@@ -220,9 +232,9 @@ class _Tower(th.autograd.Function):
         x: th.Tensor,
         *parameters: th.Tensor,
     ) -> Any:
-        ctx.kernel, ctx.layout, ctx.gradients = kernel, layout, gradients
+        ctx.kernel, ctx.layout, ctx.gradients, ctx.flat = kernel, layout, gradients, kernel.flat
         ctx.how = (layout.shape, len(x), bfloat16, not kernel.tower.checkpoint_activations)
-        ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare)
+        ctx.memory = _Memory(kernel.library.tower_kept_size(*ctx.how), kernel.spare, x)
         ctx.save_for_backward(x, *(parameters if gradients is None else ()))
         return kernel.forward(layout, ctx.how, x, ctx.memory.values.data_ptr())
 
@@ -230,15 +242,21 @@ class _Tower(th.autograd.Function):
     def backward(ctx: Any, *of_outputs: th.Tensor) -> Any:
         layout: _Layout = ctx.layout
         x, *parameters = ctx.saved_tensors
+        # What it read is gone, if parameters have other memory now
+        has_moved = [0 if tensor is None else tensor.data_ptr() for tensor in layout.tensors] != layout.pointers
+        if has_moved and ctx.gradients is not None:
+            raise RuntimeError("parameters were moved between forward and backward pass")
         # With create_graph=True there are gradients to be had of what is computed here
-        if th.is_grad_enabled() or is_traced(*of_outputs):
+        if th.is_grad_enabled() or is_traced(*of_outputs) or has_moved:
             return _Tower._plain_backward(ctx, of_outputs, x, parameters)
         of_outputs = tuple([gradient.contiguous() for gradient in of_outputs])
         dx = th.empty_like(x) if ctx.needs_input_grad[4] else None
         gradients: list[th.Tensor] = []
-        addresses = ctx.gradients
-        if addresses is None and any(ctx.needs_input_grad[5:]):
-            gradients = [th.empty_like(parameter) for parameter in parameters]
+        addresses, flat = ctx.gradients, ctx.flat
+        # Of this pass alone, where another has written already
+        is_added = addresses is not None and not layout.ids <= flat.pending
+        if is_added or (addresses is None and any(ctx.needs_input_grad[5:])):
+            gradients = [th.empty_like(parameter) for parameter in layout.parameters]
             of = iter(gradients)
             addresses = _addresses([next(of) if isinstance(t, nn.Parameter) else None for t in layout.tensors])
         enough_memory = ctx.kernel.library.tower_backward(
@@ -250,6 +268,12 @@ class _Tower(th.autograd.Function):
             addresses,
         )
         _check_memory(enough_memory, x)
+        if is_added:
+            flat._zero_pending(layout.ids)
+            th._foreach_add_([p.grad for p in layout.parameters if p.grad is not None], gradients)
+            gradients = []
+        elif ctx.gradients is not None:
+            flat.pending -= layout.ids
         return *[None] * 4, dx, *(gradients or (None,) * (len(ctx.needs_input_grad) - 5))
 
     @staticmethod
@@ -290,7 +314,7 @@ class TowerKernel:
         #: Who wants the gradients of the parameters written in place, while that lasts
         self.flat: FlatParameters | None = None
         # Stands for all parameters where their gradients are written in place
-        self.token = th.zeros((), requires_grad=True)
+        self.token = th.zeros((), device="cpu", requires_grad=True)
         self.spare: list[th.Tensor] = []
 
     def layout(self, heads: tuple[nn.Module, ...] = (), bfloat16: bool = False) -> _Layout | None:
@@ -364,6 +388,11 @@ def tower_kernels(module: nn.Module) -> list[TowerKernel]:
     return [kernel for kernel in kernels if isinstance(kernel, TowerKernel)]
 
 
+def _have_hooks(parameters: list[th.Tensor]) -> bool:
+    """Whether somebody wants to see the gradients that autograd makes."""
+    return any([parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters])  # type: ignore[attr-defined]
+
+
 class FlatParameters:
     """
     Parameters of an optimizer, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
@@ -377,6 +406,7 @@ class FlatParameters:
     def __init__(self, optimizer: th.optim.Optimizer, kernels: list[TowerKernel]):
         self.optimizer = optimizer
         self.kernels = kernels
+        self.n_handles = RemovableHandle.next_id
         self.parameters: list[th.Tensor] = optimizer.param_groups[0]["params"]
         self.library = load_kernel() if self.parameters[0].is_cpu else None
         # Each begins at a line of the cache. The numbers between stay zero.
@@ -403,17 +433,13 @@ class FlatParameters:
                 if name in optimizer.state[parameter]:
                     value.copy_(th.as_tensor(optimizer.state[parameter][name]))
             optimizer.state[parameter].update(ours)
-        self.last_state: dict[str, th.Tensor] = optimizer.state[self.parameters[-1]]
-        self.last_average = self.last_state["exp_avg"]
+        self.states: list[dict[str, th.Tensor]] = [*optimizer.state.values()]
+        self.averages = [state.get("exp_avg") for state in self.states]
         #: Whether an update has them so now
         self.is_active = False
-        # Where towers write their gradients, and which of them will
+        # Where towers write their gradients, and those (by id of the parameter) that will be written and not added to
         self.addresses: WeakKeyDictionary[_Layout, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
-        self.written: list[_Layout] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        # Copies of the parameters have memory of their own, and are laid out anew
-        return None
+        self.pending: set[int] = set()
 
     @classmethod
     def make(cls, module: nn.Module | None, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
@@ -431,6 +457,7 @@ class FlatParameters:
             (device.type == "cpu" and load_kernel() is None)
             or type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
             or len(groups) > 1
+            or _have_hooks(parameters)
             or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable"))
             or groups[0]["capturable"] != (device.type == "cuda")
             or optimizer._optimizer_step_pre_hooks
@@ -447,12 +474,15 @@ class FlatParameters:
         """Whether parameters and optimizer are still those."""
         optimizer = self.optimizer
         return (
-            [parameter.data_ptr() for parameter in self.parameters] == self.pointers
+            len(optimizer.param_groups) == 1
+            and [parameter.data_ptr() for parameter in self.parameters] == self.pointers
             and all([parameter.requires_grad for parameter in self.parameters])
+            and (RemovableHandle.next_id == self.n_handles or not _have_hooks(self.parameters))
             and not optimizer._optimizer_step_pre_hooks
             and not optimizer._optimizer_step_post_hooks
-            and optimizer.state.get(self.parameters[-1]) is self.last_state
-            and self.last_state.get("exp_avg") is self.last_average
+            and len(optimizer.state) == len(self.states)
+            and all(map(is_, optimizer.state.values(), self.states))
+            and all(map(is_, [state.get("exp_avg") for state in self.states], self.averages))
         )
 
     @contextmanager
@@ -465,7 +495,7 @@ class FlatParameters:
             yield
         finally:
             self.is_active = False
-            self.written.clear()
+            self.pending.clear()
             for kernel in self.kernels:
                 kernel.flat = None
 
@@ -476,23 +506,29 @@ class FlatParameters:
             if any(id(parameter) not in of for parameter in layout.parameters):
                 return None
             self.addresses[layout] = _addresses([of.get(id(tensor)) for tensor in layout.tensors])
-        self.written.append(layout)
+        self.pending |= layout.ids
         return self.addresses[layout]
 
     def backward(self, loss: th.Tensor) -> None:
         """Compute the gradients of a loss, in place of the last ones, within :meth:`in_place`, where there is the kernel."""
-        written = {id(parameter) for layout in self.written for parameter in layout.parameters}
         added = []
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-            if id(parameter) not in written:
+            if id(parameter) not in self.pending:
                 added.append(gradient)
         if added:
             # What `zero_grad` calls
             th._foreach_zero_(added)
         loss.backward()
-        self.written.clear()
+        self._zero_pending({*map(id, self.parameters)})
+
+    def _zero_pending(self, ids: set[int]) -> None:
+        """Let nothing be the gradients of those parameters that nobody has written yet."""
+        if self.pending & ids:
+            pairs = zip(self.parameters, self.gradients, strict=True)
+            th._foreach_zero_([gradient for parameter, gradient in pairs if id(parameter) in self.pending & ids])
+            self.pending -= ids
 
     def gather(self) -> None:
         """Copy the gradients that autograd made. In place, it would add each of them to zeros."""
@@ -549,7 +585,7 @@ class FlatParameters:
             learning_rate * decay if decoupled else 0.0,
             _count_threads(),
         )
-        return th.tensor(norm)
+        return self.flat[0].new_tensor(norm)
 
 
 def fused_info_nce(x: th.Tensor, y: th.Tensor, logsumexp_coef: float, needed: bool) -> tuple[th.Tensor, ...]:
@@ -587,11 +623,11 @@ def threads_of_kernel() -> Iterator[None]:
     Context in which the kernel has all threads and PyTorch one. OpenMP's threads, which PyTorch uses, look for work for
     milliseconds after each operation, in the way of the kernel's, and on busy cores in the way of each other.
     """
-    global _n_threads
-    before, _n_threads = _n_threads, _count_threads()
+    before, n_threads = _threads.n, th.get_num_threads()
+    _threads.n = _count_threads()
     th.set_num_threads(1)
     try:
         yield
     finally:
-        th.set_num_threads(_n_threads)
-        _n_threads = before
+        th.set_num_threads(n_threads)
+        _threads.n = before

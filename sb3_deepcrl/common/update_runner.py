@@ -67,8 +67,12 @@ class UpdateRunner:
         # How to wait for the gradients of all ranks
         self._sums: dict[th.optim.Optimizer, Callable[[], None]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Branches are those of all models, and parameters of a copy are laid out anew
+        return {**self.__dict__, "branches": (), "_flat": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, branches=BRANCHES)
         if self._is_compiled:
             # Copies of modules are plain
             compile_blocks(self.policy)
