@@ -740,6 +740,26 @@ class StopIn(BaseCallback):
         return self.n_calls < self.step
 
 
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("resets", [True, False])
+def test_goals_stay_in_the_episode_after_others_stepped_the_env(vec_env, resets):
+    model = make_model(vec_env([partial(EpisodeCounterEnv, lengths=(50, 40))]), learning_starts=4).learn(30)
+    if resets:
+        model.env.reset()
+    # No episode ends in between
+    for _ in range(3):
+        model.env.step(np.zeros((1, 1)))
+    model.learn(30, reset_num_timesteps=False)
+    samples = model.replay_buffer.sample(1000)
+    steps = samples.next_observations["achieved_goal"] - samples.observations["achieved_goal"]
+    assert (steps == th.tensor([0.0, 0.0, 1.0])).all()
+    # Not reset without a reason
+    n_episodes = sum(1 for _ in model.replay_buffer.episodes())
+    model.learn(5, reset_num_timesteps=False)
+    assert sum(1 for _ in model.replay_buffer.episodes()) == n_episodes
+    model.env.close()
+
+
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("step", [3, 4, 7, 8])
 def test_goals_stay_in_the_episode_after_an_interruption(step, error):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import EvalCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
@@ -149,6 +149,9 @@ def test_goal_eval_callback_in_the_training_env(same):
     model = make_model(Wrapper(env))
     with pytest.raises(ValueError, match=r"`eval_env` is the env that the model is trained in.*Make another one"):
         model.learn(20, callback=GoalEvalCallback(same(env), eval_freq=10))
+    # Goals of two episodes would be mixed, unlike with other algorithms
+    with pytest.raises(ValueError, match=r"`eval_env` is the env that the model is trained in"):
+        model.learn(20, callback=[EveryNTimesteps(10, EvalCallback(same(env)))])
     assert model.num_timesteps == 0
 
 

@@ -87,8 +87,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     An episode that is still running can be sampled, with the states seen so far as its future. A transition that does
     not continue where the last one of its env ended starts a new episode (the desired goal may change within an
-    episode), so that resetting an env behind the buffer's back does not mix two episodes. One that is longer than the
-    buffer is truncated there and goes on as a new one.
+    episode), so that resetting an env behind the buffer's back does not mix two episodes (``DeepCRL`` sees it between two
+    ``learn()``, but not if a callback steps or resets the env). One that is longer than the buffer is truncated there and goes
+    on as a new one.
 
     ``observations``, ``next_observations``, ``actions``, ``rewards``, ``dones`` and ``timeouts`` are the newest ``size()``
     transitions of each env, oldest first, of shape ``(size(), n_envs, ...)``: read-only copies, which are made when they

@@ -17,13 +17,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import HumanOutputFormat
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
 from sb3_deepcrl.common.losses import NETWORK_METRICS
 from sb3_deepcrl.common.tensor_env import LazyArray
-from sb3_deepcrl.common.utils import atomic_path
+from sb3_deepcrl.common.utils import atomic_path, check_eval_env
 
 # What the logger holds of the last update, where the algorithm has it
 TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy", *NETWORK_METRICS)
@@ -146,13 +146,6 @@ class TrainingDisplay(BaseCallback):
         self.stop()
 
 
-def _innermost_envs(env: VecEnv) -> set[int]:
-    """Identities of what is inside all wrappers: of the vectorized env, and of its envs where they are in this process."""
-    base = env.unwrapped
-    envs = [single.unwrapped for single in base.envs] if isinstance(base, DummyVecEnv) else []
-    return {id(each) for each in (base, *envs)}
-
-
 class ResumableEvalCallback(EvalCallback):
     """
     Callback for evaluating an agent whose training may stop and go on: what
@@ -186,11 +179,7 @@ class ResumableEvalCallback(EvalCallback):
         self._seconds = 0.0
 
     def _init_callback(self) -> None:
-        if _innermost_envs(self.training_env) & _innermost_envs(self.eval_env):
-            raise ValueError(
-                "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
-                "Make another one"
-            )
+        check_eval_env(self, self.training_env)
         super()._init_callback()
         if self.resume:
             self.n_calls = self.model.num_timesteps // n_envs_of_run(self.model)

@@ -10,6 +10,7 @@ import contextlib
 import dis
 import errno
 import math
+import operator
 import os
 import pathlib
 import platform
@@ -26,7 +27,8 @@ from types import FrameType
 from typing import Any
 
 import gymnasium as gym
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
 # Number of Dense layers in a residual block, of which depths are multiples
@@ -125,6 +127,40 @@ def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
             f"`buffer_size={buffer_size}` leaves {buffer_size // env.num_envs} transitions for each of {env.num_envs} envs, "
             f"less than one episode of {longest} steps, within which goals are drawn: use at least {env.num_envs * longest}"
         )
+
+
+def _innermost_envs(env: VecEnv) -> set[int]:
+    """Identities of what is inside all wrappers: of the vectorized env, and of its envs where they are in this process."""
+    base = env.unwrapped
+    envs = [single.unwrapped for single in base.envs] if isinstance(base, DummyVecEnv) else []
+    return {id(each) for each in (base, *envs)}
+
+
+def check_eval_env(callback: BaseCallback | None, training_env: VecEnv) -> None:
+    """Check that no ``EvalCallback``, this one or one inside of it, evaluates in the env that the model is trained in."""
+    if isinstance(callback, EvalCallback) and _innermost_envs(training_env) & _innermost_envs(callback.eval_env):
+        raise ValueError(
+            "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
+            "Make another one"
+        )
+    for child in (*getattr(callback, "callbacks", ()), getattr(callback, "callback", None)):
+        if child is not None:
+            check_eval_env(child, training_env)
+
+
+def env_state(env: VecEnv) -> list[Any]:
+    """
+    Objects that a step or a reset of the envs replaces by others: infos, or the counters of a ``TensorVecEnv``. The VecEnvs of
+    others may keep none of them.
+    """
+    base = env.unwrapped
+    reset_infos = getattr(base, "reset_infos", ())
+    return [reset_infos, *reset_infos, *getattr(base, "buf_infos", ()), getattr(base, "_counters", None)]
+
+
+def is_left_alone(env: VecEnv, state: list[Any] | None) -> bool:
+    """Whether nobody has stepped or reset the envs since ``env_state`` gave this."""
+    return state is None or all(map(operator.is_, env_state(env), state))
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +50,15 @@ class OfflineLearning(OffPolicyAlgorithm):
     _setup_acceleration: Any
     # Coefficient of behavior cloning in the updates, 0 while the agent learns from what it does itself
     _bc_coef = 0.0
+
+    def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        # No env is needed. If it is no buffer for this model, the one in use is kept.
+        loaded = self._ranks.split_buffer(read_replay_buffer(path, self), self.n_envs)
+        if truncate_last_traj:
+            loaded.truncate_last_trajectory()
+        loaded.device = self.device
+        loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
+        self.replay_buffer = loaded
 
     def load_dataset(self, dataset: "str | Path | MinariDataset", goal_indices: Sequence[int] | None = None) -> None:
         """
