@@ -2,6 +2,7 @@ import io
 import itertools
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from rich.console import Console
@@ -107,6 +108,13 @@ def test_evaluate_goals_errors():
         evaluate_goals(Still(), ScriptedEnv(), 0)
     with pytest.raises(ValueError, match="neither `is_success` nor `success`"):
         evaluate_goals(Still(), ScriptedEnv(key="reached"), 1)
+
+
+def test_wrong_arguments_of_the_callback():
+    with pytest.raises(ValueError, match="`n_eval_episodes` must be a positive integer, got 0"):
+        GoalEvalCallback(ScriptedEnv(), n_eval_episodes=0)
+    with pytest.raises(ValueError, match=r"has no `desired_goal` but Box.*use `ResumableEvalCallback`"):
+        GoalEvalCallback(gym.make("Pendulum-v1"))
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])

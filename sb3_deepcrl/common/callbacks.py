@@ -23,7 +23,7 @@ from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
 from sb3_deepcrl.common.losses import NETWORK_METRICS
 from sb3_deepcrl.common.tensor_env import LazyArray
-from sb3_deepcrl.common.utils import atomic_path, check_eval_env
+from sb3_deepcrl.common.utils import atomic_path, check_eval_env, check_positive_int
 
 # What the logger holds of the last update, where the algorithm has it
 TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy", *NETWORK_METRICS)
@@ -171,6 +171,7 @@ class ResumableEvalCallback(EvalCallback):
         self, eval_env: gym.Env | VecEnv, *args: Any, resume: bool = False, evaluate_first: bool = False, **kwargs: Any
     ):
         super().__init__(eval_env, *args, **kwargs)
+        check_positive_int(self.n_eval_episodes, "n_eval_episodes")
         self.resume = resume
         self.evaluate_first = evaluate_first
         # One entry an evaluation of what Stable-Baselines3 does not record
@@ -277,6 +278,8 @@ class GoalEvalCallback(ResumableEvalCallback):
 
     def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, **kwargs: Any):
         super().__init__(eval_env, *args, **kwargs)
+        # Raises if there are no goals
+        self._recorder = GoalEpisodeRecorder(self.eval_env)
         self.last_means: dict[str, float] = {}
 
     def _evaluate(self) -> bool:
