@@ -20,7 +20,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecCheckNan, VecEnv, VecEnvWrapper, VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,7 +92,9 @@ def test_ids(tmp_path, monkeypatch):
         dict(policy_kwargs=dict(energy="squared"), random_goals=0.0, logsumexp_coef=0.0),
         dict(policy_kwargs=dict(actor_depth=8, critic_depth=12)),
         dict(action_noise=NormalActionNoise(np.zeros(2), 0.1 * np.ones(2))),
-        dict(learning_rate=lambda progress: 1e-3 * progress, critic_learning_rate=1e-4, ent_coef_learning_rate=1e-2),
+        dict(
+            learning_rate=lambda progress: 1e-3 * progress, critic_learning_rate=np.float32(1e-4), ent_coef_learning_rate=1e-2
+        ),
         dict(policy_kwargs=dict(norm="none", residual=False, activation_fn=th.nn.ReLU, residual_scale="learnable")),
     ],
 )
@@ -969,7 +971,9 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(learning_rate=-1e-3), "Invalid learning rate: -0.001"),
         (dict(learning_rate=lambda progress: -progress), "Invalid learning rate: -1.0"),
         (dict(critic_learning_rate=-1e-3), r"`critic_learning_rate` must not be negative, got -0.001"),
+        (dict(critic_learning_rate=lambda _: "lin"), r"`critic_learning_rate` must be a number, got 'lin'"),
         (dict(ent_coef_learning_rate="fast"), r"`ent_coef_learning_rate` must be a number, got 'fast'"),
+        (dict(ent_coef_learning_rate=lambda progress: 1 - progress), r"`ent_coef_learning_rate` must be positive, got 0.0"),
         (dict(gradient_steps="many"), r"`gradient_steps` must be a positive integer, got 'many'"),
         (dict(gradient_steps=-2), r"`gradient_steps` must be a positive integer, got -2"),
         (dict(train_freq="often"), "frequency of `train_freq` must be an integer and not often"),
@@ -999,6 +1003,40 @@ def test_wrong_arguments_of_learn():
     ):
         with pytest.raises((ValueError, AssertionError, TypeError), match=message):
             make_model(**kwargs).learn(100)
+
+
+class SomeKeys(BaseFeaturesExtractor):
+    """As that of the documentation of Stable-Baselines3, for the keys that it knows."""
+
+    def __init__(self, observation_space, keys, asks_for_all):
+        self.keys = keys if asks_for_all else [key for key in keys if key in observation_space.spaces]
+        super().__init__(observation_space, 1)
+        self._features_dim = sum(observation_space[key].shape[0] for key in self.keys if key in observation_space.spaces)
+
+    def forward(self, observations):
+        return th.cat([observations[key] for key in self.keys], dim=1)
+
+
+def test_features_extractors_of_other_algorithms():
+    every = ["observation", "achieved_goal", "desired_goal"]
+    for keys, asks_for_all, error in ((every, True, "KeyError"), (every[:2], False, "desired_goal.*Error")):
+        kwargs = dict(features_extractor_class=SomeKeys, features_extractor_kwargs=dict(keys=keys, asks_for_all=asks_for_all))
+        with pytest.raises(ValueError, match=rf"`features_extractor_class=SomeKeys` fails.*{error}.*must take any subset"):
+            make_model(policy_kwargs=kwargs)
+    kwargs["features_extractor_kwargs"]["keys"] = every
+    make_model(policy_kwargs=kwargs).learn(40)
+
+
+def test_callback_that_freezes_vec_normalize():
+    env = VecNormalize(make_vec_env(GoalReachEnv, 2), norm_obs_keys=["observation"])
+
+    class Freeze(BaseCallback):
+        def _on_step(self):
+            self.training_env.training = self.num_timesteps < 20
+            return True
+
+    make_model(env).learn(60, callback=Freeze())
+    assert env.training is False and env.obs_rms["observation"].count < 30
 
 
 def test_wrong_policies():

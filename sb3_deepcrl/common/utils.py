@@ -28,6 +28,7 @@ from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
@@ -68,6 +69,16 @@ def check_number(value: float, name: str, maximum: float = math.inf) -> float:
         wanted = f"be between 0 and {maximum:g}" if maximum < math.inf else "not be negative" if is_number else "be a number"
         raise ValueError(f"`{name}` must {wanted}, got {value!r}")
     return value
+
+
+def check_learning_rate(learning_rate: float | Schedule | None, name: str) -> float | Schedule | None:
+    """Check that a learning rate, if there is one, is a positive number, or a schedule that begins with one."""
+    if learning_rate is None:
+        return None
+    first = learning_rate(1.0) if callable(learning_rate) else learning_rate
+    if check_number(first, name) == 0:
+        raise ValueError(f"`{name}` must be positive, got {first!r}")
+    return learning_rate if callable(learning_rate) else float(learning_rate)
 
 
 def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
@@ -167,7 +178,7 @@ def is_left_alone(env: VecEnv, state: list[Any] | None) -> bool:
 def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
     """
     Put the statistics of VecNormalize back if a value from the env is not a number, as it is in them already, and let it go on
-    to learn if a callback made it rest.
+    to learn if a callback made it rest by ``training = None``. Any other change of it stays.
     """
     # There is no `obs_rms` where observations are not normalized
     attributes: dict[str, Any] = {} if vec_normalize is None else vars(vec_normalize)
@@ -179,7 +190,8 @@ def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
         attributes.update(statistics)
         raise
     finally:
-        attributes.update(training)
+        if attributes.get("training") is None:
+            attributes.update(training)
 
 
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:

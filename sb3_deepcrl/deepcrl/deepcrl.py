@@ -39,6 +39,7 @@ from sb3_deepcrl.common.utils import (
     check_class,
     check_dict,
     check_eval_env,
+    check_learning_rate,
     check_number,
     check_positive_int,
     env_state,
@@ -305,9 +306,7 @@ class DeepCRL(OfflineLearning):
         check_number(self.random_goals, "random_goals", maximum=1.0)
         check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
         for name in ("critic_learning_rate", "ent_coef_learning_rate"):
-            learning_rate = getattr(self, name)
-            if learning_rate is not None and not callable(learning_rate):
-                check_number(learning_rate, name)
+            setattr(self, name, check_learning_rate(getattr(self, name), name))
         if self.gradient_steps not in (None, -1, 0):
             check_positive_int(self.gradient_steps, "gradient_steps")
         if self.n_steps != 1:
@@ -576,6 +575,8 @@ class DeepCRL(OfflineLearning):
         No env is needed for prediction. What says how the networks are built may be given again, but not changed.
         """
         shortcuts = {name: kwargs.pop(name) for name in SHORTCUTS if name in kwargs}
+        if kwargs.get("transitions_per_update") is not None:
+            kwargs = {"train_freq": None, "gradient_steps": None, **kwargs}
         asked, custom_objects = kwargs.pop("policy_kwargs", None), {"lr_schedule": None, **(custom_objects or {})}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         stored = {**model.policy._get_constructor_parameters(), **model.policy_kwargs}
