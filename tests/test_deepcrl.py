@@ -1008,10 +1008,9 @@ def test_wrong_arguments_of_learn():
 class SomeKeys(BaseFeaturesExtractor):
     """As that of the documentation of Stable-Baselines3, for the keys that it knows."""
 
-    def __init__(self, observation_space, keys, asks_for_all):
-        self.keys = keys if asks_for_all else [key for key in keys if key in observation_space.spaces]
-        super().__init__(observation_space, 1)
-        self._features_dim = sum(observation_space[key].shape[0] for key in self.keys if key in observation_space.spaces)
+    def __init__(self, observation_space, keys):
+        self.keys = [key for key in keys if key in observation_space.spaces]
+        super().__init__(observation_space, sum(observation_space[key].shape[0] for key in self.keys))
 
     def forward(self, observations):
         return th.cat([observations[key] for key in self.keys], dim=1)
@@ -1019,10 +1018,9 @@ class SomeKeys(BaseFeaturesExtractor):
 
 def test_features_extractors_of_other_algorithms():
     every = ["observation", "achieved_goal", "desired_goal"]
-    for keys, asks_for_all, error in ((every, True, "KeyError"), (every[:2], False, "desired_goal.*Error")):
-        kwargs = dict(features_extractor_class=SomeKeys, features_extractor_kwargs=dict(keys=keys, asks_for_all=asks_for_all))
-        with pytest.raises(ValueError, match=rf"`features_extractor_class=SomeKeys` fails.*{error}.*must take any subset"):
-            make_model(policy_kwargs=kwargs)
+    kwargs = dict(features_extractor_class=SomeKeys, features_extractor_kwargs=dict(keys=every[:2]))
+    with pytest.raises(ValueError, match=r"`features_extractor_class=SomeKeys` fails.*desired_goal.*must take any subset"):
+        make_model(policy_kwargs=kwargs)
     kwargs["features_extractor_kwargs"]["keys"] = every
     make_model(policy_kwargs=kwargs).learn(40)
 

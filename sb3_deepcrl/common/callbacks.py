@@ -23,7 +23,7 @@ from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
 from sb3_deepcrl.common.losses import NETWORK_METRICS
 from sb3_deepcrl.common.tensor_env import LazyArray
-from sb3_deepcrl.common.utils import atomic_path, check_eval_env, check_positive_int
+from sb3_deepcrl.common.utils import atomic_path, check_positive_int, evaluates_in
 
 # What the logger holds of the last update, where the algorithm has it
 TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy", *NETWORK_METRICS)
@@ -180,7 +180,11 @@ class ResumableEvalCallback(EvalCallback):
         self._seconds = 0.0
 
     def _init_callback(self) -> None:
-        check_eval_env(self, self.training_env)
+        if evaluates_in(self, self.training_env):
+            raise ValueError(
+                "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
+                "Make another one"
+            )
         super()._init_callback()
         if self.resume:
             self.n_calls = self.model.num_timesteps // n_envs_of_run(self.model)

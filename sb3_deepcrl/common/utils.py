@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from numbers import Integral, Real
@@ -147,16 +148,21 @@ def _innermost_envs(env: VecEnv) -> set[int]:
     return {id(each) for each in (base, *envs)}
 
 
-def check_eval_env(callback: BaseCallback | None, training_env: VecEnv) -> None:
-    """Check that no ``EvalCallback``, this one or one inside of it, evaluates in the env that the model is trained in."""
+def evaluates_in(callback: BaseCallback | None, training_env: VecEnv) -> bool:
+    """Whether an ``EvalCallback``, this one or one inside of it, evaluates in the env that the model is trained in."""
     if isinstance(callback, EvalCallback) and _innermost_envs(training_env) & _innermost_envs(callback.eval_env):
-        raise ValueError(
-            "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
-            "Make another one"
+        return True
+    children = (*getattr(callback, "callbacks", ()), getattr(callback, "callback", None))
+    return any(child is not None and evaluates_in(child, training_env) for child in children)
+
+
+def warn_of_mixed_episodes(callback: BaseCallback, training_env: VecEnv) -> None:
+    """Warn if a callback evaluates in the env that the model is trained in."""
+    if evaluates_in(callback, training_env):
+        warnings.warn(
+            "A callback evaluates in the env that the model is trained in: the episodes that run there go on as others, "
+            "whose goals are no positives for the contrastive loss. Give it an env of its own"
         )
-    for child in (*getattr(callback, "callbacks", ()), getattr(callback, "callback", None)):
-        if child is not None:
-            check_eval_env(child, training_env)
 
 
 def env_state(env: VecEnv) -> list[Any]:

@@ -38,7 +38,6 @@ from sb3_deepcrl.common.utils import (
     check_choice,
     check_class,
     check_dict,
-    check_eval_env,
     check_learning_rate,
     check_number,
     check_positive_int,
@@ -46,6 +45,7 @@ from sb3_deepcrl.common.utils import (
     is_left_alone,
     keep_normalization,
     update_schedule,
+    warn_of_mixed_episodes,
 )
 from sb3_deepcrl.deepcrl.offline import OfflineLearning
 from sb3_deepcrl.deepcrl.policies import GOAL_KEY, Actor, ContrastiveCritic, DeepCRLPolicy, check_observation_space
@@ -355,7 +355,7 @@ class DeepCRL(OfflineLearning):
             self.replay_buffer.truncate_last_trajectory()
         with keep_normalization(self._vec_normalize_env):
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-            check_eval_env(result[1], self.env)  # type: ignore[arg-type]
+            warn_of_mixed_episodes(result[1], self.env)  # type: ignore[arg-type]
             last_obs, self._last_obs = self._last_obs, None
             # Raises with no observation left behind, so that the next call resets the envs again
             check_finite(last_obs if self._vec_normalize_env is None else self._last_original_obs)  # type: ignore[arg-type]

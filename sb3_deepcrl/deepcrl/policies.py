@@ -1,7 +1,6 @@
 import math
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar
 
@@ -489,19 +488,11 @@ class DeepCRLPolicy(CheckedPolicy):
         """Make a features extractor for some of the keys, for which a custom one may not be made."""
         try:
             extractor = self.features_extractor_class(space, **self.features_extractor_kwargs)
-            if self.features_extractor_class is not CombinedExtractor:
-                device = next(extractor.parameters(), th.empty(0)).device
-                zeros = {
-                    key: th.as_tensor(np.zeros((2, *(each.shape or ())), each.dtype), device=device)
-                    for key, each in space.spaces.items()
-                }
-                with th.no_grad():
-                    deepcopy(extractor).eval()(preprocess_obs(zeros, space, self.normalize_images))
             check_positive_int(extractor.features_dim, "features_dim")
-        except Exception as error:
+        except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
             raise ValueError(
                 f"`features_extractor_class={self.features_extractor_class.__name__}` fails with the keys {list(space)} "
-                f"({type(error).__name__}: {error}): the critic calls one with `{GOAL_KEY}` alone, one with all others, so "
+                f"({type(error).__name__}: {error or 'no features'}): the critic has one for `{GOAL_KEY}` alone and one for all others, so "
                 "that it must take any subset of the observation"
             ) from error
         return extractor

@@ -17,7 +17,7 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     :param env: Goal-conditioned environment with ``compute_reward``
     :param goal: The goal, with the form of ``desired_goal``
-    :raises ValueError: if it has another form, if the env has no ``compute_reward``, or if nothing tells what a success is
+    :raises ValueError: if it has another form, or if the env has no ``compute_reward``
     """
 
     def __init__(self, env: gym.Env, goal: Any):
@@ -32,8 +32,6 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
             raise ValueError(f"`goal` must be finite and of shape {desired.shape}, as `desired_goal` is, got {goal!r}")
         if not env.has_wrapper_attr("compute_reward"):
             raise ValueError(f"{env} has no `compute_reward`, which tells the reward of another goal: add it to the env")
-        # Those that were given away from the goal: a sparse one has one value
-        self._rewards: set[float] = set()
 
     def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
         """That of the env."""
@@ -42,15 +40,7 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def _succeeded(self, achieved_goal: Any, reward: float, info: Any) -> bool:
         if self.env.has_wrapper_attr("_is_success"):
             return bool(self.env.get_wrapper_attr("_is_success")(achieved_goal, self.goal))
-        success = reward >= float(self.compute_reward(self.goal, self.goal, info))
-        if not success:
-            self._rewards.add(reward)
-        if len(self._rewards) > 1:
-            raise ValueError(
-                f"The rewards of {self.env} are not sparse, so that they do not tell what a success is: choose sparse ones, "
-                "or give the env a method `_is_success(achieved_goal, desired_goal)`"
-            )
-        return success
+        return reward >= float(self.compute_reward(self.goal, self.goal, info))
 
     def _with_goal(self, observation: dict[str, Any]) -> dict[str, Any]:
         return {**observation, "desired_goal": self.goal.copy()}
