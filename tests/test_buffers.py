@@ -1,5 +1,6 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_deepcrl import ContrastiveReplayBuffer
+from sb3_deepcrl.common import buffers
 from tests.envs import EpisodeCounterEnv, GoalReachEnv
 
 
@@ -59,6 +61,13 @@ def test_goals_come_from_the_future_of_the_same_episode(n_envs, capacity):
     for _ in range(60):
         obs = collect(buffer, env, 3, obs)
         check_samples(buffer, 300)
+
+
+def test_warning_of_a_buffer_that_does_not_fit_in_memory(monkeypatch):
+    memory = SimpleNamespace(available=10_000)
+    monkeypatch.setattr(buffers, "psutil", SimpleNamespace(virtual_memory=lambda: memory))
+    with pytest.warns(UserWarning, match=r"only 0\.0 GB of memory are free: use a smaller `buffer_size`"):
+        make_buffer(counter_env())
 
 
 def test_every_transition_is_sampled_equally_often():

@@ -20,7 +20,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecCheckNan, VecEnv, VecEnvWrapper, VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,7 +92,9 @@ def test_ids(tmp_path, monkeypatch):
         dict(policy_kwargs=dict(energy="squared"), random_goals=0.0, logsumexp_coef=0.0),
         dict(policy_kwargs=dict(actor_depth=8, critic_depth=12)),
         dict(action_noise=NormalActionNoise(np.zeros(2), 0.1 * np.ones(2))),
-        dict(learning_rate=lambda progress: 1e-3 * progress, critic_learning_rate=1e-4, ent_coef_learning_rate=1e-2),
+        dict(
+            learning_rate=lambda progress: 1e-3 * progress, critic_learning_rate=np.float32(1e-4), ent_coef_learning_rate=1e-2
+        ),
         dict(policy_kwargs=dict(norm="none", residual=False, activation_fn=th.nn.ReLU, residual_scale="learnable")),
     ],
 )
@@ -740,6 +742,26 @@ class StopIn(BaseCallback):
         return self.n_calls < self.step
 
 
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("resets", [True, False])
+def test_goals_stay_in_the_episode_after_others_stepped_the_env(vec_env, resets):
+    model = make_model(vec_env([partial(EpisodeCounterEnv, lengths=(50, 40))]), learning_starts=4).learn(30)
+    if resets:
+        model.env.reset()
+    # No episode ends in between
+    for _ in range(3):
+        model.env.step(np.zeros((1, 1)))
+    model.learn(30, reset_num_timesteps=False)
+    samples = model.replay_buffer.sample(1000)
+    steps = samples.next_observations["achieved_goal"] - samples.observations["achieved_goal"]
+    assert (steps == th.tensor([0.0, 0.0, 1.0])).all()
+    # Not reset without a reason
+    n_episodes = sum(1 for _ in model.replay_buffer.episodes())
+    model.learn(5, reset_num_timesteps=False)
+    assert sum(1 for _ in model.replay_buffer.episodes()) == n_episodes
+    model.env.close()
+
+
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("step", [3, 4, 7, 8])
 def test_goals_stay_in_the_episode_after_an_interruption(step, error):
@@ -949,7 +971,9 @@ def test_env_that_cannot_be_learned(env, message):
         (dict(learning_rate=-1e-3), "Invalid learning rate: -0.001"),
         (dict(learning_rate=lambda progress: -progress), "Invalid learning rate: -1.0"),
         (dict(critic_learning_rate=-1e-3), r"`critic_learning_rate` must not be negative, got -0.001"),
+        (dict(critic_learning_rate=lambda _: "lin"), r"`critic_learning_rate` must be a number, got 'lin'"),
         (dict(ent_coef_learning_rate="fast"), r"`ent_coef_learning_rate` must be a number, got 'fast'"),
+        (dict(ent_coef_learning_rate=lambda progress: 1 - progress), r"`ent_coef_learning_rate` must be positive, got 0.0"),
         (dict(gradient_steps="many"), r"`gradient_steps` must be a positive integer, got 'many'"),
         (dict(gradient_steps=-2), r"`gradient_steps` must be a positive integer, got -2"),
         (dict(train_freq="often"), "frequency of `train_freq` must be an integer and not often"),
@@ -979,6 +1003,38 @@ def test_wrong_arguments_of_learn():
     ):
         with pytest.raises((ValueError, AssertionError, TypeError), match=message):
             make_model(**kwargs).learn(100)
+
+
+class SomeKeys(BaseFeaturesExtractor):
+    """As that of the documentation of Stable-Baselines3, for the keys that it knows."""
+
+    def __init__(self, observation_space, keys):
+        self.keys = [key for key in keys if key in observation_space.spaces]
+        super().__init__(observation_space, sum(observation_space[key].shape[0] for key in self.keys))
+
+    def forward(self, observations):
+        return th.cat([observations[key] for key in self.keys], dim=1)
+
+
+def test_features_extractors_of_other_algorithms():
+    every = ["observation", "achieved_goal", "desired_goal"]
+    kwargs = dict(features_extractor_class=SomeKeys, features_extractor_kwargs=dict(keys=every[:2]))
+    with pytest.raises(ValueError, match=r"`features_extractor_class=SomeKeys` fails.*desired_goal.*must take any subset"):
+        make_model(policy_kwargs=kwargs)
+    kwargs["features_extractor_kwargs"]["keys"] = every
+    make_model(policy_kwargs=kwargs).learn(40)
+
+
+def test_callback_that_freezes_vec_normalize():
+    env = VecNormalize(make_vec_env(GoalReachEnv, 2), norm_obs_keys=["observation"])
+
+    class Freeze(BaseCallback):
+        def _on_step(self):
+            self.training_env.training = self.num_timesteps < 20
+            return True
+
+    make_model(env).learn(60, callback=Freeze())
+    assert env.training is False and env.obs_rms["observation"].count < 30
 
 
 def test_wrong_policies():

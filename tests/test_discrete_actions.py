@@ -127,6 +127,7 @@ def test_compiled_updates_are_the_same_updates():
     ("space", "kwargs", "message"),
     [
         (spaces.Discrete(4, start=1), {}, r"Actions must be counted from 0, but `action_space` is Discrete\(4, start=1\)"),
+        (spaces.MultiDiscrete([[2, 2], [2, 2]]), {}, r"Actions must be vectors, but `action_space` is MultiDiscrete"),
         (spaces.MultiBinary(11), {}, r"MultiBinary\(11\) has 2048 actions, .*: use at most 1024"),
         (SPACES[0], dict(action_noise=NormalActionNoise(np.zeros(1), np.ones(1))), r"`action_noise` needs continuous actions"),
     ],

@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl.envs import OGBenchGoalWrapper, SingleGoalWrapper, SuccessInfoWrapper
 from sb3_deepcrl.envs.arguments import checked_env_kwargs, default_env_kwargs
-from tests.envs import GoalReachEnv
+from tests.envs import EpisodeCounterEnv, GoalReachEnv
 
 
 @pytest.fixture
@@ -112,6 +112,20 @@ def test_single_goal(make, goal):
         successes.append((info["is_success"], info["success"]))
     # Those of the goal, whatever the env wanted
     assert [(reward == 1.0, reward == 1.0) for reward in rewards] == successes and 0 < sum(rewards) < 50
+
+
+def test_single_goal_with_dense_rewards():
+    env = SingleGoalWrapper(gym.make("PointUMaze-v0", reward_type="dense"), [3.0, 2.5])
+    observation, _ = env.reset(seed=0)
+    near = SingleGoalWrapper(env, observation["achieved_goal"] + 0.1)
+    for wrapped, success in ((env, False), (near, True)):
+        wrapped.reset(seed=0)
+        assert wrapped.step(np.zeros(2, dtype=np.float32))[-1]["is_success"] is success
+
+
+def test_single_goal_needs_compute_reward():
+    with pytest.raises(ValueError, match="has no `compute_reward`"):
+        SingleGoalWrapper(EpisodeCounterEnv(), [0.0, 0.0, 0.0])
 
 
 def test_goals_that_are_none():

@@ -2,11 +2,12 @@ import io
 import itertools
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from rich.console import Console
 from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import EvalCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
@@ -109,6 +110,13 @@ def test_evaluate_goals_errors():
         evaluate_goals(Still(), ScriptedEnv(key="reached"), 1)
 
 
+def test_wrong_arguments_of_the_callback():
+    with pytest.raises(ValueError, match="`n_eval_episodes` must be a positive integer, got 0"):
+        GoalEvalCallback(ScriptedEnv(), n_eval_episodes=0)
+    with pytest.raises(ValueError, match=r"has no `desired_goal` but Box.*use `ResumableEvalCallback`"):
+        GoalEvalCallback(gym.make("Pendulum-v1"))
+
+
 @pytest.mark.parametrize("n_envs", [1, 2])
 def test_nan_in_an_evaluation(n_envs):
     model = make_model()
@@ -150,6 +158,8 @@ def test_goal_eval_callback_in_the_training_env(same):
     with pytest.raises(ValueError, match=r"`eval_env` is the env that the model is trained in.*Make another one"):
         model.learn(20, callback=GoalEvalCallback(same(env), eval_freq=10))
     assert model.num_timesteps == 0
+    with pytest.warns(UserWarning, match="A callback evaluates in the env that the model is trained in"):
+        model.learn(0, callback=[EveryNTimesteps(10, EvalCallback(same(env)))])
 
 
 @pytest.mark.parametrize("key", ["is_success", "success"])

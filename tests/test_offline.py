@@ -6,6 +6,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_deepcrl import ContrastiveReplayBuffer, DeepCRL
@@ -143,16 +144,26 @@ def test_schedules_run_over_the_updates(dataset):
     model.learn(40)
     model.load_dataset(dataset)
     rates.clear()
+    dumps = []
+    model.set_logger(configure(None, []))
+    model.logger.dump = dumps.append
+    n_updates = model._n_updates
     model.learn_offline(250)
+    assert dumps == [n_updates + 250]
     assert sorted({*rates}) == pytest.approx([0.2, 0.6, 1.0])
 
 
-def test_replay_buffer_of_other_envs(tmp_path):
+@pytest.mark.parametrize("itself", [True, False])
+def test_replay_buffer_of_other_envs(itself, tmp_path):
     source = make_model(make_vec_env(lambda: GoalReachEnv(max_steps=7, action_scale=2.0), 3), buffer_size=60)
     source.learn(90)
     source.save_replay_buffer(tmp_path / "buffer")
+    with pytest.raises(ValueError, match=r"There is no data set .*buffer' here.*Did you mean '.*buffer\.pkl'\?"):
+        make_model().load_dataset(tmp_path / "buffer")
+    with pytest.raises(ValueError, match=r"The replay buffer has `observation_space=.*but the model has"):
+        make_model(BitFlippingEnv(n_bits=4)).load_dataset(source.replay_buffer)
     model = make_model()
-    model.load_dataset(tmp_path / "buffer.pkl")
+    model.load_dataset(source.replay_buffer if itself else tmp_path / "buffer.pkl")
     # What is left of the oldest of each env, two whole ones, and the running one
     lengths = [len(episode.actions) for episode in model.replay_buffer.episodes()]
     assert sorted(lengths) == sorted(len(episode.actions) for episode in source.replay_buffer.episodes())
@@ -199,8 +210,15 @@ def test_wrong_data(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"Actions of the data set are outside of the env's Box"):
         make_model(GoalReachEnv(action_scale=1.0)).load_dataset(dataset)
     np.savez(tmp_path / "nan.npz", observations=np.full((3, 3), np.nan), actions=np.zeros((3, 2)), terminals=[0, 0, 1])
-    with pytest.raises(ValueError, match=r"NaN or infinity in `observation` of step 0: \[nan nan nan\]"):
+    with pytest.raises(ValueError, match=r"NaN or infinity in `observation` of step 0 of episode 0: \[nan nan nan\]"):
         make_model().load_dataset(tmp_path / "nan.npz")
+    model = make_model(GoalReachEnv(action_scale=2.0))
+    episodes = list(ContrastiveReplayBuffer.from_minari(dataset, device="cpu").episodes())
+    episodes[2].actions[3] = np.nan
+    with pytest.raises(ValueError, match=r"NaN or infinity in `action` of step 3 of episode 2"):
+        model.replay_buffer.add_episodes(episodes)
+    # What came before can be used
+    assert model.replay_buffer.size() == sum(len(episode.actions) for episode in episodes[:2])
     with pytest.raises(ValueError, match=r"There is nothing to learn from"):
         make_model().learn_offline(10)
     with pytest.raises(ValueError, match=r"use `normalize_observations=True`"):

@@ -186,3 +186,11 @@ def test_vec_normalize_as_well():
     for learn in (model.learn, model.learn_offline):
         with pytest.raises(ValueError, match=message):
             learn(50)
+
+
+def test_truth_values():
+    norm = RunningNorm(spaces.Dict(GOAL_SPACES, on=spaces.Box(0, 1, (2,), bool)))
+    zeros = np.zeros((4, 2))
+    norm.add({"observation": zeros, "achieved_goal": zeros, "on": np.array([[True, False], [False, False]] * 2)})
+    norm.update()
+    th.testing.assert_close(norm({"on": th.tensor([[True, False]])})["on"], th.tensor([[1.0, 0.0]]))

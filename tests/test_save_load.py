@@ -138,6 +138,9 @@ def test_train_freq_of_a_loaded_model_is_kept(trained, tmp_path):
     DeepCRL.load(tmp_path / "model", train_freq=3).save(tmp_path / "again")
     model = DeepCRL.load(tmp_path / "again", env=make_vec_env(GoalReachEnv, 4))
     assert (model.train_freq.frequency, model.gradient_steps) == (3, 1)
+    # Unless another ratio is asked for
+    model = DeepCRL.load(tmp_path / "again", env=make_vec_env(GoalReachEnv, 4), transitions_per_update=2)
+    assert (model.train_freq.frequency, model.gradient_steps) == (1, 2)
 
 
 def saved_names(path) -> set[str]:

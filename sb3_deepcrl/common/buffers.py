@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from numpy.typing import ArrayLike
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer, psutil
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -34,17 +34,15 @@ FIND_NAN = (
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
-def check_finite(values: Mapping[str, ArrayLike], axis: str = "env") -> None:
+def check_finite(values: Mapping[str, ArrayLike], axis: str = "env", episode: int = 0) -> None:
     """Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name (or another first axis), are numbers."""
+    of_episode, fix = ("", FIND_NAN) if axis == "env" else (f" of episode {episode}", "Leave its episode out of the data set")
     for key, value in values.items():
         value = np.asarray(value.cpu() if isinstance(value, th.Tensor) else value)
         if value.dtype.kind != "f" or np.isfinite(value).all():
             continue
         index = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
-        raise ValueError(
-            f"NaN or infinity in `{key}` of {axis} {index}: {value[index]}. It was not stored. "
-            + (FIND_NAN if axis == "env" else "Leave its episode out of the data set")
-        )
+        raise ValueError(f"NaN or infinity in `{key}` of {axis} {index}{of_episode}: {value[index]}. It was not stored. {fix}")
 
 
 def replace_her_replay_buffer(buffer_class: Any, buffer_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -87,8 +85,9 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
 
     An episode that is still running can be sampled, with the states seen so far as its future. A transition that does
     not continue where the last one of its env ended starts a new episode (the desired goal may change within an
-    episode), so that resetting an env behind the buffer's back does not mix two episodes. One that is longer than the
-    buffer is truncated there and goes on as a new one.
+    episode), so that resetting an env behind the buffer's back does not mix two episodes (``DeepCRL`` sees it between two
+    ``learn()``, but not if a callback steps or resets the env). One that is longer than the buffer is truncated there and goes
+    on as a new one.
 
     ``observations``, ``next_observations``, ``actions``, ``rewards``, ``dones`` and ``timeouts`` are the newest ``size()``
     transitions of each env, oldest first, of shape ``(size(), n_envs, ...)``: read-only copies, which are made when they
@@ -158,6 +157,13 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.head = np.zeros(n_envs, dtype=np.int64)
         # Number of transitions in the running episode of each env, 0 before its first one
         self.episode_steps = np.zeros(n_envs, dtype=np.int64)
+        n_bytes = sum(values.nbytes for values in (*self._observations.values(), self._actions, self._rewards, self.remaining))
+        # As SB3 does, without psutil nobody knows
+        if psutil is not None and n_bytes > (available := psutil.virtual_memory().available):
+            warnings.warn(
+                f"The replay buffer takes {n_bytes / 1e9:.1f} GB when it is full, but only {available / 1e9:.1f} GB of memory "
+                "are free: use a smaller `buffer_size`"
+            )
         # Number of slots that were ever used, over the envs
         self.n_used = 0
         # Whether `add` has begun and not ended: it was interrupted
@@ -440,30 +446,36 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         self.truncate_last_trajectory()
         self._fetch()
         added = np.zeros(self.n_envs, dtype=np.int64)
-        for episode in episodes:
-            check_finite({**episode.observations, "action": episode.actions}, "step")
-            for start in range(0, len(episode.actions), self.buffer_size):
-                env_idx = int(added.argmin())
-                steps = slice(start, start + self.buffer_size)
-                actions = episode.actions[steps]
-                n_steps = len(actions)
-                slots = (self.head[env_idx] + np.arange(n_steps + 1)) % self.n_slots
-                if self._device_copy:
-                    self._written.append(slots * self.n_envs + env_idx)
-                for key, values in self._observations.items():
-                    values[slots, env_idx] = episode.observations[key][start : start + n_steps + 1]
-                self._actions[slots[:-1], env_idx] = actions
-                self._rewards[slots[:-1], env_idx] = episode.rewards[steps]
-                self._dones[slots[:-1], env_idx] = self._timeouts[slots[:-1], env_idx] = False
-                self.remaining[slots[-1], env_idx] = 0
-                self.head[env_idx], self.episode_steps[env_idx] = slots[-1], n_steps
-                self.n_used = max(self.n_used, int(slots.max()) + 1)
-                is_end = start + n_steps == len(episode.actions)
-                self._end_episodes(np.array([env_idx]), truncated=not (is_end and episode.terminated))
-                self._dones[slots[-2], env_idx] = True
-                added[env_idx] += n_steps
-        self._copies_in_order = {}
-        self._count()
+        try:
+            for index, episode in enumerate(episodes):
+                check_finite({**episode.observations, "action": episode.actions}, "step", index)
+                self._add_episode(episode, added)
+        finally:
+            self._copies_in_order = {}
+            self._count()
+
+    def _add_episode(self, episode: Episode, added: np.ndarray) -> None:
+        """Add an episode to the env with the fewest transitions of those that were added, whose numbers go on."""
+        for start in range(0, len(episode.actions), self.buffer_size):
+            env_idx = int(added.argmin())
+            steps = slice(start, start + self.buffer_size)
+            actions = episode.actions[steps]
+            n_steps = len(actions)
+            slots = (self.head[env_idx] + np.arange(n_steps + 1)) % self.n_slots
+            if self._device_copy:
+                self._written.append(slots * self.n_envs + env_idx)
+            for key, values in self._observations.items():
+                values[slots, env_idx] = episode.observations[key][start : start + n_steps + 1]
+            self._actions[slots[:-1], env_idx] = actions
+            self._rewards[slots[:-1], env_idx] = episode.rewards[steps]
+            self._dones[slots[:-1], env_idx] = self._timeouts[slots[:-1], env_idx] = False
+            self.remaining[slots[-1], env_idx] = 0
+            self.head[env_idx], self.episode_steps[env_idx] = slots[-1], n_steps
+            self.n_used = max(self.n_used, int(slots.max()) + 1)
+            is_end = start + n_steps == len(episode.actions)
+            self._end_episodes(np.array([env_idx]), truncated=not (is_end and episode.terminated))
+            self._dones[slots[-2], env_idx] = True
+            added[env_idx] += n_steps
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes that it holds, and the parts that are left of them, those of one env after the other."""

@@ -17,13 +17,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import HumanOutputFormat
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_deepcrl.common.distributed import n_envs_of_run
 from sb3_deepcrl.common.evaluation import GoalEpisodeRecorder, mean_of_episodes
 from sb3_deepcrl.common.losses import NETWORK_METRICS
 from sb3_deepcrl.common.tensor_env import LazyArray
-from sb3_deepcrl.common.utils import atomic_path
+from sb3_deepcrl.common.utils import atomic_path, check_positive_int, evaluates_in
 
 # What the logger holds of the last update, where the algorithm has it
 TRAINING_MEASURES = ("critic_loss", "categorical_accuracy", "ent_coef", "entropy", *NETWORK_METRICS)
@@ -146,13 +146,6 @@ class TrainingDisplay(BaseCallback):
         self.stop()
 
 
-def _innermost_envs(env: VecEnv) -> set[int]:
-    """Identities of what is inside all wrappers: of the vectorized env, and of its envs where they are in this process."""
-    base = env.unwrapped
-    envs = [single.unwrapped for single in base.envs] if isinstance(base, DummyVecEnv) else []
-    return {id(each) for each in (base, *envs)}
-
-
 class ResumableEvalCallback(EvalCallback):
     """
     Callback for evaluating an agent whose training may stop and go on: what
@@ -178,6 +171,7 @@ class ResumableEvalCallback(EvalCallback):
         self, eval_env: gym.Env | VecEnv, *args: Any, resume: bool = False, evaluate_first: bool = False, **kwargs: Any
     ):
         super().__init__(eval_env, *args, **kwargs)
+        check_positive_int(self.n_eval_episodes, "n_eval_episodes")
         self.resume = resume
         self.evaluate_first = evaluate_first
         # One entry an evaluation of what Stable-Baselines3 does not record
@@ -186,7 +180,7 @@ class ResumableEvalCallback(EvalCallback):
         self._seconds = 0.0
 
     def _init_callback(self) -> None:
-        if _innermost_envs(self.training_env) & _innermost_envs(self.eval_env):
+        if evaluates_in(self, self.training_env):
             raise ValueError(
                 "`eval_env` is the env that the model is trained in: to evaluate would end the episode that is running there. "
                 "Make another one"
@@ -288,6 +282,8 @@ class GoalEvalCallback(ResumableEvalCallback):
 
     def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, **kwargs: Any):
         super().__init__(eval_env, *args, **kwargs)
+        # Raises if there are no goals
+        self._recorder = GoalEpisodeRecorder(self.eval_env)
         self.last_means: dict[str, float] = {}
 
     def _evaluate(self) -> bool:

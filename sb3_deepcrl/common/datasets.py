@@ -50,9 +50,11 @@ def open_minari(dataset: "str | Path | MinariDataset") -> "MinariDataset":
             return minari.MinariDataset(path / "data" if (path / "data").is_dir() else path)
         return minari.load_dataset(str(dataset))
     except (FileNotFoundError, TypeError, ValueError) as error:
+        pickled = path.with_name(f"{path.name}.pkl")
         raise ValueError(
-            f"There is no data set {str(dataset)!r} here ({error}): give a file of OGBench (.npz), or the folder of a data "
-            "set of Minari, or the id of one that was fetched by `minari download ID`"
+            f"There is no data set {str(dataset)!r} here ({error}): give a file of OGBench (.npz) or a replay buffer (.pkl), "
+            "the folder of a data set of Minari, or the id of one that was fetched by `minari download ID`"
+            + (f". Did you mean {str(pickled)!r}?" if pickled.is_file() else "")
         ) from None
 
 

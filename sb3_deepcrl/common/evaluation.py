@@ -3,6 +3,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import PolicyPredictor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
@@ -57,9 +58,15 @@ class GoalEpisodeRecorder:
     each episode. Success is read from ``info["is_success"]``, or from ``info["success"]`` where there is no such key.
 
     :param env: The environment that is evaluated
+    :raises ValueError: if its observations have no goal
     """
 
     def __init__(self, env: VecEnv):
+        space = env.observation_space
+        if not isinstance(space, spaces.Dict) or "desired_goal" not in space.spaces:
+            raise ValueError(
+                f"The evaluation env has no `desired_goal` but {space}: use `ResumableEvalCallback` or `EvalCallback` instead"
+            )
         self.vec_normalize = unwrap_vec_normalize(env)
         # Their infos are empty within an episode
         self.is_told_at_end = isinstance(env.unwrapped, TensorVecEnv)

@@ -81,7 +81,7 @@ class RunningNorm(nn.Module):
                     var = var.amax(0).expand_as(var)
                 scale = th.where(var > MIN_STD**2, var.rsqrt(), 1.0)
                 mean, scale = (statistic.to(th.float32).reshape(self.shapes[source]) for statistic in (mean, scale))
-                scaled = (values - mean) * scale
+                scaled = (values.to(th.float32) - mean) * scale
                 normalized[key] = scaled if is_goal else scaled.clamp(-limit, limit)
         return normalized
 

@@ -10,6 +10,7 @@ import contextlib
 import dis
 import errno
 import math
+import operator
 import os
 import pathlib
 import platform
@@ -19,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from numbers import Integral, Real
@@ -26,7 +28,9 @@ from types import FrameType
 from typing import Any
 
 import gymnasium as gym
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
 # Number of Dense layers in a residual block, of which depths are multiples
@@ -66,6 +70,16 @@ def check_number(value: float, name: str, maximum: float = math.inf) -> float:
         wanted = f"be between 0 and {maximum:g}" if maximum < math.inf else "not be negative" if is_number else "be a number"
         raise ValueError(f"`{name}` must {wanted}, got {value!r}")
     return value
+
+
+def check_learning_rate(learning_rate: float | Schedule | None, name: str) -> float | Schedule | None:
+    """Check that a learning rate, if there is one, is a positive number, or a schedule that begins with one."""
+    if learning_rate is None:
+        return None
+    first = learning_rate(1.0) if callable(learning_rate) else learning_rate
+    if check_number(first, name) == 0:
+        raise ValueError(f"`{name}` must be positive, got {first!r}")
+    return learning_rate if callable(learning_rate) else float(learning_rate)
 
 
 def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
@@ -127,11 +141,50 @@ def check_buffer_size(buffer_size: int, env: VecEnv) -> None:
         )
 
 
+def _innermost_envs(env: VecEnv) -> set[int]:
+    """Identities of what is inside all wrappers: of the vectorized env, and of its envs where they are in this process."""
+    base = env.unwrapped
+    envs = [single.unwrapped for single in base.envs] if isinstance(base, DummyVecEnv) else []
+    return {id(each) for each in (base, *envs)}
+
+
+def evaluates_in(callback: BaseCallback | None, training_env: VecEnv) -> bool:
+    """Whether an ``EvalCallback``, this one or one inside of it, evaluates in the env that the model is trained in."""
+    if isinstance(callback, EvalCallback) and _innermost_envs(training_env) & _innermost_envs(callback.eval_env):
+        return True
+    children = (*getattr(callback, "callbacks", ()), getattr(callback, "callback", None))
+    return any(child is not None and evaluates_in(child, training_env) for child in children)
+
+
+def warn_of_mixed_episodes(callback: BaseCallback, training_env: VecEnv) -> None:
+    """Warn if a callback evaluates in the env that the model is trained in."""
+    if evaluates_in(callback, training_env):
+        warnings.warn(
+            "A callback evaluates in the env that the model is trained in: the episodes that run there go on as others, "
+            "whose goals are no positives for the contrastive loss. Give it an env of its own"
+        )
+
+
+def env_state(env: VecEnv) -> list[Any]:
+    """
+    Objects that a step or a reset of the envs replaces by others: infos, or the counters of a ``TensorVecEnv``. The VecEnvs of
+    others may keep none of them.
+    """
+    base = env.unwrapped
+    reset_infos = getattr(base, "reset_infos", ())
+    return [reset_infos, *reset_infos, *getattr(base, "buf_infos", ()), getattr(base, "_counters", None)]
+
+
+def is_left_alone(env: VecEnv, state: list[Any] | None) -> bool:
+    """Whether nobody has stepped or reset the envs since ``env_state`` gave this."""
+    return state is None or all(map(operator.is_, env_state(env), state))
+
+
 @contextlib.contextmanager
 def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
     """
     Put the statistics of VecNormalize back if a value from the env is not a number, as it is in them already, and let it go on
-    to learn if a callback made it rest.
+    to learn if a callback made it rest by ``training = None``. Any other change of it stays.
     """
     # There is no `obs_rms` where observations are not normalized
     attributes: dict[str, Any] = {} if vec_normalize is None else vars(vec_normalize)
@@ -143,7 +196,8 @@ def keep_normalization(vec_normalize: VecNormalize | None) -> Iterator[None]:
         attributes.update(statistics)
         raise
     finally:
-        attributes.update(training)
+        if attributes.get("training") is None:
+            attributes.update(training)
 
 
 def update_schedule(n_envs: int, transitions_per_update: int) -> dict[str, int]:

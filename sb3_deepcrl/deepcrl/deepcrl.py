@@ -38,12 +38,16 @@ from sb3_deepcrl.common.utils import (
     check_choice,
     check_class,
     check_dict,
+    check_learning_rate,
     check_number,
     check_positive_int,
+    env_state,
+    is_left_alone,
     keep_normalization,
     update_schedule,
+    warn_of_mixed_episodes,
 )
-from sb3_deepcrl.deepcrl.offline import OfflineLearning, read_replay_buffer
+from sb3_deepcrl.deepcrl.offline import OfflineLearning
 from sb3_deepcrl.deepcrl.policies import GOAL_KEY, Actor, ContrastiveCritic, DeepCRLPolicy, check_observation_space
 from sb3_deepcrl.deepcrl.tensor_rollout import collect_tensors
 from sb3_deepcrl.env_ids import find_spec
@@ -138,6 +142,7 @@ class DeepCRL(OfflineLearning):
     actor: Actor
     critic: ContrastiveCritic
     replay_buffer: ContrastiveReplayBuffer | None
+    _env_state: list[Any] | None = None  # After the last rollout
 
     def __init__(
         self,
@@ -249,7 +254,7 @@ class DeepCRL(OfflineLearning):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied env may start afresh, so that a copied model has to reset it
-        return {**self.__dict__, "_last_obs": None}
+        return {**self.__dict__, "_last_obs": None, "_env_state": None}
 
     def _setup_model(self) -> None:
         given = {name: value for name in SHORTCUTS if (value := getattr(self, name)) is not None}
@@ -301,9 +306,7 @@ class DeepCRL(OfflineLearning):
         check_number(self.random_goals, "random_goals", maximum=1.0)
         check_choice(self.contrastive_loss, CONTRASTIVE_LOSSES, "contrastive_loss")
         for name in ("critic_learning_rate", "ent_coef_learning_rate"):
-            learning_rate = getattr(self, name)
-            if learning_rate is not None and not callable(learning_rate):
-                check_number(learning_rate, name)
+            setattr(self, name, check_learning_rate(getattr(self, name), name))
         if self.gradient_steps not in (None, -1, 0):
             check_positive_int(self.gradient_steps, "gradient_steps")
         if self.n_steps != 1:
@@ -345,11 +348,14 @@ class DeepCRL(OfflineLearning):
         self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // n_steps)
         if self.env is not None:
             check_buffer_size(self.buffer_size * self.n_envs // self._ranks.n_envs(self.n_envs), self.env)
+        if self.env is not None and not is_left_alone(self.env, self._env_state):
+            self._last_obs = None
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
         with keep_normalization(self._vec_normalize_env):
             result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+            warn_of_mixed_episodes(result[1], self.env)  # type: ignore[arg-type]
             last_obs, self._last_obs = self._last_obs, None
             # Raises with no observation left behind, so that the next call resets the envs again
             check_finite(last_obs if self._vec_normalize_env is None else self._last_original_obs)  # type: ignore[arg-type]
@@ -385,6 +391,7 @@ class DeepCRL(OfflineLearning):
             continue_training = rollout.continue_training
         finally:
             self._ranks.update_statistics(self.actor.normalizer)
+            self._env_state = env_state(env)
             if not continue_training:
                 # The last transition was not stored: the envs went on without us, and have to be reset
                 self._last_obs = None
@@ -568,6 +575,8 @@ class DeepCRL(OfflineLearning):
         No env is needed for prediction. What says how the networks are built may be given again, but not changed.
         """
         shortcuts = {name: kwargs.pop(name) for name in SHORTCUTS if name in kwargs}
+        if kwargs.get("transitions_per_update") is not None:
+            kwargs = {"train_freq": None, "gradient_steps": None, **kwargs}
         asked, custom_objects = kwargs.pop("policy_kwargs", None), {"lr_schedule": None, **(custom_objects or {})}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         stored = {**model.policy._get_constructor_parameters(), **model.policy_kwargs}
@@ -596,18 +605,9 @@ class DeepCRL(OfflineLearning):
             with atomic_path(path, ".pkl") as file:
                 save_to_pkl(file, replay_buffer, self.verbose)
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        # No env is needed. If it is no buffer for this model, the one in use is kept.
-        loaded = self._ranks.split_buffer(read_replay_buffer(path, self), self.n_envs)
-        if truncate_last_traj:
-            loaded.truncate_last_trajectory()
-        loaded.device = self.device
-        loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
-        self.replay_buffer = loaded
-
     def _excluded_save_params(self) -> list[str]:
         # The schedule follows from the learning rate, which `custom_objects` may replace
-        excluded = ["actor", "critic", "_runner", "_ranks", "lr_schedule"]
+        excluded = ["actor", "critic", "_runner", "_ranks", "lr_schedule", "_env_state"]
         if self.transitions_per_update is not None:
             # Chosen for the number of envs, which may be another one when the model is loaded
             excluded += ["train_freq", "gradient_steps"]

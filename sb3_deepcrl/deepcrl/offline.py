@@ -1,3 +1,4 @@
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,17 +26,18 @@ def read_replay_buffer(path: Any, model: OffPolicyAlgorithm) -> ContrastiveRepla
     """
     Read a replay buffer for a model from a file.
 
-    :param path: The file
+    :param path: The file, or the replay buffer itself
     :param model: The model
     :return: The replay buffer
     :raises ValueError: if it is none, or has other spaces
     """
-    loaded = load_from_pkl(path, model.verbose)
+    loaded = path if isinstance(path, ContrastiveReplayBuffer) else load_from_pkl(path, model.verbose)
     if not isinstance(loaded, ContrastiveReplayBuffer):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, but DeepCRL needs a ContrastiveReplayBuffer")
+    source = "" if loaded is path else f" in {path}"
     for name in ("observation_space", "action_space"):
         if (found := getattr(loaded, name)) != (wanted := getattr(model, name)):
-            raise ValueError(f"The replay buffer in {path} has `{name}={found}`, but the model has {wanted}")
+            raise ValueError(f"The replay buffer{source} has `{name}={found}`, but the model has {wanted}")
     return loaded
 
 
@@ -50,12 +52,23 @@ class OfflineLearning(OffPolicyAlgorithm):
     # Coefficient of behavior cloning in the updates, 0 while the agent learns from what it does itself
     _bc_coef = 0.0
 
-    def load_dataset(self, dataset: "str | Path | MinariDataset", goal_indices: Sequence[int] | None = None) -> None:
+    def load_replay_buffer(self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        # No env is needed. If it is no buffer for this model, the one in use is kept.
+        loaded = self._ranks.split_buffer(read_replay_buffer(path, self), self.n_envs)
+        if truncate_last_traj:
+            loaded.truncate_last_trajectory()
+        loaded.device = self.device
+        loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
+        self.replay_buffer = loaded
+
+    def load_dataset(
+        self, dataset: "str | Path | MinariDataset | ContrastiveReplayBuffer", goal_indices: Sequence[int] | None = None
+    ) -> None:
         """
         Add the episodes of a data set to the replay buffer; those that do not fit replace the oldest.
 
         :param dataset: Data set of Minari (id, folder, or object), file of OGBench, which ends in ``.npz``, or replay buffer
-            that a model with any number of envs has saved, which ends in ``.pkl``
+            of a model with any number of envs, itself or its file, which ends in ``.pkl``
         :param goal_indices: Which components of the observation are the goal, where the data have no goals (OGBench): by
             default the first ones, such as x and y in mazes
         :raises ValueError: if there is no such data set, or it does not fit the env
@@ -63,7 +76,7 @@ class OfflineLearning(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         if self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs:
             raise ValueError("The statistics of `VecNormalize` know nothing of a data set: use `normalize_observations=True`")
-        if str(dataset).endswith(".pkl"):
+        if isinstance(dataset, ContrastiveReplayBuffer) or str(dataset).endswith(".pkl"):
             episodes = list(read_replay_buffer(dataset, self).episodes())
         else:
             episodes = list(read_episodes(dataset, self.observation_space, self.action_space, goal_indices))  # type: ignore[arg-type]
@@ -80,7 +93,7 @@ class OfflineLearning(OffPolicyAlgorithm):
         Schedules of learning rates run from the first of these updates to the last one.
 
         :param n_updates: Number of updates
-        :param log_interval: Number of updates after which the logger is dumped
+        :param log_interval: Number of updates after which the logger is dumped, as it is at the end
         :return: self
         :raises ValueError: if the replay buffer is empty
         """
@@ -100,7 +113,7 @@ class OfflineLearning(OffPolicyAlgorithm):
                 n_next = min(UPDATES_AT_ONCE, n_updates - done)
                 self._update_current_progress_remaining(done, n_updates)
                 self.train(n_next, self.batch_size)
-                if (done + n_next) // log_interval > done // log_interval:
+                if (done + n_next) // log_interval > done // log_interval or done + n_next == n_updates:
                     self.logger.dump(self._n_updates)
         finally:
             self._bc_coef = 0.0

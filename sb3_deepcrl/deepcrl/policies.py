@@ -60,6 +60,8 @@ def check_action_space(action_space: spaces.Space) -> None:
     """Check that discrete actions are counted from 0 and few enough to be looked at one by one."""
     if isinstance(action_space, spaces.Box):
         return
+    if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim > 1:
+        raise ValueError(f"Actions must be vectors, but `action_space` is {action_space}: let the env take them flat")
     start = getattr(action_space, "start", 0)
     if np.any(start != 0):
         raise ValueError(f"Actions must be counted from 0, but `action_space` is {action_space}: shift them in the env")
@@ -473,14 +475,27 @@ class DeepCRLPolicy(CheckedPolicy):
         return ContrastiveCritic(
             self.observation_space,
             self.action_space,
-            features_extractor=self.features_extractor_class(state_space, **self.features_extractor_kwargs),
-            goal_features_extractor=self.features_extractor_class(goal_space, **self.features_extractor_kwargs),
+            features_extractor=self._make_extractor_of(state_space),
+            goal_features_extractor=self._make_extractor_of(goal_space),
             repr_dim=self.repr_dim,
             energy=self.energy,
             tower_kwargs={"depth": self.critic_depth or self.depth, **self.tower_kwargs},
             normalize_images=self.normalize_images,
             normalizer=self.actor.normalizer,
         ).to(self.device)
+
+    def _make_extractor_of(self, space: spaces.Dict) -> BaseFeaturesExtractor:
+        """Make a features extractor for some of the keys, for which a custom one may not be made."""
+        try:
+            extractor = self.features_extractor_class(space, **self.features_extractor_kwargs)
+            check_positive_int(extractor.features_dim, "features_dim")
+        except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
+            raise ValueError(
+                f"`features_extractor_class={self.features_extractor_class.__name__}` fails with the keys {list(space)} "
+                f"({type(error).__name__}: {error or 'no features'}): the critic has one for `{GOAL_KEY}` alone and one for all others, so "
+                "that it must take any subset of the observation"
+            ) from error
+        return extractor
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)

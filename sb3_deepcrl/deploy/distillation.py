@@ -153,7 +153,7 @@ class Distillation(BaseCallback):
     def _on_rollout_start(self) -> None:
         if (vec_normalize := self.model.get_vec_normalize_env()) is not None:
             # Until the end of the rollout
-            vec_normalize.training = False
+            vec_normalize.training = None  # type: ignore[assignment]
 
     def _on_step(self) -> bool:
         return True

@@ -213,7 +213,8 @@ class BatchVecEnv(VecEnv):
             truncated = truncated | (self._lengths >= self.max_episode_steps)
         dones = result.terminated | truncated
         result.info["TimeLimit.truncated"] = (truncated & ~result.terminated).tolist()
-        infos = _rows(result.info)
+        # Also kept, as those of DummyVecEnv are
+        infos = self.buf_infos = _rows(result.info)
         if dones.any():
             self._finish(np.flatnonzero(dones), result, infos)
         return result.observation, result.reward, dones, infos

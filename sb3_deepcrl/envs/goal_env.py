@@ -40,6 +40,10 @@ class TaskView:
         """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
         return self.task.compute_reward(achieved_goal, desired_goal, info)
 
+    def _is_success(self, achieved_goal: np.ndarray, desired_goal: np.ndarray) -> Any:
+        """Whether a goal is reached. SingleGoalWrapper calls it, as the robots of gymnasium-robotics have it."""
+        return self.task.goal_distance(achieved_goal, desired_goal) < self.success_threshold
+
     def render(self) -> np.ndarray | None:
         """RGB picture of shape (height, width, 3), None without a render mode."""
         return self.renderer.render(self.simulation, self.index)

@@ -9,14 +9,15 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     Ask for a single goal, in all episodes. With contrastive RL, whose other goals are the states that were reached, this is
     SGCRL (https://arxiv.org/abs/2408.05804): an agent that is only ever asked for one hard goal explores on its way there.
 
-    The reward is that of ``compute_reward`` for this goal, and ``is_success`` and ``success`` in the info tell whether it is
-    as high as that of being there. The env starts and ends episodes as it does for its own goals.
+    The reward is that of ``compute_reward`` for this goal, and ``is_success`` and ``success`` in the info tell what the env's
+    ``_is_success`` says of it; where there is none, whether the reward, which must be sparse, is as high as that of being
+    there. The env starts and ends episodes as it does for its own goals.
 
     In a config of RL Zoo: ``env_wrapper: [{sb3_deepcrl.envs.wrappers.SingleGoalWrapper: {goal: [8.0, 2.0]}}]``.
 
     :param env: Goal-conditioned environment with ``compute_reward``
     :param goal: The goal, with the form of ``desired_goal``
-    :raises ValueError: if it has another form
+    :raises ValueError: if it has another form, or if the env has no ``compute_reward``
     """
 
     def __init__(self, env: gym.Env, goal: Any):
@@ -29,10 +30,17 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.goal = np.asarray(goal, dtype=desired.dtype)
         if self.goal.shape != desired.shape or not np.isfinite(self.goal).all():
             raise ValueError(f"`goal` must be finite and of shape {desired.shape}, as `desired_goal` is, got {goal!r}")
+        if not env.has_wrapper_attr("compute_reward"):
+            raise ValueError(f"{env} has no `compute_reward`, which tells the reward of another goal: add it to the env")
 
     def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
         """That of the env."""
         return self.env.get_wrapper_attr("compute_reward")(achieved_goal, desired_goal, info)
+
+    def _succeeded(self, achieved_goal: Any, reward: float, info: Any) -> bool:
+        if self.env.has_wrapper_attr("_is_success"):
+            return bool(self.env.get_wrapper_attr("_is_success")(achieved_goal, self.goal))
+        return reward >= float(self.compute_reward(self.goal, self.goal, info))
 
     def _with_goal(self, observation: dict[str, Any]) -> dict[str, Any]:
         return {**observation, "desired_goal": self.goal.copy()}
@@ -44,7 +52,7 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         observation, _, terminated, truncated, info = self.env.step(action)
         reward = float(self.compute_reward(observation["achieved_goal"], self.goal, info))
-        info["is_success"] = info["success"] = reward >= float(self.compute_reward(self.goal, self.goal, info))
+        info["is_success"] = info["success"] = self._succeeded(observation["achieved_goal"], reward, info)
         return self._with_goal(observation), reward, terminated, truncated, info
 
 
