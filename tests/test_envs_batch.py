@@ -372,6 +372,21 @@ def test_list_of_functions_must_be_alike():
         BatchVecEnv([make("AntU4Maze-v0")], n_envs=2)
 
 
+def test_what_functions_do_to_their_envs_is_kept():
+    def make(seed):
+        env = gym.make("PointUMaze-v0")
+        env.unwrapped.reward_type, env.unwrapped.success_threshold, env.unwrapped.goal_mode = "dense", 0.7, "fixed"
+        env.reset(seed=seed)
+        return env
+
+    batch, plain = (face([partial(make, 3), partial(make, 4)]) for face in (BatchVecEnv, DummyVecEnv))
+    assert (batch.task.reward_type, batch.task.success_threshold, batch.task.goal_mode) == ("dense", 0.7, "fixed")
+    batch.task.set("goal_mode", "resample"), plain.env_method("set_wrapper_attr", "goal_mode", "resample")
+    assert_same(batch.reset(), plain.reset())
+    with pytest.raises(ValueError, match="Env 1 differs from env 0"):
+        BatchVecEnv([partial(make, 0), lambda: gym.make("PointUMaze-v0")])
+
+
 def test_subproc_vec_env():
     workers = SubprocVecEnv([lambda: GoalEnv(robot="point", maze="u", random_start=True) for _ in range(2)])
     batch = BatchVecEnv("PointUMaze-v0", 2)

@@ -24,6 +24,8 @@ from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_counts
 ABSORBED_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker)
 # Attributes that can only be set for all environments at once
 SHARED = (*SETTABLE, "max_episode_steps", "_max_episode_steps")
+# Arguments of the task, its attributes, number of steps of an episode and pictures
+Alike = tuple[dict[str, Any], dict[str, Any], int | None, dict[str, Any]]
 
 
 def _shared(name: str) -> Any:
@@ -109,6 +111,8 @@ class BatchVecEnv(VecEnv):
                 )
             task_kwargs = {**self.spec.kwargs, **task_kwargs}
             limit, n_envs = self.spec.max_episode_steps, n_envs or 1
+            settings: dict[str, Any] = {}
+            generators: list[np.random.Generator | None] = []
         elif isinstance(env, list | tuple) and all(callable(env_fn) for env_fn in env):
             defaults = default_arguments(GoalEnv)
             if given := {name for name, value in picture.items() if value != defaults[name]} | set(task_kwargs):
@@ -119,7 +123,7 @@ class BatchVecEnv(VecEnv):
             if n_envs not in (None, len(env)):
                 raise ValueError(f"n_envs={n_envs}, but {len(env)} functions are given. Leave n_envs out.")
             n_envs = len(env)
-            task_kwargs, limit, picture = self._read_envs(env)
+            (task_kwargs, settings, limit, picture), generators = self._read_envs(env)
         else:
             raise ValueError(
                 f"BatchVecEnv cannot be made from {env!r}: pass the id of an environment of this package and n_envs, or a "
@@ -129,8 +133,13 @@ class BatchVecEnv(VecEnv):
         self.max_episode_steps = limit if max_episode_steps is None else max_episode_steps
         self.render_mode = picture["render_mode"]
         self.task = GoalTask(**task_kwargs)
+        for name, value in settings.items():
+            self.task.set(name, value)
         self.renderer = TaskRenderer(self.task, **picture)
         self.simulation = Simulation(self.task, n_envs, n_threads or min(usable, n_envs))
+        for i, generator in enumerate(generators):
+            if generator is not None:
+                self.simulation.seed(i, generator)
         self._lengths, self._returns = np.zeros(n_envs, dtype=np.int64), np.zeros(n_envs, dtype=np.float64)
         self._start_time = time.time()
         super().__init__(n_envs, self.task.observation_space, self.task.action_space)
@@ -140,9 +149,10 @@ class BatchVecEnv(VecEnv):
         # A copy goes on where this one is, but two of them cannot write the same files of Monitor
         return {**self.__dict__, "_writers": []}
 
-    def _read_envs(self, env_fns: Sequence[Callable[[], gym.Env]]) -> tuple[dict[str, Any], int | None, dict[str, Any]]:
-        """Arguments of the task, number of steps of an episode and pictures of environments that must be alike."""
-        read: list[tuple[dict[str, Any], int | None, dict[str, Any]]] = []
+    def _read_envs(self, env_fns: Sequence[Callable[[], gym.Env]]) -> tuple[Alike, list[np.random.Generator | None]]:
+        """What environments have in common, and the random numbers of those that were seeded."""
+        read: list[Alike] = []
+        generators = []
         for i, env_fn in enumerate(env_fns):
             env = env_fn()
             core = env.unwrapped
@@ -162,15 +172,17 @@ class BatchVecEnv(VecEnv):
                 if isinstance(env, Monitor):
                     writer, self._info_keywords = env.results_writer, env.info_keywords
                 env = env.env
-            read.append((core.task_kwargs, limit, core.picture))
+            read.append((core.task_kwargs, {name: getattr(core, name) for name in SETTABLE}, limit, core.picture))
             if read[-1] != read[0]:
                 raise ValueError(f"Env {i} differs from env 0: {read[-1]} is not {read[0]}. All of them must be alike.")
             self._writers.append(writer)
+            # The public name would make them
+            generators.append(None if core._np_random is None else core.np_random)
             # Not that of the outermost wrapper, which would close the file that Monitor has just opened
             core.close()
         if not read:
             raise ValueError("The list of env functions is empty: at least 1 is needed.")
-        return read[0]
+        return read[0], generators
 
     @property
     def n_diverged(self) -> int:
