@@ -347,6 +347,14 @@ def test_id_with_a_module():
         BatchVecEnv("gymnasium_robotics:FetchReach-v4")
 
 
+def test_spec_makes_the_same_env():
+    vec_env = BatchVecEnv("AntUMaze-v0", 2, max_episode_steps=50, camera="top_down", reward_type="dense")
+    env = gym.make(vec_env.get_attr("spec")[0])
+    assert env.get_wrapper_attr("_max_episode_steps") == 50 and env.unwrapped.picture["camera"] == "top_down"
+    assert env.unwrapped.task_kwargs == {"robot": "ant", "maze": "u", "reward_type": "dense"}
+    assert gym.spec("AntUMaze-v0").kwargs == {"robot": "ant", "maze": "u"}
+
+
 def test_list_of_functions_must_be_alike():
     def make(env_id, **kwargs):
         return lambda: gym.make(env_id, **kwargs)

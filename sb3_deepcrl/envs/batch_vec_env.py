@@ -1,6 +1,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -102,6 +103,8 @@ class BatchVecEnv(VecEnv):
         self._writers: list[ResultsWriter | None] = []
         self._info_keywords: tuple[str, ...] = ()
         picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
+        defaults = default_arguments(GoalEnv)
+        changed = {name: value for name, value in picture.items() if value != defaults[name]} | task_kwargs
         if isinstance(env, str):
             self.spec = find_spec(env)
             if self.spec.entry_point != ENTRY_POINT:
@@ -110,14 +113,14 @@ class BatchVecEnv(VecEnv):
                     "Use make_vec_env with DummyVecEnv or SubprocVecEnv."
                 )
             task_kwargs = {**self.spec.kwargs, **task_kwargs}
+            self.spec = replace(self.spec, kwargs={**self.spec.kwargs, **changed})
             limit, n_envs = self.spec.max_episode_steps, n_envs or 1
             settings: dict[str, Any] = {}
             generators: list[np.random.Generator | None] = []
         elif isinstance(env, list | tuple) and all(callable(env_fn) for env_fn in env):
-            defaults = default_arguments(GoalEnv)
-            if given := {name for name, value in picture.items() if value != defaults[name]} | set(task_kwargs):
+            if changed:
                 raise ValueError(
-                    f"{sorted(given)} cannot be changed on envs that functions return. "
+                    f"{sorted(changed)} cannot be changed on envs that functions return. "
                     "Pass them where the envs are made, e.g. make_vec_env(..., env_kwargs={...})."
                 )
             if n_envs not in (None, len(env)):
@@ -131,6 +134,8 @@ class BatchVecEnv(VecEnv):
             )
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.max_episode_steps = limit if max_episode_steps is None else max_episode_steps
+        if self.spec is not None:
+            self.spec = replace(self.spec, max_episode_steps=self.max_episode_steps)
         self.render_mode = picture["render_mode"]
         self.task = GoalTask(**task_kwargs)
         for name, value in settings.items():
