@@ -353,6 +353,7 @@ def test_spec_makes_the_same_env():
     assert env.get_wrapper_attr("_max_episode_steps") == 50 and env.unwrapped.picture["camera"] == "top_down"
     assert env.unwrapped.task_kwargs == {"robot": "ant", "maze": "u", "reward_type": "dense"}
     assert gym.spec("AntUMaze-v0").kwargs == {"robot": "ant", "maze": "u"}
+    assert BatchVecEnv("AntUMaze-v0", max_episode_steps=-1).max_episode_steps is None
 
 
 def test_list_of_functions_must_be_alike():

@@ -76,7 +76,8 @@ class BatchVecEnv(VecEnv):
     :param env: Id of one of this package's environments, or a list of functions that each return the same one
     :param n_envs: Number of environments. With a list of functions it is the length of the list
     :param n_threads: Number of native threads. None takes all CPUs that this process may use, and at most ``n_envs``
-    :param max_episode_steps: Steps after which an episode is truncated. None takes what the id is registered with
+    :param max_episode_steps: Steps after which an episode is truncated. None takes what the id is registered with, -1 never
+        truncates
     :param render_mode: None or "rgb_array"
     :param camera: "follow" or "top_down"
     :param width: Width of a picture in pixels
@@ -98,7 +99,9 @@ class BatchVecEnv(VecEnv):
         height: int = 480,
         **task_kwargs: Any,
     ):
-        check_counts(n_envs=n_envs, n_threads=n_threads, max_episode_steps=max_episode_steps)
+        # As in `gym.make`
+        unlimited = max_episode_steps == -1
+        check_counts(n_envs=n_envs, n_threads=n_threads, max_episode_steps=None if unlimited else max_episode_steps)
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
         self._writers: list[ResultsWriter | None] = []
         self._info_keywords: tuple[str, ...] = ()
@@ -133,7 +136,9 @@ class BatchVecEnv(VecEnv):
                 "list of functions that return one environment each."
             )
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.max_episode_steps = limit if max_episode_steps is None else max_episode_steps
+        if max_episode_steps is not None:
+            limit = None if unlimited else max_episode_steps
+        self.max_episode_steps = limit
         if self.spec is not None:
             self.spec = replace(self.spec, max_episode_steps=self.max_episode_steps)
         self.render_mode = picture["render_mode"]
