@@ -257,6 +257,11 @@ def test_both_faces_have_the_same_attributes(face):
     vec_env = make_vec_env("PointUMazeEval-v0", 2, vec_env_cls=face)
     vec_env.reset()
     assert vec_env.get_attr("reward_type") == ["sparse"] * 2 and vec_env.has_attr("success_threshold")
+    assert vec_env.env_method("get_wrapper_attr", "reward_type") == ["sparse"] * 2
+    assert [vec_env.env_method("has_wrapper_attr", name)[0] for name in ("goal", "nothing")] == [True, False]
+    for name in ("action_space", "observation_space"):
+        assert vec_env.get_attr(name) == [getattr(vec_env, name)] * 2
+    assert all(isinstance(generator, np.random.Generator) for generator in vec_env.get_attr("np_random"))
     for name, value in (("reward_type", "dense"), ("success_threshold", 9.0), ("goal_mode", "fixed"), ("goal", [6.0, 2.0])):
         assert vec_env.env_method("set_wrapper_attr", name, value) == [True] * 2
     assert vec_env.env_method("set_wrapper_attr", "_max_episode_steps", 1) == [True] * 2

@@ -42,8 +42,18 @@ class EnvView(TaskView):
         self.vec_env, self.index = vec_env, index
 
     unwrapped = property(lambda self: self)
+    np_random = property(lambda self: self.simulation.generators[self.index])
+    action_space, observation_space = _shared("action_space"), _shared("observation_space")
     task, simulation, renderer = _shared("task"), _shared("simulation"), _shared("renderer")
     spec, render_mode, metadata = _shared("spec"), _shared("render_mode"), _shared("metadata")
+
+    def get_wrapper_attr(self, name: str) -> Any:
+        """An attribute, under Gymnasium's name for wrapped environments."""
+        return getattr(self, name)
+
+    def has_wrapper_attr(self, name: str) -> bool:
+        """Whether there is an attribute."""
+        return hasattr(self, name)
 
     @property
     def max_episode_steps(self) -> int | None:
