@@ -656,6 +656,11 @@ def test_time_limit():
     assert truncations == [False] * 6 + [True]
 
 
+@pytest.mark.parametrize("make", [GoalEnv, lambda **kwargs: BatchVecEnv("PointUMaze-v0", **kwargs)])
+def test_slow_envs_have_a_frame_a_second(make):
+    assert make(robot="point", maze="u", frame_skip=250).metadata["render_fps"] == 1
+
+
 # --- Physics ----------------------------------------------------------------------------------------------------------
 
 

@@ -163,7 +163,7 @@ class BatchVecEnv(VecEnv):
         self._lengths, self._returns = np.zeros(n_envs, dtype=np.int64), np.zeros(n_envs, dtype=np.float64)
         self._start_time = time.time()
         super().__init__(n_envs, self.task.observation_space, self.task.action_space)
-        self.metadata["render_fps"] = round(1 / self.task.dt)
+        self.metadata["render_fps"] = self.task.render_fps
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy goes on where this one is, but two of them cannot write the same files of Monitor

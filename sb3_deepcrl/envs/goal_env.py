@@ -88,7 +88,7 @@ class GoalEnv(TaskView, gym.Env, EzPickle):  # type: ignore[misc]
         self.task = GoalTask(**task_kwargs)
         self.observation_space = self.task.observation_space
         self.action_space = self.task.action_space
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.task.dt)}  # type: ignore[misc]
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": self.task.render_fps}  # type: ignore[misc]
         self.renderer = TaskRenderer(self.task, **self.picture)
         self.simulation = Simulation(self.task, n_envs=1, n_threads=1)
 

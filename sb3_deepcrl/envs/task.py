@@ -119,6 +119,8 @@ class GoalTask:
         self.scene.build(spec)
         self.model: mujoco.MjModel = spec.compile()
         self.dt = self.frame_skip * self.model.opt.timestep
+        # A video of none cannot be written
+        self.render_fps = max(1, round(1 / self.dt))
         self._home = self.robot.home()
         free = self.model.jnt_type == int(mujoco.mjtJoint.mjJNT_FREE)
         self._quaternions = (self.model.jnt_qposadr[free] + 3).tolist()
