@@ -90,12 +90,15 @@ class GoalTask:
         for name, length in lengths.items():
             if length is not None:
                 _check_positive(name, length)
-        if random_start and stitching is not None:
-            raise ValueError(f"random_start and stitching={stitching} both say where episodes start: pass only one of them.")
         for name, value in (("terminate_when_unhealthy", terminate_when_unhealthy), ("random_start", random_start)):
             if not isinstance(value, bool | np.bool_):
                 raise ValueError(f"{name}={value!r}: expected True or False.")
         check_counts(frame_skip=frame_skip, stitching=stitching)
+        if stitching is not None and (random_start or goal == "continuing"):
+            raise ValueError(
+                f"stitching={stitching} chooses starts and goals itself: pass random_start=False and goal='resample' too, or "
+                "stitching=None."
+            )
         if reset_noise_scale is not None and not (_is_number(reset_noise_scale) and 0 <= reset_noise_scale < np.inf):
             raise ValueError(f"reset_noise_scale={reset_noise_scale!r}: expected a finite number that is not negative.")
 
@@ -255,21 +258,24 @@ class GoalTask:
 
 
 def _make_scene(robot: Robot, maze: Any, table: str | None, maze_kwargs: dict[str, Any]) -> Scene:
-    if maze is None:
-        for name, value in maze_kwargs.items():
-            if value not in (None, False, "train"):
-                raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
     if robot.on_table:
         if table is None or maze is not None:
             tables = ", ".join(TABLES)
-            raise ValueError(f"The {robot.name} works on a table, not in a maze: pass table= one of {tables}, and no maze.")
+            raise ValueError(f"The {robot.name} works on a table, not in a maze: pass table= one of {tables}, and maze=None.")
+    elif table is not None:
+        raise ValueError(f"table={table!r} is for the arm, but the robot is {robot.name!r}. Pass table=None.")
+    elif maze is None and robot.field_distance is None:
+        raise ValueError(f"The {robot.name} acts in mazes only: pass maze= a name or a maze as text.")
+    if maze is None:
+        for name, value in maze_kwargs.items():
+            if value != (default := {"goal_set": "train", "random_start": False}.get(name)):
+                maze_too = "" if robot.on_table else "maze=..., or "
+                raise ValueError(f"{name} describes a maze, but no maze is given. Pass {maze_too}{name}={default!r}.")
+    if table is not None:
         _check_choice("table", table, TABLES)
         return Table(table, robot.goal_tail)
-    if table is not None:
-        raise ValueError(f"table={table!r} is for the arm, but the robot is {robot.name!r}. Leave table out.")
     if maze is None:
-        if robot.field_distance is None:
-            raise ValueError(f"The {robot.name} acts in mazes only: pass maze= a name or a maze as text.")
+        assert robot.field_distance is not None
         return OpenField(robot.field_distance, robot.goal_tail)
     size = robot.cell_size if maze_kwargs["cell_size"] is None else maze_kwargs["cell_size"]
     if size / 2 < robot.radius:
