@@ -64,7 +64,8 @@ def test_registered_ids():
         spec = gym.spec(env_id)
         assert spec.entry_point == "sb3_deepcrl.envs.goal_env:GoalEnv"
         assert spec.max_episode_steps == (150 if env_id.startswith("Point") else 1000)
-    assert gym.make("HumanoidBigMazeEval-v0").unwrapped.task.scene.layout.name == "big_humanoid"
+    for env in (gym.make("HumanoidBigMazeEval-v0"), gym.make("HumanoidUMaze-v0", maze="Big", goal_set="eval")):
+        assert len(env.unwrapped.task.scene.pairs) == 10
 
 
 def test_import_is_light():
