@@ -830,6 +830,9 @@ def test_a_way_must_lead_to_the_goal():
         with pytest.raises(ValueError, match=f"No way leads from the {message}"):
             env.reset(options=options)
     env.reset(options={"start": [2.0, 10.0], "goal": [2.0, 12.0]})
+    env.set_wrapper_attr("goal", [2.0, 10.0])
+    with pytest.raises(ValueError, match="No way leads"):
+        env.set_wrapper_attr("goal", [2.0, 4.0])
 
 
 def test_unknown_or_missing_argument():

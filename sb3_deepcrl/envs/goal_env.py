@@ -33,8 +33,8 @@ class TaskView:
 
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
-        self.simulation.check_open()
-        self.simulation.goals[self.index] = self.task.check_goal(goal)
+        position = self.simulation.batch.bind("qpos")[self.index, self.task.robot.start_address]
+        self.simulation.goals[self.index] = self.task.check_goal(goal, position)
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
         """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""

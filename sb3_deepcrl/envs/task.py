@@ -216,10 +216,11 @@ class GoalTask:
         self.scene.check_way(start, goal)
         return start, goal
 
-    def check_goal(self, goal: Any) -> np.ndarray:
-        """Check a goal in meters for a running episode."""
+    def check_goal(self, goal: Any, position: np.ndarray) -> np.ndarray:
+        """Check a goal in meters for a running episode, with the position, x and y, from where it is to be reached."""
         checked = _check_position("goal", goal, self.robot.goal_dim)
         self.scene.check(None, checked, self.robot.radius)
+        self.scene.check_way(position, checked)
         return checked
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
