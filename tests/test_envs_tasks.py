@@ -748,6 +748,7 @@ def test_pickled_env_starts_afresh():
         ({"robot": "ant", "maze": "u", "healthy_z_range": 0.3}, "healthy_z_range=0.3: expected a lower and a higher height"),
         ({"robot": "ant", "maze": "u", "healthy_z_range": (0.1, 0.2, 0.3)}, "a lower and a higher height"),
         ({"robot": "ant", "maze": "u", "healthy_z_range": ("a", "b")}, "a lower and a higher height"),
+        ({"robot": "humanoid", "maze": "u", "healthy_z_range": (0.2, 1.0)}, "the humanoid starts at 1.* m"),
         ({"robot": "ant", "maze": "u", "reset_noise_scale": "a"}, "reset_noise_scale='a'"),
         ({"robot": "ant", "maze": "u", "reset_noise_scale": 1.31}, "leaves it 1.3 m to each side"),
         ({"robot": "point", "maze": "u", "reset_noise_scale": 5.0}, "puts the point into walls"),

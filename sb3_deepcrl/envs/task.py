@@ -140,6 +140,8 @@ class GoalTask:
             raise ValueError(f"healthy_z_range={heights}: the {self.robot.name} cannot fall. Leave it out.")
         if np.shape(heights) != (2,) or not all(map(_is_number, heights)) or not heights[0] < heights[1]:
             raise ValueError(f"healthy_z_range={heights!r}: expected a lower and a higher height in meters, e.g. (0.2, 1.0).")
+        if not heights[0] <= (height := self.robot.home()[2]) <= heights[1]:
+            raise ValueError(f"healthy_z_range={heights}: the {self.robot.name} starts at {height} m, which must be within.")
         return heights[0], heights[1]
 
     def set(self, name: str, value: Any) -> None:
