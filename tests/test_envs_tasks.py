@@ -811,6 +811,14 @@ def test_largest_start_noise():
     GoalEnv(robot="ant", reset_noise_scale=1.4)
 
 
+def test_start_noise_of_the_arm_is_that_of_its_joints():
+    task = GoalTask("arm", table="push_easy", reset_noise_scale=0.1)
+    noise = np.ones((1, task.model.nq)), np.ones((1, task.model.nv))
+    qpos, qvel = task.start_states(np.zeros((1, 2)), np.array([True]), *noise)
+    for moved in (qpos[0] - task.robot.home(), qvel[0]):
+        np.testing.assert_allclose(moved, [0.1] * 7 + [0] * (len(moved) - 7), atol=1e-9)
+
+
 def test_bad_reset_options_of_the_arm():
     env = gym.make("ArmPushEasy-v0")
     with pytest.raises(ValueError, match=r"start \[3.0, 0.6\] is out of the arm's reach"):

@@ -54,8 +54,8 @@ class GoalTask:
     :param healthy_z_range: Lowest and highest allowed height of the torso in meters. None takes the released code's:
         0.2 to 1.0 for the ant, 1.0 to 2.0 for the humanoid; point and arm have none
     :param reset_noise_scale: Start noise: uniform in +-scale on every position, scale times a standard normal on every
-        velocity. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the arm. A robot that can fall is
-        lifted as far as the noise pushed it into the floor
+        velocity, of the arm's seven joints only. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the
+        arm. A robot that can fall is lifted as far as the noise pushed it into the floor
     :param frame_skip: Physics steps of one env step. None takes the robot's: 0.05 s for ant and arm, 0.1 s for the
         point, 0.015 s for the humanoid in mazes and 0.03 s on the field
     :param cell_size: Side of a maze cell in meters. None takes 4 for the ant, 2 for humanoid and point
@@ -175,11 +175,11 @@ class GoalTask:
         if self.reset_noise_scale > 0:
             noise = self.reset_noise_scale * position_noise
             noise[exact, self.robot.start_address] = 0
-            qpos += noise
+            qpos[:, self.robot.noise_address] += noise[:, self.robot.noise_address]
             for address in self._quaternions:
                 quaternion = qpos[:, address : address + 4]
                 quaternion /= np.sqrt((quaternion * quaternion).sum(axis=1, keepdims=True))
-            qvel += self.reset_noise_scale * velocity_noise
+            qvel[:, self.robot.noise_address] += self.reset_noise_scale * velocity_noise[:, self.robot.noise_address]
         qpos[:, self.robot.start_address] += starts
         if self.reset_noise_scale > 0 and self.robot.healthy_z_range is not None:
             self._lift_out_of_floor(qpos)
