@@ -74,6 +74,7 @@ def test_import_is_light():
     code = (
         "import sys, types; package = sys.modules['sb3_deepcrl'] = types.ModuleType('sb3_deepcrl');"
         f"package.__path__ = [{str(package)!r}]; import sb3_deepcrl.envs as envs; envs.register_envs();"
+        "assert {*envs.__all__} <= {*dir(envs)};"
         "print(sorted({'mujoco', 'matplotlib', 'torch', 'stable_baselines3'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
