@@ -261,7 +261,8 @@ def test_adapter_without_a_last_observation():
         assert th.equal(values[0], last[key][0]) and th.equal(values[1:], step.observation[key][1:])
 
 
-def test_adapter_of_four_values():
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_adapter_of_four_values(shape):
     """As in RSL-RL and MuJoCo Playground: one flag for the end of an episode, and time-outs among the extras."""
 
     class Playground(TorchReach):
@@ -270,7 +271,8 @@ def test_adapter_of_four_values():
 
         def step(self, actions):
             observation, reward, terminated, truncated, _ = super().step(actions)
-            return observation["policy"], reward, (terminated | truncated).float(), {"time_outs": truncated.float()}
+            done = (terminated | truncated).float().reshape(shape)
+            return observation["policy"], reward.reshape(shape), done, {"time_outs": truncated.float()}
 
     env = GoalAdapter(Playground(), lambda obs: obs[:, :2], lambda obs: obs[:, 2:4])
     env.seed(3)

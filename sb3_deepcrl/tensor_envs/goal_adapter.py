@@ -102,11 +102,13 @@ class GoalAdapter(TensorVecEnv):
         return self._observation
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
-        observations, reward, terminated, *others, info = self.env.step(actions)
+        observations, *results, info = self.env.step(actions)
+        # Some have a trailing axis of one
+        reward, terminated, *others = (value.reshape(self.num_envs) for value in results)
         if others:
             (truncated,) = others
         else:
-            truncated = info.get("time_outs", th.zeros_like(terminated))
+            truncated = info.get("time_outs", th.zeros_like(terminated)).reshape(self.num_envs)
             terminated = terminated.bool() & ~truncated.bool()
         terminated, truncated = (value.to(self.device, th.bool, copy=True) for value in (terminated, truncated))
         last, self._observation = self._observation, self._goal_observation(observations, self.num_envs)
