@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
@@ -302,6 +304,7 @@ def test_adapter_refuses(change, message):
 def test_arrays_of_the_adapter():
     """What another algorithm sees: arrays, and infos only where an episode ended."""
     env, twin = make_env(), make_env()
+    assert env.env_is_wrapped(Monitor, [0]) == [True] and env.env_is_wrapped(TimeLimit) == [False] * 3
     env.seed(1), twin.seed(1)
     assert_same(env.reset(), twin.reset_tensors())
     for _ in range(8):

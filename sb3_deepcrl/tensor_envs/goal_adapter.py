@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from sb3_deepcrl.common.tensor_env import TensorObs, TensorStep, TensorVecEnv
@@ -147,7 +148,8 @@ class GoalAdapter(TensorVecEnv):
         return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
+        """``Monitor`` counts as wrapped: the infos hold what it would put there."""
+        return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
 
 def _policy_observation(observations: Any) -> th.Tensor:
