@@ -469,6 +469,14 @@ def test_warp_is_seen_and_set_like_the_batch(points):
     assert points.get_attr("goal", 3)[0].tolist() == [6, 2] and points.get_attr("_max_episode_steps", 0) == [20]
     drawn = next(each for each in plot_maze(points).collections if each.get_label() == "goal").get_offsets()
     np.testing.assert_array_equal(drawn[:, ::-1], observation["desired_goal"])
+    # From the next episode on
+    points.set_attr("goal_mode", "fixed")
+    for _ in range(20):
+        first = points.step(np.zeros((8, 2), dtype=np.float32))[0]
+    for _ in range(20):
+        second = points.step(np.zeros((8, 2), dtype=np.float32))[0]
+    points.set_attr("goal_mode", "continuing")
+    np.testing.assert_array_equal(first["desired_goal"], second["desired_goal"])
     with pytest.raises(TypeError, match="can neither be copied nor pickled"):
         copy.deepcopy(points)
     with pytest.raises(ValueError, match="is not finite"):

@@ -284,6 +284,10 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         super().set_attr(attr_name, value, indices)
         self._goals = self._tensor(self.simulation.goals)
+        if attr_name == "goal_mode" and self._is_running:
+            # Those that were drawn ahead are of the old mode
+            self._n_drawn[:] = 0
+            self._refill()
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
