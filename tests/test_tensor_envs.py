@@ -382,6 +382,7 @@ def test_warp_does_what_the_batch_does(env_id):
                 errors.append(np.abs(obs["observation"][i] - expected[0]["observation"][i]))
                 continue
             n_ended += 1
+            assert warp_env.reset_infos[i] == batch_env.reset_infos[i]
             info = expected[3][i]
             # The next start and goal are the same numbers
             for key in obs:
