@@ -257,6 +257,11 @@ def test_both_faces_have_the_same_attributes(face):
     vec_env = make_vec_env("PointUMazeEval-v0", 2, vec_env_cls=face)
     vec_env.reset()
     assert vec_env.get_attr("reward_type") == ["sparse"] * 2 and vec_env.has_attr("success_threshold")
+    assert vec_env.env_method("get_wrapper_attr", "reward_type") == ["sparse"] * 2
+    assert [vec_env.env_method("has_wrapper_attr", name)[0] for name in ("goal", "nothing")] == [True, False]
+    for name in ("action_space", "observation_space"):
+        assert vec_env.get_attr(name) == [getattr(vec_env, name)] * 2
+    assert all(isinstance(generator, np.random.Generator) for generator in vec_env.get_attr("np_random"))
     for name, value in (("reward_type", "dense"), ("success_threshold", 9.0), ("goal_mode", "fixed"), ("goal", [6.0, 2.0])):
         assert vec_env.env_method("set_wrapper_attr", name, value) == [True] * 2
     assert vec_env.env_method("set_wrapper_attr", "_max_episode_steps", 1) == [True] * 2
@@ -347,6 +352,15 @@ def test_id_with_a_module():
         BatchVecEnv("gymnasium_robotics:FetchReach-v4")
 
 
+def test_spec_makes_the_same_env():
+    vec_env = BatchVecEnv("AntUMaze-v0", 2, max_episode_steps=50, camera="top_down", reward_type="dense")
+    env = gym.make(vec_env.get_attr("spec")[0])
+    assert env.get_wrapper_attr("_max_episode_steps") == 50 and env.unwrapped.picture["camera"] == "top_down"
+    assert env.unwrapped.task_kwargs == {"robot": "ant", "maze": "u", "reward_type": "dense"}
+    assert gym.spec("AntUMaze-v0").kwargs == {"robot": "ant", "maze": "u"}
+    assert BatchVecEnv("AntUMaze-v0", max_episode_steps=-1).max_episode_steps is None
+
+
 def test_list_of_functions_must_be_alike():
     def make(env_id, **kwargs):
         return lambda: gym.make(env_id, **kwargs)
@@ -370,6 +384,21 @@ def test_list_of_functions_must_be_alike():
         BatchVecEnv([make("AntU4Maze-v0")], render_mode="rgb_array", camera="top_down")
     with pytest.raises(ValueError, match="n_envs=2, but 1 functions"):
         BatchVecEnv([make("AntU4Maze-v0")], n_envs=2)
+
+
+def test_what_functions_do_to_their_envs_is_kept():
+    def make(seed):
+        env = gym.make("PointUMaze-v0")
+        env.unwrapped.reward_type, env.unwrapped.success_threshold, env.unwrapped.goal_mode = "dense", 0.7, "fixed"
+        env.reset(seed=seed)
+        return env
+
+    batch, plain = (face([partial(make, 3), partial(make, 4)]) for face in (BatchVecEnv, DummyVecEnv))
+    assert (batch.task.reward_type, batch.task.success_threshold, batch.task.goal_mode) == ("dense", 0.7, "fixed")
+    batch.task.set("goal_mode", "resample"), plain.env_method("set_wrapper_attr", "goal_mode", "resample")
+    assert_same(batch.reset(), plain.reset())
+    with pytest.raises(ValueError, match="Env 1 differs from env 0"):
+        BatchVecEnv([partial(make, 0), lambda: gym.make("PointUMaze-v0")])
 
 
 def test_subproc_vec_env():

@@ -141,6 +141,12 @@ def test_plot_maze(face):
     plt.close(ax.figure)
 
 
+def test_plot_maze_by_name_with_one_trajectory():
+    ax = plot_maze("u4", np.array([[2.0, 1.0], [1.0, 1.0]]))
+    assert ax.lines[0].get_xydata().tolist() == [[1, 2], [1, 1]] and len(ax.lines) == 1
+    plt.close(ax.figure)
+
+
 def test_plot_maze_needs_a_maze():
     for env_id in ("AntGoal-v0", "CartPole-v1"):
         with pytest.raises(ValueError, match="has no maze to draw"):

@@ -64,7 +64,8 @@ def test_registered_ids():
         spec = gym.spec(env_id)
         assert spec.entry_point == "sb3_deepcrl.envs.goal_env:GoalEnv"
         assert spec.max_episode_steps == (150 if env_id.startswith("Point") else 1000)
-    assert gym.make("HumanoidBigMazeEval-v0").unwrapped.task.scene.layout.name == "big_humanoid"
+    for env in (gym.make("HumanoidBigMazeEval-v0"), gym.make("HumanoidUMaze-v0", maze="Big", goal_set="eval")):
+        assert len(env.unwrapped.task.scene.pairs) == 10
 
 
 def test_import_is_light():
@@ -73,6 +74,7 @@ def test_import_is_light():
     code = (
         "import sys, types; package = sys.modules['sb3_deepcrl'] = types.ModuleType('sb3_deepcrl');"
         f"package.__path__ = [{str(package)!r}]; import sb3_deepcrl.envs as envs; envs.register_envs();"
+        "assert {*envs.__all__} <= {*dir(envs)};"
         "print(sorted({'mujoco', 'matplotlib', 'torch', 'stable_baselines3'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
@@ -659,6 +661,11 @@ def test_time_limit():
     assert truncations == [False] * 6 + [True]
 
 
+@pytest.mark.parametrize("make", [GoalEnv, lambda **kwargs: BatchVecEnv("PointUMaze-v0", **kwargs)])
+def test_slow_envs_have_a_frame_a_second(make):
+    assert make(robot="point", maze="u", frame_skip=250).metadata["render_fps"] == 1
+
+
 # --- Physics ----------------------------------------------------------------------------------------------------------
 
 
@@ -745,6 +752,7 @@ def test_pickled_env_starts_afresh():
         ({"robot": "ant", "maze": "u", "healthy_z_range": 0.3}, "healthy_z_range=0.3: expected a lower and a higher height"),
         ({"robot": "ant", "maze": "u", "healthy_z_range": (0.1, 0.2, 0.3)}, "a lower and a higher height"),
         ({"robot": "ant", "maze": "u", "healthy_z_range": ("a", "b")}, "a lower and a higher height"),
+        ({"robot": "humanoid", "maze": "u", "healthy_z_range": (0.2, 1.0)}, "the humanoid starts at 1.* m"),
         ({"robot": "ant", "maze": "u", "reset_noise_scale": "a"}, "reset_noise_scale='a'"),
         ({"robot": "ant", "maze": "u", "reset_noise_scale": 1.31}, "leaves it 1.3 m to each side"),
         ({"robot": "point", "maze": "u", "reset_noise_scale": 5.0}, "puts the point into walls"),
@@ -755,12 +763,14 @@ def test_pickled_env_starts_afresh():
         ({"robot": "point", "maze": "u", "healthy_z_range": (0.0, 1.0)}, "point cannot fall"),
         ({"robot": "ant", "maze": "u", "stitching": 0}, "stitching=0"),
         ({"robot": "ant", "maze": "u", "random_start": "yes"}, "random_start='yes': expected True or False"),
-        ({"robot": "ant", "maze": "u", "random_start": True, "stitching": 3}, "random_start and stitching=3"),
-        ({"robot": "ant", "maze": "u", "goal": "continuing", "stitching": 3}, "stitching=3 both choose goals"),
-        ({"robot": "ant", "random_start": True}, "random_start describes a maze"),
+        ({"robot": "ant", "maze": "u", "random_start": True, "stitching": 3}, "=3 .* pass random_start=False and goal="),
+        ({"robot": "ant", "maze": "u", "goal": "continuing", "stitching": 3}, "=3 .* pass random_start=False and goal="),
+        ({"robot": "ant", "random_start": True}, "random_start describes a maze.*Pass maze=..., or random_start=False"),
         ({"robot": "ant", "maze": "u", "stitching": 9}, "no two cells are 7 cells apart"),
         ({"robot": "ant", "goal_set": "eval"}, "goal_set describes a maze"),
         ({"robot": "ant", "cell_size": 3.0}, "cell_size describes a maze"),
+        ({"robot": "arm", "table": "push_easy", "cell_size": 2.0}, "no maze is given. Pass cell_size=None"),
+        ({"robot": "point", "random_start": True, "goal": "continuing"}, "mazes only"),
         ({"robot": "ant", "table": "push_easy"}, "is for the arm"),
         ({"robot": "point"}, "mazes only"),
         ({"robot": "arm"}, "works on a table"),
@@ -805,6 +815,14 @@ def test_largest_start_noise():
     GoalEnv(robot="ant", reset_noise_scale=1.4)
 
 
+def test_start_noise_of_the_arm_is_that_of_its_joints():
+    task = GoalTask("arm", table="push_easy", reset_noise_scale=0.1)
+    noise = np.ones((1, task.model.nq)), np.ones((1, task.model.nv))
+    qpos, qvel = task.start_states(np.zeros((1, 2)), np.array([True]), *noise)
+    for moved in (qpos[0] - task.robot.home(), qvel[0]):
+        np.testing.assert_allclose(moved, [0.1] * 7 + [0] * (len(moved) - 7), atol=1e-9)
+
+
 def test_bad_reset_options_of_the_arm():
     env = gym.make("ArmPushEasy-v0")
     with pytest.raises(ValueError, match=r"start \[3.0, 0.6\] is out of the arm's reach"):
@@ -825,6 +843,9 @@ def test_a_way_must_lead_to_the_goal():
         with pytest.raises(ValueError, match=f"No way leads from the {message}"):
             env.reset(options=options)
     env.reset(options={"start": [2.0, 10.0], "goal": [2.0, 12.0]})
+    env.set_wrapper_attr("goal", [2.0, 10.0])
+    with pytest.raises(ValueError, match="No way leads"):
+        env.set_wrapper_attr("goal", [2.0, 4.0])
 
 
 def test_unknown_or_missing_argument():

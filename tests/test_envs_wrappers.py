@@ -91,6 +91,11 @@ def test_ogbench(env_id, size):
     assert env.compute_reward(np.zeros(2), np.array([env.tolerance, 0]), {}) == 1
 
 
+@pytest.mark.parametrize("wrapper", [OGBenchGoalWrapper, SingleGoalWrapper, SuccessInfoWrapper])
+def test_wrappers_are_part_of_the_spec(wrapper):
+    assert issubclass(wrapper, gym.utils.RecordConstructorArgs)
+
+
 def test_ogbench_wrapper_refuses_others():
     with pytest.raises(ValueError, match="no maze of OGBench"):
         OGBenchGoalWrapper(gym.make("Pendulum-v1"))

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
@@ -261,7 +263,8 @@ def test_adapter_without_a_last_observation():
         assert th.equal(values[0], last[key][0]) and th.equal(values[1:], step.observation[key][1:])
 
 
-def test_adapter_of_four_values():
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_adapter_of_four_values(shape):
     """As in RSL-RL and MuJoCo Playground: one flag for the end of an episode, and time-outs among the extras."""
 
     class Playground(TorchReach):
@@ -270,7 +273,8 @@ def test_adapter_of_four_values():
 
         def step(self, actions):
             observation, reward, terminated, truncated, _ = super().step(actions)
-            return observation["policy"], reward, (terminated | truncated).float(), {"time_outs": truncated.float()}
+            done = (terminated | truncated).float().reshape(shape)
+            return observation["policy"], reward.reshape(shape), done, {"time_outs": truncated.float()}
 
     env = GoalAdapter(Playground(), lambda obs: obs[:, :2], lambda obs: obs[:, 2:4])
     env.seed(3)
@@ -300,6 +304,7 @@ def test_adapter_refuses(change, message):
 def test_arrays_of_the_adapter():
     """What another algorithm sees: arrays, and infos only where an episode ended."""
     env, twin = make_env(), make_env()
+    assert env.env_is_wrapped(Monitor, [0]) == [True] and env.env_is_wrapped(TimeLimit) == [False] * 3
     env.seed(1), twin.seed(1)
     assert_same(env.reset(), twin.reset_tensors())
     for _ in range(8):
@@ -377,6 +382,7 @@ def test_warp_does_what_the_batch_does(env_id):
                 errors.append(np.abs(obs["observation"][i] - expected[0]["observation"][i]))
                 continue
             n_ended += 1
+            assert warp_env.reset_infos[i] == batch_env.reset_infos[i]
             info = expected[3][i]
             # The next start and goal are the same numbers
             for key in obs:
@@ -464,6 +470,14 @@ def test_warp_is_seen_and_set_like_the_batch(points):
     assert points.get_attr("goal", 3)[0].tolist() == [6, 2] and points.get_attr("_max_episode_steps", 0) == [20]
     drawn = next(each for each in plot_maze(points).collections if each.get_label() == "goal").get_offsets()
     np.testing.assert_array_equal(drawn[:, ::-1], observation["desired_goal"])
+    # From the next episode on
+    points.set_attr("goal_mode", "fixed")
+    for _ in range(20):
+        first = points.step(np.zeros((8, 2), dtype=np.float32))[0]
+    for _ in range(20):
+        second = points.step(np.zeros((8, 2), dtype=np.float32))[0]
+    points.set_attr("goal_mode", "continuing")
+    np.testing.assert_array_equal(first["desired_goal"], second["desired_goal"])
     with pytest.raises(TypeError, match="can neither be copied nor pickled"):
         copy.deepcopy(points)
     with pytest.raises(ValueError, match="is not finite"):

@@ -92,6 +92,8 @@ class Arm(Robot):
     follow_distance = 1.8
     # qpos holds 7 arm joints, 2 fingers, then the cube
     start_address = slice(9, 11)
+    # Cube and fingers would start within others
+    noise_address = slice(7)
 
     def __init__(self, on_field: bool = False):
         super().__init__(on_field)

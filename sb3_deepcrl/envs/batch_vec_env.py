@@ -1,6 +1,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -24,6 +25,8 @@ from sb3_deepcrl.envs.task import SETTABLE, GoalTask, check_counts
 ABSORBED_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker)
 # Attributes that can only be set for all environments at once
 SHARED = (*SETTABLE, "max_episode_steps", "_max_episode_steps")
+# Arguments of the task, its attributes, number of steps of an episode and pictures
+Alike = tuple[dict[str, Any], dict[str, Any], int | None, dict[str, Any]]
 
 
 def _shared(name: str) -> Any:
@@ -39,8 +42,18 @@ class EnvView(TaskView):
         self.vec_env, self.index = vec_env, index
 
     unwrapped = property(lambda self: self)
+    np_random = property(lambda self: self.simulation.generators[self.index])
+    action_space, observation_space = _shared("action_space"), _shared("observation_space")
     task, simulation, renderer = _shared("task"), _shared("simulation"), _shared("renderer")
     spec, render_mode, metadata = _shared("spec"), _shared("render_mode"), _shared("metadata")
+
+    def get_wrapper_attr(self, name: str) -> Any:
+        """An attribute, under Gymnasium's name for wrapped environments."""
+        return getattr(self, name)
+
+    def has_wrapper_attr(self, name: str) -> bool:
+        """Whether there is an attribute."""
+        return hasattr(self, name)
 
     @property
     def max_episode_steps(self) -> int | None:
@@ -73,7 +86,8 @@ class BatchVecEnv(VecEnv):
     :param env: Id of one of this package's environments, or a list of functions that each return the same one
     :param n_envs: Number of environments. With a list of functions it is the length of the list
     :param n_threads: Number of native threads. None takes all CPUs that this process may use, and at most ``n_envs``
-    :param max_episode_steps: Steps after which an episode is truncated. None takes what the id is registered with
+    :param max_episode_steps: Steps after which an episode is truncated. None takes what the id is registered with, -1 never
+        truncates
     :param render_mode: None or "rgb_array"
     :param camera: "follow" or "top_down"
     :param width: Width of a picture in pixels
@@ -95,11 +109,15 @@ class BatchVecEnv(VecEnv):
         height: int = 480,
         **task_kwargs: Any,
     ):
-        check_counts(n_envs=n_envs, n_threads=n_threads, max_episode_steps=max_episode_steps)
+        # As in `gym.make`
+        unlimited = max_episode_steps == -1
+        check_counts(n_envs=n_envs, n_threads=n_threads, max_episode_steps=None if unlimited else max_episode_steps)
         # What Monitor would have written, and where: a writer and the extra info keys of each environment
         self._writers: list[ResultsWriter | None] = []
         self._info_keywords: tuple[str, ...] = ()
         picture: dict[str, Any] = {"render_mode": render_mode, "camera": camera, "width": width, "height": height}
+        defaults = default_arguments(GoalEnv)
+        changed = {name: value for name, value in picture.items() if value != defaults[name]} | task_kwargs
         if isinstance(env, str):
             self.spec = find_spec(env)
             if self.spec.entry_point != ENTRY_POINT:
@@ -108,41 +126,53 @@ class BatchVecEnv(VecEnv):
                     "Use make_vec_env with DummyVecEnv or SubprocVecEnv."
                 )
             task_kwargs = {**self.spec.kwargs, **task_kwargs}
+            self.spec = replace(self.spec, kwargs={**self.spec.kwargs, **changed})
             limit, n_envs = self.spec.max_episode_steps, n_envs or 1
+            settings: dict[str, Any] = {}
+            generators: list[np.random.Generator | None] = []
         elif isinstance(env, list | tuple) and all(callable(env_fn) for env_fn in env):
-            defaults = default_arguments(GoalEnv)
-            if given := {name for name, value in picture.items() if value != defaults[name]} | set(task_kwargs):
+            if changed:
                 raise ValueError(
-                    f"{sorted(given)} cannot be changed on envs that functions return. "
+                    f"{sorted(changed)} cannot be changed on envs that functions return. "
                     "Pass them where the envs are made, e.g. make_vec_env(..., env_kwargs={...})."
                 )
             if n_envs not in (None, len(env)):
                 raise ValueError(f"n_envs={n_envs}, but {len(env)} functions are given. Leave n_envs out.")
             n_envs = len(env)
-            task_kwargs, limit, picture = self._read_envs(env)
+            (task_kwargs, settings, limit, picture), generators = self._read_envs(env)
         else:
             raise ValueError(
                 f"BatchVecEnv cannot be made from {env!r}: pass the id of an environment of this package and n_envs, or a "
                 "list of functions that return one environment each."
             )
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.max_episode_steps = limit if max_episode_steps is None else max_episode_steps
+        if max_episode_steps is not None:
+            limit = None if unlimited else max_episode_steps
+        self.max_episode_steps = limit
+        if self.spec is not None:
+            self.spec = replace(self.spec, max_episode_steps=self.max_episode_steps)
         self.render_mode = picture["render_mode"]
         self.task = GoalTask(**task_kwargs)
+        for name, value in settings.items():
+            self.task.set(name, value)
         self.renderer = TaskRenderer(self.task, **picture)
         self.simulation = Simulation(self.task, n_envs, n_threads or min(usable, n_envs))
+        for i, generator in enumerate(generators):
+            if generator is not None:
+                self.simulation.seed(i, generator)
         self._lengths, self._returns = np.zeros(n_envs, dtype=np.int64), np.zeros(n_envs, dtype=np.float64)
         self._start_time = time.time()
         super().__init__(n_envs, self.task.observation_space, self.task.action_space)
-        self.metadata["render_fps"] = round(1 / self.task.dt)
+        self.metadata["render_fps"] = self.task.render_fps
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy goes on where this one is, but two of them cannot write the same files of Monitor
         return {**self.__dict__, "_writers": []}
 
-    def _read_envs(self, env_fns: Sequence[Callable[[], gym.Env]]) -> tuple[dict[str, Any], int | None, dict[str, Any]]:
-        """Arguments of the task, number of steps of an episode and pictures of environments that must be alike."""
-        read: list[tuple[dict[str, Any], int | None, dict[str, Any]]] = []
+    def _read_envs(self, env_fns: Sequence[Callable[[], gym.Env]]) -> tuple[Alike, list[np.random.Generator | None]]:
+        """What environments have in common, and the random numbers of those that were seeded."""
+        read: list[Alike] = []
+        generators = []
         for i, env_fn in enumerate(env_fns):
             env = env_fn()
             core = env.unwrapped
@@ -162,15 +192,17 @@ class BatchVecEnv(VecEnv):
                 if isinstance(env, Monitor):
                     writer, self._info_keywords = env.results_writer, env.info_keywords
                 env = env.env
-            read.append((core.task_kwargs, limit, core.picture))
+            read.append((core.task_kwargs, {name: getattr(core, name) for name in SETTABLE}, limit, core.picture))
             if read[-1] != read[0]:
                 raise ValueError(f"Env {i} differs from env 0: {read[-1]} is not {read[0]}. All of them must be alike.")
             self._writers.append(writer)
+            # The public name would make them
+            generators.append(None if core._np_random is None else core.np_random)
             # Not that of the outermost wrapper, which would close the file that Monitor has just opened
             core.close()
         if not read:
             raise ValueError("The list of env functions is empty: at least 1 is needed.")
-        return read[0]
+        return read[0], generators
 
     @property
     def n_diverged(self) -> int:

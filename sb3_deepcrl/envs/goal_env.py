@@ -33,8 +33,8 @@ class TaskView:
 
     @goal.setter
     def goal(self, goal: np.ndarray) -> None:
-        self.simulation.check_open()
-        self.simulation.goals[self.index] = self.task.check_goal(goal)
+        position = self.simulation.batch.bind("qpos")[self.index, self.task.robot.start_address]
+        self.simulation.goals[self.index] = self.task.check_goal(goal, position)
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> Any:
         """See :meth:`~sb3_deepcrl.envs.task.GoalTask.compute_reward`."""
@@ -92,7 +92,7 @@ class GoalEnv(TaskView, gym.Env, EzPickle):  # type: ignore[misc]
         self.task = GoalTask(**task_kwargs)
         self.observation_space = self.task.observation_space
         self.action_space = self.task.action_space
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / self.task.dt)}  # type: ignore[misc]
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": self.task.render_fps}  # type: ignore[misc]
         self.renderer = TaskRenderer(self.task, **self.picture)
         self.simulation = Simulation(self.task, n_envs=1, n_threads=1)
 

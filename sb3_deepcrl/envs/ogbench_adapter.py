@@ -8,7 +8,7 @@ from gymnasium import spaces
 from gymnasium.utils import seeding
 
 
-class OGBenchGoalWrapper(gym.Wrapper):
+class OGBenchGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """
     An online maze environment of OGBench (pointmaze, antmaze, humanoidmaze, antsoccer) as a goal environment::
 
@@ -28,7 +28,8 @@ class OGBenchGoalWrapper(gym.Wrapper):
     """
 
     def __init__(self, env: gym.Env):
-        super().__init__(env)
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
         core: Any = env.unwrapped
         if not hasattr(core, "cur_goal_xy") or not hasattr(core, "get_xy"):
             raise ValueError(

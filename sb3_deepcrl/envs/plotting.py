@@ -6,7 +6,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-from sb3_deepcrl.envs.layouts import Layout
+from sb3_deepcrl.envs.layouts import Layout, make_layout
 from sb3_deepcrl.envs.scenes import Maze
 
 
@@ -30,8 +30,10 @@ def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | Non
 
     The picture reads as the maze's text does, and as the top-down camera shows it: x runs down, y to the right, in meters.
 
-    :param env: A maze environment (wrapped or not), a vectorized one, or a ``Layout``, which is drawn with cells of 1 m
-    :param trajectories: Positions to connect, each of shape (steps, 2 or more), e.g. the achieved goals of an episode
+    :param env: A maze environment (wrapped or not), a vectorized one, or the name of a maze or a ``Layout``, which are
+        drawn with cells of 1 m
+    :param trajectories: Positions to connect, each of shape (steps, 2 or more), e.g. the achieved goals of an episode, or
+        a single array of them
     :param ax: Where to draw. None makes a new figure
     :return: Where it was drawn
     :raises ValueError: If the environment has no maze
@@ -49,6 +51,8 @@ def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | Non
         ax.scatter(xy[:, 1], xy[:, 0], color=color, marker="s", s=60, alpha=0.35, label=label)
     if len(goals):
         ax.scatter(goals[:, 1], goals[:, 0], color="tab:green", marker="*", s=160, label="goal", zorder=3)
+    if isinstance(trajectories, np.ndarray) and trajectories.ndim == 2:
+        trajectories = [trajectories]
     for i, trajectory in enumerate(trajectories):
         points = np.asarray(trajectory)
         # One entry of the legend stands for all of them
@@ -60,8 +64,8 @@ def plot_maze(env: Any, trajectories: Iterable[np.ndarray] = (), ax: "Axes | Non
 
 def _read(env: Any) -> tuple[Maze, np.ndarray]:
     """The maze, and the goals of the running episodes."""
-    if isinstance(env, Layout):
-        return Maze(env, cell_size=1.0), np.zeros((0, 2))
+    if isinstance(env, str | Layout):
+        return Maze(make_layout(env), cell_size=1.0), np.zeros((0, 2))
     core = env.unwrapped
     if hasattr(core, "get_attr"):
         scene, goals = core.get_attr("task")[0].scene, np.array(core.get_attr("goal"))

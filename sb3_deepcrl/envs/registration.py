@@ -34,15 +34,13 @@ def _env_table() -> dict[str, dict[str, Any]]:
     for robot in ("point", "ant", "humanoid"):
         for layout in ("u", "u2", "u3", "u4", "u5", "u6", "u7", "big", "hardest"):
             name = f"{robot.capitalize()}{layout.capitalize()}Maze"
-            # The released code evaluates the humanoid on one goal more in this maze
-            maze = "big_humanoid" if (robot, layout) == ("humanoid", "big") else layout
-            table[f"{name}-v0"] = {"robot": robot, "maze": maze}
+            table[f"{name}-v0"] = {"robot": robot, "maze": layout}
             if robot == "point":
                 # A point that knows how to reach near goals is too precise to find the far ones by chance
                 table[f"{name}-v0"].update(random_start=True, goal="continuing")
             # Hardest has no evaluation goals of its own, but the point has another start there
             if layout != "hardest" or robot == "point":
-                table[f"{name}Eval-v0"] = {"robot": robot, "maze": maze, "goal_set": "eval"}
+                table[f"{name}Eval-v0"] = {"robot": robot, "maze": layout, "goal_set": "eval"}
         stitching = {"robot": robot, "maze": "u", "stitching": 3}
         table[f"{robot.capitalize()}UMazeStitch-v0"] = stitching
         table[f"{robot.capitalize()}UMazeStitchEval-v0"] = {**stitching, "goal_set": "eval"}

@@ -61,6 +61,8 @@ class Robot(ABC):
     radius: ClassVar[float]
     #: Where ``qpos`` holds the two coordinates that a start position sets
     start_address: ClassVar[slice] = slice(0, 2)
+    #: Where ``qpos`` and ``qvel`` get start noise
+    noise_address: ClassVar[slice] = slice(None)
     #: Body that the follow camera looks at, and the camera's distance in meters
     follow_body: ClassVar[str]
     follow_distance: ClassVar[float]

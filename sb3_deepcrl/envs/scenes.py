@@ -153,6 +153,9 @@ class Maze(Scene):
     def check_way(self, start: np.ndarray | None, goal: np.ndarray | None) -> None:
         if start is None and goal is None:
             return
+        if start is not None and self.layout.is_wall(*self.cell_of(start)):
+            # No episode has started, or the robot is on a wall
+            start = None
         # All drawn starts and goals are connected, so one of them stands for all
         first = tuple(self.pairs[0, 0].tolist()) if start is None else self.cell_of(start)
         last = tuple(self.pairs[0, 1].tolist()) if goal is None else self.cell_of(goal)

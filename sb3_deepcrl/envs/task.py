@@ -54,8 +54,8 @@ class GoalTask:
     :param healthy_z_range: Lowest and highest allowed height of the torso in meters. None takes the released code's:
         0.2 to 1.0 for the ant, 1.0 to 2.0 for the humanoid; point and arm have none
     :param reset_noise_scale: Start noise: uniform in +-scale on every position, scale times a standard normal on every
-        velocity. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the arm. A robot that can fall is
-        lifted as far as the noise pushed it into the floor
+        velocity, of the arm's seven joints only. None takes the released code's: 0.1 for the ant, 0 for the humanoid and the
+        arm. A robot that can fall is lifted as far as the noise pushed it into the floor
     :param frame_skip: Physics steps of one env step. None takes the robot's: 0.05 s for ant and arm, 0.1 s for the
         point, 0.015 s for the humanoid in mazes and 0.03 s on the field
     :param cell_size: Side of a maze cell in meters. None takes 4 for the ant, 2 for humanoid and point
@@ -90,12 +90,15 @@ class GoalTask:
         for name, length in lengths.items():
             if length is not None:
                 _check_positive(name, length)
-        if random_start and stitching is not None:
-            raise ValueError(f"random_start and stitching={stitching} both say where episodes start: pass only one of them.")
         for name, value in (("terminate_when_unhealthy", terminate_when_unhealthy), ("random_start", random_start)):
             if not isinstance(value, bool | np.bool_):
                 raise ValueError(f"{name}={value!r}: expected True or False.")
         check_counts(frame_skip=frame_skip, stitching=stitching)
+        if stitching is not None and (random_start or goal == "continuing"):
+            raise ValueError(
+                f"stitching={stitching} chooses starts and goals itself: pass random_start=False and goal='resample' too, or "
+                "stitching=None."
+            )
         if reset_noise_scale is not None and not (_is_number(reset_noise_scale) and 0 <= reset_noise_scale < np.inf):
             raise ValueError(f"reset_noise_scale={reset_noise_scale!r}: expected a finite number that is not negative.")
 
@@ -119,6 +122,8 @@ class GoalTask:
         self.scene.build(spec)
         self.model: mujoco.MjModel = spec.compile()
         self.dt = self.frame_skip * self.model.opt.timestep
+        # A video of none cannot be written
+        self.render_fps = max(1, round(1 / self.dt))
         self._home = self.robot.home()
         free = self.model.jnt_type == int(mujoco.mjtJoint.mjJNT_FREE)
         self._quaternions = (self.model.jnt_qposadr[free] + 3).tolist()
@@ -135,6 +140,8 @@ class GoalTask:
             raise ValueError(f"healthy_z_range={heights}: the {self.robot.name} cannot fall. Leave it out.")
         if np.shape(heights) != (2,) or not all(map(_is_number, heights)) or not heights[0] < heights[1]:
             raise ValueError(f"healthy_z_range={heights!r}: expected a lower and a higher height in meters, e.g. (0.2, 1.0).")
+        if not heights[0] <= (height := self.robot.home()[2]) <= heights[1]:
+            raise ValueError(f"healthy_z_range={heights}: the {self.robot.name} starts at {height} m, which must be within.")
         return heights[0], heights[1]
 
     def set(self, name: str, value: Any) -> None:
@@ -168,11 +175,11 @@ class GoalTask:
         if self.reset_noise_scale > 0:
             noise = self.reset_noise_scale * position_noise
             noise[exact, self.robot.start_address] = 0
-            qpos += noise
+            qpos[:, self.robot.noise_address] += noise[:, self.robot.noise_address]
             for address in self._quaternions:
                 quaternion = qpos[:, address : address + 4]
                 quaternion /= np.sqrt((quaternion * quaternion).sum(axis=1, keepdims=True))
-            qvel += self.reset_noise_scale * velocity_noise
+            qvel[:, self.robot.noise_address] += self.reset_noise_scale * velocity_noise[:, self.robot.noise_address]
         qpos[:, self.robot.start_address] += starts
         if self.reset_noise_scale > 0 and self.robot.healthy_z_range is not None:
             self._lift_out_of_floor(qpos)
@@ -211,10 +218,11 @@ class GoalTask:
         self.scene.check_way(start, goal)
         return start, goal
 
-    def check_goal(self, goal: Any) -> np.ndarray:
-        """Check a goal in meters for a running episode."""
+    def check_goal(self, goal: Any, position: np.ndarray) -> np.ndarray:
+        """Check a goal in meters for a running episode, with the position, x and y, from where it is to be reached."""
         checked = _check_position("goal", goal, self.robot.goal_dim)
         self.scene.check(None, checked, self.robot.radius)
+        self.scene.check_way(position, checked)
         return checked
 
     # --- Success, reward and the end of an episode --------------------------------------------------------------------
@@ -253,25 +261,31 @@ class GoalTask:
 
 
 def _make_scene(robot: Robot, maze: Any, table: str | None, maze_kwargs: dict[str, Any]) -> Scene:
-    if maze is None:
-        for name, value in maze_kwargs.items():
-            if value not in (None, False, "train"):
-                raise ValueError(f"{name} describes a maze, but no maze is given. Pass maze=..., or leave {name} out.")
     if robot.on_table:
         if table is None or maze is not None:
             tables = ", ".join(TABLES)
-            raise ValueError(f"The {robot.name} works on a table, not in a maze: pass table= one of {tables}, and no maze.")
+            raise ValueError(f"The {robot.name} works on a table, not in a maze: pass table= one of {tables}, and maze=None.")
+    elif table is not None:
+        raise ValueError(f"table={table!r} is for the arm, but the robot is {robot.name!r}. Pass table=None.")
+    elif maze is None and robot.field_distance is None:
+        raise ValueError(f"The {robot.name} acts in mazes only: pass maze= a name or a maze as text.")
+    if maze is None:
+        for name, value in maze_kwargs.items():
+            if value != (default := {"goal_set": "train", "random_start": False}.get(name)):
+                maze_too = "" if robot.on_table else "maze=..., or "
+                raise ValueError(f"{name} describes a maze, but no maze is given. Pass {maze_too}{name}={default!r}.")
+    if table is not None:
         _check_choice("table", table, TABLES)
         return Table(table, robot.goal_tail)
-    if table is not None:
-        raise ValueError(f"table={table!r} is for the arm, but the robot is {robot.name!r}. Leave table out.")
     if maze is None:
-        if robot.field_distance is None:
-            raise ValueError(f"The {robot.name} acts in mazes only: pass maze= a name or a maze as text.")
+        assert robot.field_distance is not None
         return OpenField(robot.field_distance, robot.goal_tail)
     size = robot.cell_size if maze_kwargs["cell_size"] is None else maze_kwargs["cell_size"]
     if size / 2 < robot.radius:
         raise ValueError(f"cell_size={size} m is too narrow for the {robot.name}: use at least {2 * robot.radius} m.")
+    if isinstance(maze, str) and maze.lower() == "big" and robot.name.startswith("humanoid"):
+        # The released code evaluates the humanoid on one goal more in this maze
+        maze = "big_humanoid"
     return Maze(make_layout(maze), goal_tail=robot.goal_tail, **{**maze_kwargs, "cell_size": size})
 
 

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from sb3_deepcrl.common.tensor_env import TensorObs, TensorStep, TensorVecEnv
@@ -102,11 +103,13 @@ class GoalAdapter(TensorVecEnv):
         return self._observation
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
-        observations, reward, terminated, *others, info = self.env.step(actions)
+        observations, *results, info = self.env.step(actions)
+        # Some have a trailing axis of one
+        reward, terminated, *others = (value.reshape(self.num_envs) for value in results)
         if others:
             (truncated,) = others
         else:
-            truncated = info.get("time_outs", th.zeros_like(terminated))
+            truncated = info.get("time_outs", th.zeros_like(terminated)).reshape(self.num_envs)
             terminated = terminated.bool() & ~truncated.bool()
         terminated, truncated = (value.to(self.device, th.bool, copy=True) for value in (terminated, truncated))
         last, self._observation = self._observation, self._goal_observation(observations, self.num_envs)
@@ -145,7 +148,8 @@ class GoalAdapter(TensorVecEnv):
         return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
+        """``Monitor`` counts as wrapped: the infos hold what it would put there."""
+        return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
 
 def _policy_observation(observations: Any) -> th.Tensor:

@@ -9,7 +9,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from sb3_deepcrl.common.tensor_env import TensorObs, TensorStep, TensorVecEnv
 from sb3_deepcrl.envs.batch_vec_env import BatchVecEnv, EnvView
@@ -267,6 +267,17 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         super().step_async(self.simulation.check_actions(actions))
 
+    def step_wait(self) -> VecEnvStepReturn:
+        observation, rewards, dones, infos = super().step_wait()
+        if dones.any():
+            assert isinstance(observation, dict)
+            distance = self.task.goal_distance(observation["achieved_goal"], observation["desired_goal"])
+            healthy = self.task.is_healthy(self.state["qpos"].numpy(force=True))
+            columns = {name: values.tolist() for name, values in self.task.measures(distance, healthy).items()}
+            for i in np.flatnonzero(dones):
+                self.reset_infos[i] = {name: column[i] for name, column in columns.items()}
+        return observation, rewards, dones, infos
+
     def finished_episodes(self, record: np.ndarray) -> list[tuple[int, dict[str, Any]]]:
         episodes = super().finished_episodes(record)
         for i, info in episodes:
@@ -284,6 +295,10 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         super().set_attr(attr_name, value, indices)
         self._goals = self._tensor(self.simulation.goals)
+        if attr_name == "goal_mode" and self._is_running:
+            # Those that were drawn ahead are of the old mode
+            self._n_drawn[:] = 0
+            self._refill()
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
