@@ -102,7 +102,7 @@ def test_ogbench_wrapper_refuses_others():
 
 
 @pytest.mark.parametrize(
-    ("make", "goal"), [(lambda: gym.make("PointUMazeEval-v0"), [3.0, 2.5]), (lambda: GoalReachEnv(max_steps=50), [1.0, 0.5])]
+    ("make", "goal"), [(lambda: gym.make("PointUMazeEval-v0"), [2.5, 3.5]), (lambda: GoalReachEnv(max_steps=50), [1.0, 0.5])]
 )
 def test_single_goal(make, goal):
     env = SingleGoalWrapper(make(), goal)
@@ -120,12 +120,30 @@ def test_single_goal(make, goal):
 
 
 def test_single_goal_with_dense_rewards():
-    env = SingleGoalWrapper(gym.make("PointUMaze-v0", reward_type="dense"), [3.0, 2.5])
+    env = SingleGoalWrapper(gym.make("PointUMaze-v0", reward_type="dense"), [2.5, 3.5])
     observation, _ = env.reset(seed=0)
     near = SingleGoalWrapper(env, observation["achieved_goal"] + 0.1)
     for wrapped, success in ((env, False), (near, True)):
         wrapped.reset(seed=0)
         assert wrapped.step(np.zeros(2, dtype=np.float32))[-1]["is_success"] is success
+
+
+def test_single_goal_is_the_goal_of_envs_that_can_be_asked():
+    goal = np.array([2.5, 3.5], dtype=np.float32)
+    env = SingleGoalWrapper(gym.make("PointUMaze-v0", goal="continuing"), goal)
+    reached = 0
+    for seed in range(3):
+        observation, info = env.reset(seed=seed, options={"start": [2.0, 2.0]})
+        for _ in range(30):
+            distance = np.linalg.norm(observation["achieved_goal"] - goal)
+            assert info["distance"] == pytest.approx(distance, abs=1e-6) and info["is_success"] == (distance < 0.5)
+            np.testing.assert_array_equal(env.unwrapped.goal, goal)
+            reached += info["is_success"]
+            step = env.action_space.high * np.sign(goal - observation["achieved_goal"])
+            observation, _, _, _, info = env.step(step.astype(np.float32))
+    assert reached > 3
+    with pytest.raises(ValueError, match="wall"):
+        SingleGoalWrapper(gym.make("PointUMaze-v0"), [0.0, 0.0]).reset()
 
 
 def test_single_goal_needs_compute_reward():

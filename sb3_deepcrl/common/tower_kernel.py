@@ -441,6 +441,13 @@ class FlatParameters:
         self.addresses: WeakKeyDictionary[_Layout, ctypes.Array[ctypes.c_void_p]] = WeakKeyDictionary()
         self.pending: set[int] = set()
 
+    def release(self) -> None:
+        """Give parameters and moments memory of their own again: a view is pickled with all that it is a part of."""
+        for parameter in self.parameters:
+            parameter.data, parameter.grad = parameter.data.clone(), None
+            state = self.optimizer.state[parameter]
+            state.update({name: value.clone() for name, value in state.items() if isinstance(value, th.Tensor)})
+
     @classmethod
     def make(cls, module: nn.Module | None, optimizer: th.optim.Optimizer) -> "FlatParameters | None":
         """

@@ -67,6 +67,12 @@ class UpdateRunner:
         # How to wait for the gradients of all ranks
         self._sums: dict[th.optim.Optimizer, Callable[[], None]] = {}
 
+    def release(self) -> None:
+        """Let each parameter have memory of its own until the next update, unless a CUDA graph knows where it is."""
+        for optimizer, flat in list(self._flat.items()):
+            if flat.library is not None:
+                self._flat.pop(optimizer).release()
+
     def __getstate__(self) -> dict[str, Any]:
         # Branches are those of all models, and parameters of a copy are laid out anew
         return {**self.__dict__, "branches": (), "_flat": {}}

@@ -246,13 +246,14 @@ class DeepCRL(OfflineLearning):
         # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
         self._missing_steps = 0
         self._warned_of_copies = self._checked_goals = False
-        # Number of timesteps at the last dump of the logger
-        self._logged_timesteps: int | None = None
+        self._logged_timesteps: int | None = None  # At the last dump of the logger
 
         if _init_setup_model:
             self._setup_model()
 
     def __getstate__(self) -> dict[str, Any]:
+        if "_runner" in vars(self):
+            self._runner.release()
         # A copied env may start afresh, so that a copied model has to reset it
         return {**self.__dict__, "_last_obs": None, "_env_state": None}
 
@@ -348,8 +349,8 @@ class DeepCRL(OfflineLearning):
         self._setup_acceleration(total_timesteps * max(self.gradient_steps, 1) // n_steps)
         if self.env is not None:
             check_buffer_size(self.buffer_size * self.n_envs // self._ranks.n_envs(self.n_envs), self.env)
-        if self.env is not None and not is_left_alone(self.env, self._env_state):
-            self._last_obs = None
+            if not is_left_alone(self.env, self._env_state):
+                self._last_obs = None
         if reset_num_timesteps or self._last_obs is None:
             # The envs are about to be reset
             self.replay_buffer.truncate_last_trajectory()
@@ -429,7 +430,6 @@ class DeepCRL(OfflineLearning):
         if gradient_steps < 1 or not self._ranks.begin_updates(self):
             return
         assert self.replay_buffer is not None
-        # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         # Update learning rates according to their schedule. SB3 only logs it: an optimizer in a graph has its own way
         self._update_learning_rate([])

@@ -492,8 +492,8 @@ class DeepCRLPolicy(CheckedPolicy):
         except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
             raise ValueError(
                 f"`features_extractor_class={self.features_extractor_class.__name__}` fails with the keys {list(space)} "
-                f"({type(error).__name__}: {error or 'no features'}): the critic has one for `{GOAL_KEY}` alone and one for all others, so "
-                "that it must take any subset of the observation"
+                f"({type(error).__name__}: {error or 'no features'}): the critic has one for `{GOAL_KEY}` and one for all "
+                "other keys, so that it must take any subset of the observation"
             ) from error
         return extractor
 

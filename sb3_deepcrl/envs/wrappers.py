@@ -11,7 +11,7 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     The reward is that of ``compute_reward`` for this goal, and ``is_success`` and ``success`` in the info tell what the env's
     ``_is_success`` says of it; where there is none, whether the reward, which must be sparse, is as high as that of being
-    there. The env starts and ends episodes as it does for its own goals.
+    there. The env starts and ends episodes as it does for its own goals; this package's envs make the goal their own.
 
     In a config of RL Zoo: ``env_wrapper: [{sb3_deepcrl.envs.wrappers.SingleGoalWrapper: {goal: [8.0, 2.0]}}]``.
 
@@ -32,6 +32,7 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
             raise ValueError(f"`goal` must be finite and of shape {desired.shape}, as `desired_goal` is, got {goal!r}")
         if not env.has_wrapper_attr("compute_reward"):
             raise ValueError(f"{env} has no `compute_reward`, which tells the reward of another goal: add it to the env")
+        self._can_be_asked = hasattr(env.unwrapped, "goal_mode")
 
     def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
         """That of the env."""
@@ -46,6 +47,8 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return {**observation, "desired_goal": self.goal.copy()}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if self._can_be_asked:
+            options = {**(options or {}), "goal": self.goal}
         observation, info = self.env.reset(seed=seed, options=options)
         return self._with_goal(observation), info
 
@@ -53,6 +56,9 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         observation, _, terminated, truncated, info = self.env.step(action)
         reward = float(self.compute_reward(observation["achieved_goal"], self.goal, info))
         info["is_success"] = info["success"] = self._succeeded(observation["achieved_goal"], reward, info)
+        if self._can_be_asked:
+            # Where it was reached, there may be another one
+            self.env.unwrapped.goal = self.goal  # type: ignore[attr-defined]
         return self._with_goal(observation), reward, terminated, truncated, info
 
 
