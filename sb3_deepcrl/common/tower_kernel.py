@@ -147,8 +147,6 @@ class _Layout:
         # Rows that fill a block of them up are constant
         if any(norm.eps != norms[0].eps for norm in norms) or norms[0].eps < th.finfo(th.float32).tiny:
             raise ValueError("several epsilons, or none")
-        self.settings = [(norm.__dict__, "eps", norms[0].eps) for norm in norms]
-        self.settings += [(block.__dict__, "residual", block.residual) for block in blocks]
 
         # Dictionary and name of each parameter, and its shape; None for the scale of a block that adds nothing
         self.slots: list[tuple[dict[str, Any], str] | None] = []
@@ -178,6 +176,8 @@ class _Layout:
         if len(self.ids) < len(self.parameters):
             raise ValueError("layers that share parameters")
         self.pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        # Kept for backward passes where parameters got other memory after the forward pass
+        self.memory = [tensor.detach() for tensor in found]
         self.n_outputs = [head.out_features for head in dense_heads] or [width]
         sizes, pointers = (_INTEGER * len(heads))(*self.n_outputs[: len(heads)]), _addresses(tensors)
         arrays = ctypes.addressof(sizes), ctypes.addressof(pointers)
@@ -197,7 +197,6 @@ class _Layout:
             and [0 if tensor is None else tensor.data_ptr() for tensor in tensors] == self.pointers
             and all([tensor is None or tensor.is_contiguous() for tensor in tensors])
             and all([tuple(modules.values()) == found for modules, found in self.modules])
-            and all([found[name] == value for found, name, value in self.settings])
         )
 
 
@@ -242,12 +241,8 @@ class _Tower(th.autograd.Function):
     def backward(ctx: Any, *of_outputs: th.Tensor) -> Any:
         layout: _Layout = ctx.layout
         x, *parameters = ctx.saved_tensors
-        # What it read is gone, if parameters have other memory now
-        has_moved = [0 if tensor is None else tensor.data_ptr() for tensor in layout.tensors] != layout.pointers
-        if has_moved and ctx.gradients is not None:
-            raise RuntimeError("parameters were moved between forward and backward pass")
         # With create_graph=True there are gradients to be had of what is computed here
-        if th.is_grad_enabled() or is_traced(*of_outputs) or has_moved:
+        if th.is_grad_enabled() or is_traced(*of_outputs):
             return _Tower._plain_backward(ctx, of_outputs, x, parameters)
         of_outputs = tuple([gradient.contiguous() for gradient in of_outputs])
         dx = th.empty_like(x) if ctx.needs_input_grad[4] else None
