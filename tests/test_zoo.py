@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL
 from sb3_deepcrl.__main__ import main
+from sb3_deepcrl.common.distributed import Ranks
 from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.utils import STOP_SIGNALS
 from sb3_deepcrl.env_ids import find_spec
@@ -1256,3 +1258,19 @@ def test_env_kwargs_of_a_config_hold_for_evaluation_and_videos(tmp_path, monkeyp
     train(tmp_path, "--vec-env", "dummy", "-conf", str(config), "--eval-env-kwargs", "goal_set:'eval'", "--eval-freq", "10")
     assert sorted(seen) == [(False, "u4", None), (True, "u4", "eval")]
     assert RunFolder.newest(tmp_path, "deepcrl", ENV).args()["env_kwargs"] == {"maze": "u4"}
+
+
+def test_config_of_a_run_survives_an_interruption(tmp_path, monkeypatch):
+    manager = object.__new__(GoalExperimentManager)
+    manager.ranks, manager.params_path, manager.save_path, manager.args = Ranks(), str(tmp_path), str(tmp_path), Namespace(n=1)
+    manager._save_config({"depth": 4})
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(yaml, "dump", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        manager._save_config({"depth": 8})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    assert {*before} == {"config.yml", "args.yml", "command.txt"} and manager.params_path == str(tmp_path)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pprint import pprint
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
@@ -166,8 +167,17 @@ class GoalExperimentManager(ExperimentManager):
         return f"{self.config}{' with --hyperparams' if given else ''}, {self.env_name.gym_id}"
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-        if self.ranks.rank == 0:
-            super()._save_config(saved_hyperparams)
+        if self.ranks.rank > 0:
+            return
+        # A run that goes on has its files, whatever interrupts this
+        params_path = self.params_path
+        with TemporaryDirectory(prefix=".", dir=params_path) as self.params_path, uninterrupted():
+            try:
+                super()._save_config(saved_hyperparams)
+            finally:
+                folder, self.params_path = Path(self.params_path), params_path
+            for path in folder.iterdir():
+                os.replace(path, Path(params_path) / path.name)
 
     def create_log_folder(self) -> None:
         """
