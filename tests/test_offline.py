@@ -234,8 +234,10 @@ def test_runs_with_data(tmp_path):
     args = f"-f {tmp_path} --env PointUMaze-v0 --eval-freq 200 --eval-episodes 4 --n-eval-envs 4 --num-threads 1".split()
     args += f"--resume --save-replay-buffer --dataset {tmp_path / 'data.pkl'} --offline-updates 30".split()
     params = "-params n_envs:4 width:16 depth:4 batch_size:16 train_freq:4 gradient_steps:1 bc_coef:0.1".split()
-    run("train", [*args, "-n", "400", *params])
+    run("train", [*args, "-n", "0", *params])
     folder = RunFolder.newest(tmp_path, "deepcrl", "PointUMaze-v0")
+    assert folder.num_timesteps == 0 and folder.load_model()._n_updates == 30
+    run("train", [*args, "-n", "400", *params])
     model = folder.load_model()
     assert folder.evaluations()["timesteps"].tolist() == [0, 200, 400]
     assert folder.evaluations()["n_updates"].tolist()[0] == 30 and model._n_updates == 30 + 400 // 16

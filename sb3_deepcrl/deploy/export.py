@@ -236,7 +236,7 @@ def export_policy(model: BaseAlgorithm, path: str | Path, format: str = "onnx", 
     check_choice(format, tuple(FORMATS), "format")
     path = Path(path)
     if path.suffix != FORMATS[format] and path.suffix in FORMATS.values():
-        raise ValueError(f"{path} has the suffix of another format, that of {format!r} is {FORMATS[format]}: change one of them")
+        raise ValueError(f"{path} has the suffix of another format, that of {format!r} is {FORMATS[format]}: change one")
     path = path if path.suffix else path.with_suffix(FORMATS[format])
     if format == "onnx":
         try:

@@ -262,6 +262,9 @@ class GoalExperimentManager(ExperimentManager):
         self, hyperparams: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable | None, list[BaseCallback], Callable | None]:
         result = super()._preprocess_hyperparams(hyperparams)
+        if self.args.n_timesteps == 0:
+            # For RL Zoo that is no number of steps
+            self.n_timesteps = 0
         # What is left goes to the algorithm, but for the noise, which RL Zoo makes when it knows the env
         known = inspect.signature(ALGOS[self.algo]).parameters
         for name in result[0]:
