@@ -523,14 +523,14 @@ class FlatParameters:
             # What `zero_grad` calls
             th._foreach_zero_(added)
         loss.backward()
-        self._zero_pending({*map(id, self.parameters)})
+        self._zero_pending(self.pending)
 
     def _zero_pending(self, ids: set[int]) -> None:
         """Let nothing be the gradients of those parameters that nobody has written yet."""
-        if self.pending & ids:
+        if missing := self.pending & ids:
             pairs = zip(self.parameters, self.gradients, strict=True)
-            th._foreach_zero_([gradient for parameter, gradient in pairs if id(parameter) in self.pending & ids])
-            self.pending -= ids
+            th._foreach_zero_([gradient for parameter, gradient in pairs if id(parameter) in missing])
+            self.pending -= missing
 
     def gather(self) -> None:
         """Copy the gradients that autograd made. In place, it would add each of them to zeros."""

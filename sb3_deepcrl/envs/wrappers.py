@@ -56,8 +56,8 @@ class SingleGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         observation, _, terminated, truncated, info = self.env.step(action)
         reward = float(self.compute_reward(observation["achieved_goal"], self.goal, info))
         info["is_success"] = info["success"] = self._succeeded(observation["achieved_goal"], reward, info)
-        if self._can_be_asked:
-            # Where it was reached, there may be another one
+        if self._can_be_asked and info["is_success"]:
+            # There may be another one now
             self.env.unwrapped.goal = self.goal  # type: ignore[attr-defined]
         return self._with_goal(observation), reward, terminated, truncated, info
 
