@@ -112,7 +112,7 @@ def test_collector_names_its_learners():
         (DepthStudy, dict(depths=(4, 4)), r"`depths` holds a value twice: \(4, 4\)"),
         (DepthStudy, dict(steps=-5), "`steps` must be at least 1, got -5"),
         (DepthStudy, dict(jobs=0), "`jobs` must be at least 1, got 0"),
-        (DepthStudy, dict(steps=19), "`n_evaluations` must be at most the number of steps 19, got 20"),
+        (DepthStudy, dict(steps=300), "`n_evaluations` must be at most 4, got 20: 64 envs make `steps=300` in so many calls"),
         (DepthStudy, dict(hyperparams={"depth": 8}), "`hyperparams` holds `depth=8`, which this study sets itself"),
         (GridStudy, dict(actor_depths=(4, 5)), "`actor_depths` must be a positive multiple of 4.*got 5: use 4 or 8"),
         (AblationStudy, dict(variants=("no-swish",)), "`variants` must be one of 'complete', .*, got 'no-swish'"),

@@ -36,6 +36,7 @@ from rl_zoo3.utils import ALGOS
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_deepcrl import DeepCRL
@@ -175,17 +176,18 @@ def test_newest_complete_checkpoint(tmp_path):
     for path, steps in ((final, 20), (older, 9), (newer, 16)):
         save_as(path, steps)
     assert (run_folder.model_path, run_folder.num_timesteps) == (final, 20)
+    assert run_folder.find_model(before=20) == newer
     # Killed after the final buffer was written, before the final model was
     final.unlink()
     buffers[0].touch()
     assert run_folder.model_path == newer
+    # Older, but with a buffer: no longer what the run has learned
+    buffers[1].touch()
+    assert run_folder.model_path == newer
     # Of another tool that does not save atomically
     newer.write_bytes(newer.read_bytes()[:50])
     assert run_folder.model_path == older
-    # Without its buffer, a model is worth less than an older one
-    save_as(newer, 16)
-    buffers[1].touch()
-    assert run_folder.model_path == older
+    assert run_folder.find_model(before=9) is None
 
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(logs, run_folder, tmp_path):
@@ -269,6 +271,36 @@ def test_stopped_in_the_middle_of_an_evaluation(n_steps, tmp_path, monkeypatch):
     assert folder.evaluations()["timesteps"].tolist() == [*range(400, n_steps + 1, 400)]
     with pytest.raises(SystemExit):
         train(tmp_path, *args)
+
+
+@pytest.mark.parametrize("algo, small", [("deepcrl", TINY), ("sac", TINY_SAC)])
+def test_resume_with_more_envs(algo, small, tmp_path):
+    args = f"--algo {algo} --eval-freq 800 --eval-episodes 2 --save-replay-buffer --resume".split() + small
+    train(tmp_path, "-n", "800", *args)
+    folder = tmp_path / algo / f"{ENV}_1"
+    config, monitor = ((folder / name).read_text() for name in (f"{ENV}/config.yml", "0.monitor.csv"))
+    args += ["n_envs:5"]
+    with pytest.raises(SystemExit, match="have 2 episodes each"):
+        train(tmp_path, "-n", "1600", *args, "--eval-episodes", "3")
+    if algo == "sac":
+        with pytest.raises(SystemExit, match=r"n_envs: the replay buffer .* is that of 4 envs, sac cannot fill it with 5"):
+            train(tmp_path, "-n", "1600", *args)
+    # As it was before what is refused
+    assert (folder / ENV / "config.yml").read_text() == config
+    if algo == "deepcrl":
+        train(tmp_path, "-n", "1600", *args)
+        assert RunFolder(folder).config()["n_envs"] == 5
+    assert (folder / "0.monitor.csv").read_text().startswith(monitor)
+    assert len(load_results(folder)) == 4 * (800 // N_ENVS // 150) + 5 * (800 // 5 // 150) * (algo == "deepcrl")
+
+
+def test_evaluations_of_another_env_are_not_taken_over(run_folder, tmp_path):
+    for args in (["--env", "PointU4Maze-v0"], ["--eval-env-kwargs", "max_episode_steps:9"], ["--eval-env", ENV]):
+        train(tmp_path, "-i", str(run_folder), "-n", "16", "--eval-freq", "16", *args)
+    runs = [RunFolder(path) for path in sorted((tmp_path / "deepcrl").iterdir())]
+    assert [run.args()["eval_env"] for run in runs] == [None, "PointUMazeEval-v0", ENV]
+    # Where the run was continued, and at the end
+    assert [run.evaluations()["timesteps"].tolist() for run in runs] == [[N_STEPS, N_STEPS + 16]] * 3
 
 
 def test_seeds_share_no_envs(tmp_path):
@@ -671,12 +703,15 @@ def test_student_of_a_run(name, tmp_path, capsys):
     teacher = RunFolder.newest(tmp_path, "deepcrl", ENV)
     # As its teacher, but for its size
     args = ["--depth", "4", "-n", "160", "-f", str(tmp_path / name), "--eval-freq", "-1", "--num-threads", "1"]
-    command(name, str(teacher.path), *args)
-    student = RunFolder.newest(tmp_path / name, "deepcrl", ENV)
+    command(name, str(teacher.path), *args, "-uuid", "--eval-env", "PointU4MazeEval-v0")
+    (folder,) = (tmp_path / name / "deepcrl").iterdir()
+    student = RunFolder(folder)
     assert (student.args()["env_kwargs"], student.config()["width"], student.load_model().depth) == (kwargs, 16, 4)
     statistics = [run.make_env().obs_rms["observation"].mean for run in (teacher, student)]
     np.testing.assert_array_equal(*statistics)
-    assert re.search(r"teacher.* 8 .* 16 .*\n.*student.* 4 .* 16 ", capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert "32 episodes of PointU4MazeEval-v0" in output
+    assert re.search(r"teacher.* 8 .* 16 .*\n.*student.* 4 .* 16 ", output)
     command("export", str(student.path), str(tmp_path / "policy.pt2"), "--format", "torch")
     env = student.make_env()
     obs = env.reset()
@@ -1054,6 +1089,10 @@ BAD = [
     ("-conf depcrl", "which are deepcrl, deepcrl-paper, dqn, sac, sac-dense, td3, tqc"),
     ("-i nowhere.zip", "The trained_agent must be a valid path to a .zip file"),
     ("-i nowhere", "-i: nowhere is neither a model (.zip) nor the folder of a run"),
+    ("-i nowhere.zip --resume", "-i: --resume goes on in the folder of the last run, leave one of both out"),
+    ("-uuid --resume", "-uuid: --resume goes on in the folder of the last run"),
+    ("--dataset nowhere.npz", "--dataset: "),
+    ("--algo sac --dataset nowhere.npz", "--dataset: sac does not learn from data, only deepcrl does"),
     ("--gym-packages nowhere", "the module 'nowhere' cannot be imported: No module named 'nowhere'"),
 ]
 
@@ -1185,7 +1224,13 @@ def test_env_of_another_package(tmp_path, monkeypatch, capsys):
     assert DeepCRL.load(tmp_path / "deepcrl" / "ElsewhereReach-v0_2" / "ElsewhereReach-v0.zip").num_timesteps == 48
     add_package(tmp_path, monkeypatch)
     run("enjoy", ["--env", "elsewhere:ElsewhereReach-v0", "-f", str(tmp_path), "-n", "21", "--no-render"])
-    assert "Success rate: " in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Success rate: " in output and "--env ElsewhereReach-v0 --gym-packages elsewhere -f" in output
+    add_package(tmp_path, monkeypatch)
+    assert RunFolder(folder).make_env().get_attr("max_steps") == [10]
+    add_package(tmp_path, monkeypatch)
+    model = shutil.copy(folder / "ElsewhereReach-v0.zip", tmp_path)
+    command("export", model, str(tmp_path / "policy.onnx"), "--env", "ElsewhereReach-v0", "--gym-packages", "elsewhere")
 
 
 @pytest.mark.parametrize(

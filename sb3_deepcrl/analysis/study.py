@@ -23,7 +23,7 @@ from sb3_deepcrl.analysis.report import (
     evaluation_rows,
     summarize,
 )
-from sb3_deepcrl.analysis.runs import Run, check_origin, train_all
+from sb3_deepcrl.analysis.runs import Run, check_origin, config_entry, train_all
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, final_estimate
 from sb3_deepcrl.common.utils import check_depth
 from sb3_deepcrl.deepcrl import DeepCRL
@@ -100,8 +100,6 @@ class Study(ABC):
                 raise ValueError(f"`{item.name}` must be at least 1, got {value}")
             if len(set(map(str, values))) < len(values):
                 raise ValueError(f"`{item.name}` holds a value twice: {value}")
-        if self.steps < self.n_evaluations:
-            raise ValueError(f"`n_evaluations` must be at most the number of steps {self.steps}, got {self.n_evaluations}")
 
     @property
     def eval_freq(self) -> int:
@@ -186,6 +184,13 @@ class Study(ABC):
         path = self.report_path()
         runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
         all_runs = [run for seeds in runs_by_label.values() for run in seeds]
+        for run in all_runs:
+            n_envs = {"n_envs": 1, **config_entry(run.algo, run.env.rpartition(":")[2]), **run.hyperparams}["n_envs"]
+            if run.eval_freq < n_envs:
+                raise ValueError(
+                    f"`n_evaluations` must be at most {self.steps // n_envs}, got {self.n_evaluations}: {n_envs} envs make "
+                    f"`steps={self.steps}` in so many calls. Use fewer, more `steps`, or fewer envs (`n_envs`)"
+                )
         if self.dry_run:
             open_runs = [run for run in all_runs if not run.is_complete(self.runs)]
             for command in dict.fromkeys(shlex.join(run.command(self.runs)) for run in open_runs):
@@ -293,15 +298,10 @@ class ComparisonOfDepths(Study):
 def load_model(run: Run, runs: Path) -> DeepCRL:
     """Load the model of a run that is complete, without an env."""
     folder = run.read(runs)
-    if folder.num_timesteps >= run.steps + run.eval_freq:
-        raise ValueError(
-            f"The model in {run.folder(runs)} has been trained for {folder.num_timesteps:,} env steps, more than `steps`, "
-            f"which is {run.steps:,}: ask for as many steps, with `n_evaluations` in the same proportion, or give the runs "
-            "another folder"
-        )
     if folder.config().get("normalize"):
         raise ValueError("Models that were trained with `normalize` cannot be looked into without their env: leave it out")
-    model = folder.load_model()
+    # It may have been trained further since
+    model = folder.load_model(before=run.steps + run.eval_freq)
     assert isinstance(model, DeepCRL)
     return model
 

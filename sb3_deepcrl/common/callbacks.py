@@ -174,6 +174,9 @@ class ResumableEvalCallback(EvalCallback):
         check_positive_int(self.n_eval_episodes, "n_eval_episodes")
         self.resume = resume
         self.evaluate_first = evaluate_first
+        if resume:
+            # What cannot be continued is refused before anything is done
+            self._read_evaluations()
         # One entry an evaluation of what Stable-Baselines3 does not record
         self.evaluations_measures: dict[str, list[Any]] = {}
         self._training_measures = dict.fromkeys(TRAINING_MEASURES, math.nan)
@@ -188,22 +191,29 @@ class ResumableEvalCallback(EvalCallback):
         super()._init_callback()
         if self.resume:
             self.n_calls = self.model.num_timesteps // n_envs_of_run(self.model)
-            if self.log_path is not None and (path := Path(f"{self.log_path}.npz")).is_file():
-                self._continue(path)
+            if arrays := self._read_evaluations():
+                self._continue(arrays)
 
-    def _continue(self, path: Path) -> None:
+    def _read_evaluations(self) -> dict[str, np.ndarray]:
+        """Evaluations to go on from, empty if there are none."""
+        path = Path(f"{self.log_path}.npz")
+        if self.log_path is None or not path.is_file():
+            return {}
         with np.load(path) as file:
             arrays = dict(file)
         if "seconds" not in arrays:
             raise ValueError(f"{path} was written by another callback, and cannot be continued: use another folder")
         if len(arrays["timesteps"]) == 0:
-            return
+            return {}
         n_episodes = arrays["results"].shape[1]
         if n_episodes != self.n_eval_episodes:
             raise ValueError(
                 f"`n_eval_episodes={self.n_eval_episodes}`, but the evaluations in {path}, which are continued, have "
                 f"{n_episodes} episodes each: use `n_eval_episodes={n_episodes}`, or another folder"
             )
+        return arrays
+
+    def _continue(self, arrays: dict[str, np.ndarray]) -> None:
         # The best model may be of an evaluation that is done again
         if self.best_model_save_path is None or os.path.isfile(os.path.join(self.best_model_save_path, "best_model.zip")):
             self.best_mean_reward = float(arrays["results"].mean(axis=1).max())

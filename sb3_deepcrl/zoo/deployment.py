@@ -51,11 +51,13 @@ def _find_model(path: Path) -> tuple[Path, RunFolder]:
     return run.model_path, run
 
 
-def _make_env(run: RunFolder, path: Path, env_id: str | None, statistics: Path | None) -> VecEnv | None:
+def _make_env(
+    run: RunFolder, path: Path, env_id: str | None, gym_packages: Sequence[str], statistics: Path | None
+) -> VecEnv | None:
     """Env of a model, as far as it is known, with its statistics of ``VecNormalize``."""
     env: VecEnv | None = None
     if env_id is not None:
-        spec = find_spec(env_id)
+        spec = find_spec(env_id, gym_packages)
         env = DummyVecEnv([lambda: gym.make(spec)])
     elif run.params_path is not None:
         env = run.make_env()
@@ -98,6 +100,7 @@ def _export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.add_argument("--format", choices=[*FORMATS, "sb3"], default="onnx", help=formats)
     parser.add_argument("--algo", help="Algorithm (default: that of the run, or deepcrl)")
     parser.add_argument("--env", help="Environment ID, where the model is in no folder of a run")
+    parser.add_argument("--gym-packages", nargs="+", default=[], metavar="PACKAGE", help="Modules that register it")
     parser.add_argument("--vec-normalize", type=Path, metavar="FILE", help="Statistics of VecNormalize (default: of the run)")
     args = parser.parse_args(argv)
     path, run = _find_model(args.model)
@@ -111,7 +114,8 @@ def _export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     if algo not in ALGOS:
         raise ValueError(f"--algo: there is no {algo!r}, use one of {', '.join(ALGOS)}")
     model: BaseAlgorithm = ALGOS[algo].load(path, device="cpu", custom_objects=WITHOUT_BUFFER)
-    written = export_policy(model, args.output, args.format, _make_env(run, path, args.env, args.vec_normalize))
+    env = _make_env(run, path, args.env, args.gym_packages, args.vec_normalize)
+    written = export_policy(model, args.output, args.format, env)
     print(f"Policy of {path}, {model.num_timesteps:,} env steps: {written}, {written.stat().st_size / 1e6:.1f} MB")
 
 
@@ -159,9 +163,11 @@ def _learn_from(command: str, parser: argparse.ArgumentParser, argv: Sequence[st
     for name in ("env_kwargs", "eval_env_kwargs"):
         if values := of_run[name]:
             words += [f"--{name.replace('_', '-')}", *(f"{key}:{value!r}" for key, value in values.items())]
-    launcher.run("train", [*words, *others, "--hyperparams", *given])
-    student_run = RunFolder.newest(args.log_folder, "deepcrl", of_run["env"])
-    assert student_run is not None
+    student_run = launcher.run("train", [*words, *others, "--hyperparams", *given])
+    if student_run is None:
+        # A search of hyperparameters
+        return
+    eval_env = student_run.args()["eval_env"]
     student = student_run.load_model()
     assert isinstance(student, DeepCRL)
     rows = compare_policies({"teacher": teacher, "student": student}, student_run.make_env(eval_env), N_EPISODES)

@@ -139,6 +139,8 @@ class GoalExperimentManager(ExperimentManager):
         """
         try:
             result = super().setup_experiment()
+            if result is not None:
+                self._load_dataset(result[0])
         except BaseException as error:
             if self.has_folder:
                 shutil.rmtree(self.save_path, ignore_errors=True)
@@ -158,8 +160,20 @@ class GoalExperimentManager(ExperimentManager):
                     temporary.write_text(json.dumps([*records, made_with(model, hyperparams, envs)], indent=2) + "\n")
         return result
 
+    def _load_dataset(self, model: BaseAlgorithm) -> None:
+        """Load the data set that is learned from before the first step."""
+        if self.dataset is None or model.num_timesteps > 0:
+            return
+        if not isinstance(model, DeepCRL):
+            raise ValueError(f"--dataset: {self.algo} does not learn from data, only deepcrl does")
+        assert model.replay_buffer is not None
+        if model.replay_buffer.n_used == 0:
+            model.load_dataset(self.dataset)
+
     def _source(self, message: str) -> str:
         """Where the user has written what an error message is about."""
+        if self.dataset is not None and self.dataset in message:
+            return "--dataset"
         given = self.custom_hyperparams or {}
         for name, value in given.items():
             if re.search(rf"\b{re.escape(name)}\b", message):
@@ -280,8 +294,14 @@ class GoalExperimentManager(ExperimentManager):
         self.args.env_kwargs = self.env_kwargs or None
         if not self.monitor_kwargs and self.entry_point(self.env_name.gym_id).startswith(SUCCESS_REPORTED_BY):
             self.monitor_kwargs = dict(info_keywords=("is_success",))
-        if self.resume and self.continue_training and (Path(self.save_path) / f"{self.n_envs - 1}.monitor.csv").is_file():
+        first = Path(self.save_path) / "0.monitor.csv"
+        if self.resume and self.continue_training and first.is_file():
             self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
+            # Those of more envs than before need the lines that others begin with
+            files = [first.with_name(f"{index}.monitor.csv") for index in range(self.n_envs)]
+            for path in files if self.ranks.rank == 0 else []:
+                if not path.is_file():
+                    path.write_text("".join(first.read_text().splitlines(keepends=True)[:2]))
         return result
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
@@ -338,7 +358,7 @@ class GoalExperimentManager(ExperimentManager):
         if takes_display or self.show_progress:
             self.callbacks.append(TrainingDisplay(replaces_tables=takes_display) if has_goals else ProgressBarCallback())
         if eval_env is not None:
-            if self.continue_training and not self.resume:
+            if self.continue_training and not self.resume and self._has_same_evaluations():
                 self._copy_evaluations()
             callback_class = GoalEvalCallback if has_goals else ResumableEvalCallback
             self.callbacks.append(
@@ -359,6 +379,14 @@ class GoalExperimentManager(ExperimentManager):
             save_freq = max(self.save_freq // self.n_envs, 1)
             checkpoints = ResumableCheckpointCallback(save_freq, self.save_path, save_replay_buffer=self.save_replay_buffer)
             self.callbacks.append(checkpoints)
+
+    def _has_same_evaluations(self) -> bool:
+        """Whether the run that is continued was evaluated on the same env."""
+        if self.source.params_path is None:
+            return False
+        args = self.source.args()
+        kwargs = {**(args["env_kwargs"] or {}), **(args["eval_env_kwargs"] or {})}
+        return (args.get("eval_env") or args["env"], kwargs) == (self.eval_env_id, self.eval_env_kwargs)
 
     def _copy_evaluations(self) -> None:
         """Let the evaluations before and after the stop be one curve, and the best model the best of both."""
@@ -387,6 +415,12 @@ class GoalExperimentManager(ExperimentManager):
         if isinstance(model, OffPolicyAlgorithm) and buffer_path.is_file():
             print(f"Loading replay buffer {buffer_path}")
             model.load_replay_buffer(buffer_path, truncate_last_traj=self.truncate_last_trajectory)
+            assert model.replay_buffer is not None
+            if (n_before := model.replay_buffer.n_envs) != env.num_envs and not isinstance(model, DeepCRL):
+                raise ValueError(
+                    f"n_envs: the replay buffer {buffer_path} is that of {n_before} envs, {self.algo} cannot fill it with "
+                    f"{self.n_envs}: use {n_before} again, or move the file to begin with an empty one"
+                )
         elif isinstance(model, OffPolicyAlgorithm):
             # Learning from the first few transitions alone would spoil the policy
             warmup = hyperparams.get("learning_starts", default_arguments(type(model))["learning_starts"])
@@ -409,7 +443,12 @@ class GoalExperimentManager(ExperimentManager):
         if self.algo == "ars" and self.n_envs > 1:
             kwargs["async_eval"] = AsyncEval([lambda: self.create_envs(1, no_log=True)] * self.n_envs, model.policy)
         try:
-            self._learn_offline(model)
+            if self.dataset is not None and model.num_timesteps == 0:
+                assert isinstance(model, DeepCRL)
+                if self.args.offline_updates > model._n_updates:
+                    model.learn_offline(self.args.offline_updates - model._n_updates)
+                # Those of the data are there
+                model.learning_starts = 0
             model.learn(self.n_timesteps - self.n_done, **kwargs)
         except KeyboardInterrupt:
             # The model is saved as it is
@@ -432,20 +471,6 @@ class GoalExperimentManager(ExperimentManager):
                             callback.stop()
                         elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
                             callback.pbar.close()
-
-    def _learn_offline(self, model: BaseAlgorithm) -> None:
-        """Learn what is left to learn from the data set, before the first step."""
-        if self.dataset is None or model.num_timesteps > 0:
-            return
-        if not isinstance(model, DeepCRL):
-            raise ValueError(f"--dataset: {self.algo} does not learn from data, only deepcrl does")
-        assert model.replay_buffer is not None
-        if model.replay_buffer.n_used == 0:
-            model.load_dataset(self.dataset)
-        if self.args.offline_updates > model._n_updates:
-            model.learn_offline(self.args.offline_updates - model._n_updates)
-        # Those of the data are there
-        model.learning_starts = 0
 
     def _save_after(self, error: Exception, model: BaseAlgorithm) -> None:
         """Save a model after an error, whose notes tell below the traceback where it is."""
@@ -473,7 +498,9 @@ class GoalExperimentManager(ExperimentManager):
         if self.is_stopped:
             tell(self._how_to_go_on(model))
         else:
-            run = shlex.join(["--algo", self.algo, "--env", self.env_name.gym_id, "-f", str(Path(self.log_path).parent)])
+            packages = ["--gym-packages", *self.args.gym_packages] if self.args.gym_packages else []
+            words = ["--algo", self.algo, "--env", self.env_name.gym_id, *packages, "-f", str(Path(self.log_path).parent)]
+            run = shlex.join(words)
             tell(f"To watch it: sb3-deepcrl enjoy {run}")
             tell(f"To train it further: sb3-deepcrl train -i {shlex.quote(self.save_path)} -n 10000")
         assert model.env is not None

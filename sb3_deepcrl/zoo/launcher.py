@@ -84,16 +84,23 @@ class TrainParser(argparse.ArgumentParser):
         self.add_argument("--dataset", help="Data to learn from before the first step: see DeepCRL.load_dataset")
         self.add_argument("--offline-updates", type=int, default=0, help="Number of updates on the data before the first step")
         self.set_defaults(algo="deepcrl", env=DEFAULT_ENV)
-        parsed = super().parse_args(args, namespace)
-        if (agent := parsed.trained_agent) and Path(agent).is_dir():
+        given = super().parse_args(args, argparse.Namespace(env=None))
+        for flag, is_given in (("-i", given.trained_agent), ("-uuid", given.uuid)):
+            if given.resume and is_given:
+                raise ValueError(f"{flag}: --resume goes on in the folder of the last run, leave one of both out")
+        if (agent := given.trained_agent) and Path(agent).is_dir():
             if (model_path := RunFolder(agent).model_path) is None:
                 raise ValueError(f"-i: there is no model in {agent}, neither a final one nor a checkpoint (`--save-freq`)")
             agent = str(model_path)
         elif agent and not agent.endswith(".zip"):
             raise ValueError(f"-i: {agent} is neither a model (.zip) nor the folder of a run")
         if agent and (run := RunFolder(Path(agent).parent)).params_path is not None:
-            self.set_defaults(**{key: value for key, value in run.args().items() if key not in NOT_CONTINUED})
-            parsed = super().parse_args(args, namespace)
+            of_run = {key: value for key, value in run.args().items() if key not in NOT_CONTINUED}
+            if given.env is not None and given.env.rpartition(":")[2] != of_run["env"]:
+                # Another task is evaluated on its own env
+                of_run = {key: value for key, value in of_run.items() if not key.startswith("eval_env")}
+            self.set_defaults(**of_run)
+        parsed = super().parse_args(args, namespace)
         parsed.trained_agent = agent
         for name in ("env", "eval_env"):
             if env_id := getattr(parsed, name):
@@ -183,10 +190,11 @@ def _prepare_hub() -> None:
     vars(repocard).update(metadata_save=save_card)
 
 
-def run(script: str, argv: Sequence[str]) -> None:
+def run(script: str, argv: Sequence[str]) -> RunFolder | None:
     """
     Run one of RL Zoo's scripts.
 
+    :return: The folder of the run that it has trained, if any
     :raises SystemExit: With one line, if something that the user gave cannot be used; with 128 and the number of a signal, if
         one has stopped the training
     """
@@ -197,11 +205,17 @@ def run(script: str, argv: Sequence[str]) -> None:
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
     sys.argv = [f"sb3-deepcrl {script}", *argv]
+    managers: list[GoalExperimentManager] = []
+
+    def make_manager(*args: Any, **kwargs: Any) -> GoalExperimentManager:
+        managers.append(GoalExperimentManager(*args, **kwargs))
+        return managers[0]
+
     # What RL Zoo's scripts find under these names while they run
     unsafe_loader = yaml.UnsafeLoader
     vars(yaml).update(UnsafeLoader=RunLoader)
     parsers = SimpleNamespace(ArgumentParser=partial(TrainParser, prog="sb3-deepcrl train"))
-    vars(rl_zoo3.train).update(argparse=parsers, ExperimentManager=GoalExperimentManager, StoreDict=StoreDict)
+    vars(rl_zoo3.train).update(argparse=parsers, ExperimentManager=make_manager, StoreDict=StoreDict)
     vars(rl_zoo3.utils).update(StoreDict=StoreDict)
     numbers: list[int] = []
     try:
@@ -231,6 +245,7 @@ def run(script: str, argv: Sequence[str]) -> None:
     if numbers:
         # As shells do
         sys.exit(128 + numbers[0])
+    return RunFolder(managers[0].save_path) if managers and not managers[0].optimize_hyperparameters else None
 
 
 def main(others: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] | None = None) -> None:

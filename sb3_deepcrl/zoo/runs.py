@@ -3,7 +3,9 @@ Reads what is in the folder of a run. Nothing in its YAML files is executed.
 """
 
 import ast
+import contextlib
 import json
+import math
 import re
 import sys
 import zipfile
@@ -25,6 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 import sb3_deepcrl
 from sb3_deepcrl.common.utils import WITHOUT_BUFFER
+from sb3_deepcrl.env_ids import find_spec
 
 #: Log folder of the trained agents that come with this package
 AGENTS = Path(sb3_deepcrl.__file__).parent / "agents"
@@ -187,32 +190,35 @@ class RunFolder:
 
     @property
     def model_path(self) -> Path | None:
-        """The newest whole model that has its replay buffer, or the newest one if none has; None if there is no model."""
+        """The newest whole model, None if there is no model."""
+        return self.find_model()
+
+    def find_model(self, before: float = math.inf) -> Path | None:
+        """The newest whole model of less than so many env steps, None if there is none."""
         final = [] if self.params_path is None else [self.path / f"{self.params_path.name}.zip"]
         steps: dict[Path, int] = {}
         for path in (*final, *self.path.glob("rl_model_*_steps.zip")):
-            try:
+            with contextlib.suppress(ValueError):
                 steps[path] = num_timesteps(path)
-            except ValueError:
-                continue
-        with_buffer = [path for path in steps if self.sibling(path, "replay_buffer").is_file()]
-        return max(with_buffer or steps, key=steps.__getitem__, default=None)
+        return max((path for path in steps if steps[path] < before), key=steps.__getitem__, default=None)
 
     @property
     def num_timesteps(self) -> int:
         """Number of env steps of :attr:`model_path`, 0 if there is none."""
         return num_timesteps(self.model_path) if self.model_path else 0
 
-    def load_model(self, env: VecEnv | None = None) -> BaseAlgorithm:
+    def load_model(self, env: VecEnv | None = None, before: float = math.inf) -> BaseAlgorithm:
         """
         Load the newest model.
 
         :param env: Env for the model, needed to train it further
+        :param before: The newest of less than so many env steps
         :return: The model
         :raises ValueError: If there is none
         """
-        if (path := self.model_path) is None:
-            raise ValueError(f"There is no model in {self.path}, neither a final one nor a checkpoint (`--save-freq`)")
+        if (path := self.find_model(before)) is None:
+            which = "" if before == math.inf else f" of less than {before:,} env steps"
+            raise ValueError(f"There is no model{which} in {self.path}, neither a final one nor a checkpoint (`--save-freq`)")
         return ALGOS[self.args()["algo"]].load(path, env=env, custom_objects=WITHOUT_BUFFER if env is None else None)
 
     def make_env(self, env_id: str | None = None) -> VecEnv:
@@ -226,6 +232,7 @@ class RunFolder:
         # Read here first: RL Zoo would execute whatever it finds
         self.config()
         args = self.args()
+        find_spec(args["env"], args.get("gym_packages", ()))
         hyperparams, stats_path = get_saved_hyperparams(str(self.params_path), test_mode=True)
         return create_test_env(
             env_id or args["env"],
