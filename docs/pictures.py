@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from sb3_deepcrl.analysis.report import draw_learning_curves
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.registration import ENV_TABLE
 from sb3_deepcrl.zoo.runs import RunFolder
 
@@ -31,14 +32,19 @@ STEPS_AT_GOAL, MAX_FRAMES = 8, 50
 # Reports that show learning curves
 CURVES = ("depth_Point*", "baselines_*", "departures", "learning", "precision")
 # Rows of the grid
-GRID = (("PointBigMaze-v0", "PointU4Maze-v0"),)
-ROBOTS = {"point": "PointBigMaze-v0"}
+GRID = (("PointBigMaze-v0", "PointU4Maze-v0", "FetchReach-v4"),)
+ROBOTS = {"point": "PointBigMaze-v0", "fetch": "FetchReach-v4"}
+
+
+def has_maze(env_id: str) -> bool:
+    """Whether the task is one of this package in a maze."""
+    return "maze" in ENV_TABLE.get(env_id, {})
 
 
 def make_env(env_id: str) -> gym.Env:
     """Make an env that draws its whole maze, or the robot where there is none."""
-    camera = "top_down" if "maze" in ENV_TABLE[env_id] else "follow"
-    return gym.make(env_id, render_mode="rgb_array", camera=camera, width=SIZE, height=SIZE, goal="resample")
+    own = {"camera": "top_down" if has_maze(env_id) else "follow", "goal": "resample"} if env_id in ENV_TABLE else {}
+    return gym.make(find_spec(env_id), render_mode="rgb_array", width=SIZE, height=SIZE, **own)
 
 
 def draw_trail(picture: np.ndarray, positions: Sequence[np.ndarray], bounds: Any) -> np.ndarray:
@@ -55,7 +61,7 @@ def frames(env_id: str) -> Iterator[np.ndarray]:
     """Yield pictures of the trained agent without an end, each of shape (SIZE, SIZE, 3)."""
     model = RunFolder.pretrained("deepcrl", env_id).load_model()
     env = make_env(env_id)
-    steps_of_frame = round(SECONDS / env.unwrapped.task.dt)
+    steps_of_frame = round(SECONDS / getattr(env.unwrapped, "task", env.unwrapped).dt)
     observation, _ = env.reset(seed=0)
     trail: deque[np.ndarray] = deque(maxlen=TRAIL)
     n_steps = n_at_goal = 0
@@ -63,7 +69,7 @@ def frames(env_id: str) -> Iterator[np.ndarray]:
         if n_steps % steps_of_frame == 0:
             trail.append(observation["achieved_goal"][:2])
             picture = env.render()
-            yield draw_trail(picture, trail, env.unwrapped.task.scene.bounds) if "maze" in ENV_TABLE[env_id] else picture
+            yield draw_trail(picture, trail, env.unwrapped.task.scene.bounds) if has_maze(env_id) else picture
         observation, _, terminated, truncated, info = env.step(model.predict(observation, deterministic=True)[0])
         n_steps, n_at_goal = n_steps + 1, n_at_goal + int(info["is_success"])
         if terminated or truncated or n_at_goal == STEPS_AT_GOAL or n_steps == MAX_FRAMES * steps_of_frame:
