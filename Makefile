@@ -8,7 +8,7 @@ pytest:
 type:
 	python -m mypy sb3_deepcrl/
 
-# lint-imports: the rooms import downwards only, see CONTRIBUTING.md
+# lint-imports: subpackages import downwards only, see CONTRIBUTING.md
 lint:
 	python -m ruff check ${LINT_PATHS}
 	lint-imports --no-logo

@@ -1,5 +1,5 @@
 """
-The command ``sb3-deepcrl``. It stands outside of the rooms, as it runs what is in ``zoo`` and in ``analysis``.
+The command ``sb3-deepcrl``. It is in no subpackage, as it runs what is in ``zoo`` and in ``analysis``.
 """
 
 import os

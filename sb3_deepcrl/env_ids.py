@@ -1,5 +1,5 @@
 """
-How an id becomes an environment. It stands outside of the rooms, as both :mod:`sb3_deepcrl.deepcrl` and
+How an id becomes an environment. It is in no subpackage, as both :mod:`sb3_deepcrl.deepcrl` and
 :mod:`sb3_deepcrl.envs` take ids and neither knows the other.
 """
 

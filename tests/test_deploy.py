@@ -149,6 +149,8 @@ def test_export_is_float32_and_changes_nothing(tmp_path):
 def test_export_refuses_what_does_not_fit(teacher, tmp_path):
     with pytest.raises(ValueError, match="format"):
         export_policy(teacher, tmp_path / "policy", format="tflite")
+    with pytest.raises(ValueError, match=r"policy.zip has the suffix of another format, that of 'onnx' is .onnx"):
+        export_policy(teacher, tmp_path / "policy.zip")
     with pytest.raises(ValueError, match=r"policy.pt2 has the suffix of another format, that of 'onnx' is .onnx"):
         export_policy(teacher, tmp_path / "policy.pt2")
     with pytest.raises(ValueError, match="its own env"):

@@ -692,6 +692,9 @@ def test_model_without_the_state_of_its_optimizers(logs, run_folder, tmp_path, c
     with pytest.raises(SystemExit):
         command(*args, "--env", ENV)
     assert "leave --algo, --env and --vec-normalize out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command("export", str(run_folder), str(tmp_path / "small.onnx"), "--format", "sb3")
+    assert "small.onnx has the suffix of another format, that of a model is .zip" in capsys.readouterr().err
 
 
 @pytest.mark.slow

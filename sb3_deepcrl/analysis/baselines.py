@@ -12,9 +12,9 @@ class BaselinesStudy(ComparisonOfDepths):
     DeepCRL beside SAC, TQC and TD3 (section 4.2).
 
     DeepCRL at several depths beside SAC, TQC and TD3 with hindsight goals (HER), with the settings that zoo_configs has for
-    each of them: the same env steps, envs, number of transitions for each update, batch size and evaluations (section 4.2 of
-    the paper, which compares with SAC with and without HER, TD3 with HER, GCBC and GCSL). HER samples finished episodes only,
-    so that the others cannot learn before the first ones have ended.
+    each of them: the same env steps and evaluations, and in this package's tasks the same envs, number of transitions for each
+    update and batch size (section 4.2 of the paper, which compares with SAC with and without HER, TD3 with HER, GCBC and GCSL).
+    HER samples finished episodes only, so that the others cannot learn before the first ones have ended.
     """
 
     name: ClassVar[str] = "baselines"

@@ -165,6 +165,7 @@ class ResumableEvalCallback(EvalCallback):
         than the model has is left out. The next evaluation is done when it would have been without the stop.
     :param evaluate_first: Whether to evaluate before the first step too
     :param kwargs: Other keyword arguments of ``EvalCallback``
+    :raises ValueError: if the evaluations in ``log_path`` cannot be continued, or ``eval_env`` is the env of training
     """
 
     def __init__(
@@ -288,6 +289,7 @@ class GoalEvalCallback(ResumableEvalCallback):
     :param eval_env: The environment used for evaluation, another one than that for training
     :param args: Other positional arguments of :class:`ResumableEvalCallback`
     :param kwargs: Other keyword arguments of it
+    :raises ValueError: as there, or if the env has no goals
     """
 
     def __init__(self, eval_env: gym.Env | VecEnv, *args: Any, **kwargs: Any):

@@ -59,7 +59,7 @@ class ContrastiveMetrics(NamedTuple):
     Scalars that tell how well the critic tells the positives apart, logged as ``train/`` with these names.
 
     :param categorical_accuracy: Fraction of the rows whose positive is above all others. Chance is one in ``batch_size``; a
-        trained critic has 30 to 150 times as much. It need not come near 1: states that follow each other lead to like goals.
+        trained critic has 30 to 400 times as much. It need not come near 1: states that follow each other lead to like goals.
     :param logits_pos: Mean logit of the positives; with ``energy="norm"`` and ``"squared"`` never above 0
     :param logits_neg: Mean logit of the negatives. Equal to ``logits_pos`` at the start, below it as soon as the critic learns
     :param logsumexp: Mean log-sum-exp of a row, which the log-sum-exp penalty keeps near 0

@@ -98,7 +98,7 @@ class TensorVecEnv(VecEnv):
     A vectorized environment on tensors: a subclass has a ``device``, ``reset_tensors`` and ``step_tensors``. Finished episodes
     are reset in the same step. ``DeepCRL`` trains on the tensors; for everything else there is the interface of
     Stable-Baselines3, whose infos are empty but where an episode ended: ``terminal_observation``, ``TimeLimit.truncated``,
-    ``episode`` and ``measures`` of the last step.
+    ``episode``, ``time_at_goal`` (steps) and the measures of the last step, by name.
     """
 
     device: th.device

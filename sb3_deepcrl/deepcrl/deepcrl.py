@@ -71,9 +71,6 @@ class DeepCRL(OfflineLearning):
     transitions; the actor is a maximum entropy policy that maximizes the critic (equation 3). The observation of the env is
     a Dict with the keys ``achieved_goal`` and ``desired_goal``, and usually ``observation``; it needs no ``compute_reward``.
 
-    An observation that is NaN or infinite raises a ValueError before anything learns from it, and ``VecNormalize`` gets the
-    statistics back that it had before.
-
     :param policy: The policy model to use (``MultiInputPolicy``)
     :param env: The environment to learn from (can be an id, also of gymnasium-robotics or ``"panda_gym:PandaReach-v3"``)
     :param learning_rate: learning rate of all optimizers, it can be a function of the progress remaining (from 1 to 0)
@@ -133,6 +130,8 @@ class DeepCRL(OfflineLearning):
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run, the GPU if possible by default
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if an argument is out of its range, the env has no goals, or, later on, an observation is NaN or
+        infinite: nothing learns from it, and ``VecNormalize`` gets the statistics back that it had before
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = dict.fromkeys(
@@ -572,7 +571,7 @@ class DeepCRL(OfflineLearning):
     ) -> SelfDeepCRL:
         """
         Load the model from a zip-file, see :meth:`~stable_baselines3.common.base_class.BaseAlgorithm.load`.
-        No env is needed for prediction. What says how the networks are built may be given again, but not changed.
+        No env is needed for prediction. What says how the networks are built may be given again; changing it is a ValueError.
         """
         shortcuts = {name: kwargs.pop(name) for name in SHORTCUTS if name in kwargs}
         if kwargs.get("transitions_per_update") is not None:

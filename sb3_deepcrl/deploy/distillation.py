@@ -271,6 +271,7 @@ def distill(
     :param progress_bar: Whether to show a progress bar
     :param kwargs: Arguments of :class:`Distillation`
     :return: The student, which is a model as all others
+    :raises ValueError: if there is no env, no network of that depth, or the teacher does not fit
     """
     others = callback if isinstance(callback, list) else [callback] if callback else []
     student = make_student(model, depth, width, env, **(pruned_kwargs(model, depth) if kwargs.get("prune") else {}))

@@ -230,12 +230,12 @@ def export_policy(model: BaseAlgorithm, path: str | Path, format: str = "onnx", 
     :param env: Env with which the policy was trained, for its ``VecNormalize`` and the layout of images, by default that of
         the model. A ``VecNormalize`` that was unpickled will do. Without any, images have the channels last.
     :return: The path
-    :raises ValueError: if there is no such format, or the env does not fit
+    :raises ValueError: if there is no such format, the path has the suffix of another one, or the env does not fit
     :raises ImportError: if onnx or onnxscript is missing
     """
     check_choice(format, tuple(FORMATS), "format")
     path = Path(path)
-    if path.suffix != FORMATS[format] and path.suffix in FORMATS.values():
+    if path.suffix != FORMATS[format] and path.suffix in (*FORMATS.values(), ".zip"):
         raise ValueError(f"{path} has the suffix of another format, that of {format!r} is {FORMATS[format]}: change one")
     path = path if path.suffix else path.with_suffix(FORMATS[format])
     if format == "onnx":

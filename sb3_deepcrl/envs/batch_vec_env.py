@@ -93,6 +93,7 @@ class BatchVecEnv(VecEnv):
     :param width: Width of a picture in pixels
     :param height: Height of a picture in pixels
     :param task_kwargs: Arguments of :class:`~sb3_deepcrl.envs.task.GoalTask` that replace those of the id
+    :raises ValueError: if an argument is out of its range, or the envs are not alike or none of this package's
     """
 
     spec: EnvSpec | None

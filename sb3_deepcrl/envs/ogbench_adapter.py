@@ -25,6 +25,7 @@ class OGBenchGoalWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     wrapper gives it random numbers that follow the seed, and leaves the global ones untouched.
 
     :param env: The environment. Without ``terminate_at_goal=False`` an episode ends as soon as the goal is reached
+    :raises ValueError: if it is no maze with positions as goals
     """
 
     def __init__(self, env: gym.Env):

@@ -60,6 +60,7 @@ class GoalTask:
         point, 0.015 s for the humanoid in mazes and 0.03 s on the field
     :param cell_size: Side of a maze cell in meters. None takes 4 for the ant, 2 for humanoid and point
     :param wall_height: Height of the walls in meters. None takes half a cell
+    :raises ValueError: if an argument is out of its range, or is not one of this robot or scene
     """
 
     goal_mode: str

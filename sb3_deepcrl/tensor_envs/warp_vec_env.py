@@ -30,7 +30,7 @@ class WarpVecEnv(TensorVecEnv, BatchVecEnv):
     """
     n environments of one task of this package on MuJoCo Warp: what :class:`~sb3_deepcrl.envs.BatchVecEnv` does, on a GPU, in
     float32, with observations as tensors. ``DeepCRL`` collects experiences without leaving the GPU then. It is made for
-    thousands of environments; without a GPU it runs, but ``BatchVecEnv`` is much faster.
+    thousands of environments; without a GPU it runs, but ``BatchVecEnv`` is much faster. It was tested on CPUs only.
 
     Starts and goals are drawn on the CPU ahead of time: they are those of ``BatchVecEnv`` with the same seeds.
 

@@ -81,6 +81,8 @@ def _write_model(path: Path, output: Path) -> Path:
     """
     Write a model without what its optimizers have gathered, which is two thirds of it. Learning can go on: they start anew.
     """
+    if output.suffix in FORMATS.values():
+        raise ValueError(f"{output} has the suffix of another format, that of a model is .zip: change one")
     output = output if output.suffix else output.with_suffix(".zip")
     with atomic_path(output, ".zip") as file, zipfile.ZipFile(path) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
