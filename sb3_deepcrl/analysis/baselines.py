@@ -13,7 +13,7 @@ class BaselinesStudy(ComparisonOfDepths):
 
     DeepCRL at several depths beside SAC, TQC and TD3 with hindsight goals (HER), with the settings that zoo_configs has for
     each of them: the same env steps and evaluations, and in this package's tasks the same envs, number of transitions for each
-    update and batch size (section 4.2 of the paper, which compares with SAC with and without HER, TD3 with HER, GCBC and GCSL).
+    update and batch size (section 4.2 of the paper, which compares with SAC, SAC and TD3 with HER, GCBC and GCSL).
     HER samples finished episodes only, so that the others cannot learn before the first ones have ended.
     """
 
