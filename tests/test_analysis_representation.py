@@ -183,7 +183,7 @@ def test_goals_of_training_where_no_other_is_reached(tmp_path, monkeypatch):
     assert {(row["episode_env"], row["success"]) for row in report.rows} == {("PointUMaze-v0", True)}
 
 
-@pytest.mark.parametrize("env_id", ["PointUMaze-v0", "AntGoal-v0"])
+@pytest.mark.parametrize("env_id", ["PointUMaze-v0", "AntGoal-v0", "BitFlipping-v0"])
 def test_study_without_success(tmp_path, env_id):
     report = study_of(tmp_path, env_id, steps=5).run()
     assert {row["success"] for row in report.rows} == {False}

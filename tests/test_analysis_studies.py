@@ -73,6 +73,19 @@ def test_hyperparams():
     }
 
 
+def test_ids_without_version():
+    assert DepthStudy(env="PointUMaze").settings() == DepthStudy(env="PointUMaze-v0").settings()
+    assert DepthStudy(env="sb3_deepcrl:PointUMaze").eval_env == "sb3_deepcrl:PointUMazeEval-v0"
+
+
+def test_students_of_printed_commands(tmp_path, capsys):
+    study = DistillationStudy(depths=(), pruned_depths=(4,), teacher_depth=8, runs=tmp_path, dry_run=True, seeds=1)
+    study.run()
+    teacher, student = capsys.readouterr().out.splitlines()
+    folder = shlex.split(teacher)[shlex.split(teacher).index("-f") + 1]
+    assert f"{folder}/deepcrl/PointBigMaze-v0_1/PointBigMaze-v0.zip" in student and ".." not in student
+
+
 def test_baselines():
     study = BaselinesStudy(depths=(4, 8), baselines=("sac", "td3"), baseline_hyperparams={"tau": 0.1})
     settings = study.settings()
@@ -111,6 +124,12 @@ def test_collector_names_its_learners():
         (DepthStudy, dict(depths=(6,)), "`depth` must be a positive multiple of 4, .*, got 6: use 4 or 8"),
         (DepthStudy, dict(depths=(4, 4)), r"`depths` holds a value twice: \(4, 4\)"),
         (DepthStudy, dict(steps=-5), "`steps` must be at least 1, got -5"),
+        (DepthStudy, dict(depths=()), "There is nothing to train: give at least one value of each option"),
+        (GridStudy, dict(actor_depths=()), "There is nothing to train"),
+        (DepthStudy, dict(hyperparams={"n_envs": "x"}), "`n_envs` must be a positive integer, got 'x'"),
+        (ValueMapStudy, dict(hyperparams={"normalize": True}), "`normalize` cannot be looked into without their env"),
+        (ValueMapStudy, dict(hyperparams={"frame_stack": 2}), "`frame_stack` cannot be looked into without their env"),
+        (DepthStudy, dict(env="PointUMaze-v0", eval_env="Pendulum-v1"), "Pendulum-v1 reports neither `is_success` nor"),
         (DepthStudy, dict(jobs=0), "`jobs` must be at least 1, got 0"),
         (DepthStudy, dict(steps=300), "`n_evaluations` must be at most 4, got 20: 64 envs make `steps=300` in so many calls"),
         (DepthStudy, dict(hyperparams={"depth": 8}), "`hyperparams` holds `depth=8`, which this study sets itself"),

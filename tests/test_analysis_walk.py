@@ -270,6 +270,7 @@ def test_ants_move_too():
 
 
 def test_wrong_input():
+    WalkStudy(env="sb3_deepcrl:AntUMaze-v0")
     message = "'PointUMaze-v0' is no env of either: use for instance HumanoidGoal-v0 or AntUMaze-v0"
     for kwargs in (dict(env="PointUMaze-v0"), dict(eval_env="PointUMaze-v0")):
         with pytest.raises(ValueError, match=message):

@@ -3,7 +3,7 @@ import re
 import subprocess
 import sys
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.sac.policies import MlpPolicy
 from torch import nn
@@ -371,10 +371,31 @@ def test_features_extractor_of_an_algorithm_without_deep_policy():
     assert not th.equal(vector(model.policy.features_extractor), before)
 
 
+def test_features_extractor_made_by_a_function():
+    make = partial(CombinedExtractor, cnn_output_dim=4)
+    kwargs = dict(depth=4, width=8, features_extractor_class=make)
+    assert SAC("DeepMultiInputPolicy", SimpleMultiObsEnv(discrete_actions=False), policy_kwargs=kwargs).learn(10)
+
+
+@pytest.mark.parametrize("name", ["SAC", "PPO", "DQN", "QRDQN"])
+def test_actions_are_numbers(name):
+    model = make_model(name)
+    observation = np.zeros(model.observation_space.shape, np.float32)
+    with pytest.raises(ValueError, match=r"`observation` of the observation is nan at \(1,\)"):
+        model.predict(np.insert(observation[1:], 1, np.nan), deterministic=True)
+    with pytest.raises(ValueError, match="observation shape"):
+        model.predict(observation[1:], deterministic=True)
+    for parameter in model.policy.parameters():
+        parameter.data.fill_(np.nan)
+    with pytest.raises(ValueError, match="are not finite, since training diverged"):
+        model.predict(observation, deterministic=True)
+
+
 def test_features_extractor_of_normalized_images():
     space = gym.spaces.Box(0.0, 1.0, (1, 36, 36))
     assert isinstance(DeepResidualExtractor(space, 4, 8, normalized_image=True).extractor, NatureCNN)
-    extractor = DeepResidualExtractor(space, 4, 8)
+    with pytest.warns(UserWarning, match="may be an image, but is flattened: for a CNN pass"):
+        extractor = DeepResidualExtractor(space, 4, 8)
     assert extractor(th.rand(3, 1, 36, 36)).shape == (3, extractor.features_dim)
     with pytest.raises(ValueError, match="`width`"):
         DeepResidualExtractor(space, width=0)

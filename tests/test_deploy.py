@@ -194,6 +194,9 @@ def test_teacher_without_buffer_acts_first(teacher, tmp_path):
     student = make_student(teacher, 4)
     student.learn(200, callback=Distillation(tmp_path / "teacher", teacher_steps=400))
     assert student.replay_buffer.size() == 150 and student.num_timesteps == 200
+    # Also in another number of envs
+    student = distill(DeepCRL.load(tmp_path / "teacher"), 4, steps=40, env=BatchVecEnv("PointUMaze-v0", 2), teacher_steps=100)
+    assert (student.n_envs, student.replay_buffer.size()) == (2, 70)
 
 
 @pytest.mark.parametrize("has_buffer", [True, False])
@@ -253,6 +256,12 @@ def test_comparison_tells_size_and_cost(teacher):
     rows = compare_policies({"teacher": teacher, "student": make_student(teacher, 4)}, BatchVecEnv("PointUMaze-v0", 4), 4)
     assert [row["depth"] for row in rows] == [16, 4]
     assert rows[0]["parameters"] > rows[1]["parameters"] and all(row["ms_per_call"] > 0 for row in rows)
+    assert len(compare_policies({"teacher": teacher}, gym.make("PointUMaze-v0"), 1)) == 1
+    sac = SAC("MultiInputPolicy", gym.make("PointUMaze-v0"), **OFF_POLICY)
+    with pytest.raises(ValueError, match="The model 'sac' is a SAC: only those of DeepCRL can be compared"):
+        compare_policies({"sac": sac}, gym.make("PointUMaze-v0"))
+    with pytest.raises(ValueError, match="Only DeepCRL has students, not SAC"):
+        distill(sac)
 
 
 def test_unfit_students_are_refused(teacher):

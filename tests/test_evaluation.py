@@ -232,12 +232,11 @@ def test_evaluations_of_a_training_that_stopped_go_on(tmp_path):
     model.learn(20, callback=callback(best_model_save_path=str(tmp_path)), reset_num_timesteps=False)
     assert len(evaluations()["timesteps"]) == 4
     assert (tmp_path / "best_model.zip").read_text() == "best"
-    other = GoalEvalCallback(make_vec_env(ScriptedEnv), n_eval_episodes=2, log_path=str(tmp_path), resume=True)
     with pytest.raises(ValueError, match="have 3 episodes each: use `n_eval_episodes=3`"):
-        model.learn(2, callback=other, reset_num_timesteps=False)
+        GoalEvalCallback(make_vec_env(ScriptedEnv), n_eval_episodes=2, log_path=str(tmp_path), resume=True)
     np.savez(tmp_path / "evaluations.npz", timesteps=[20], results=[[1.0] * 3], ep_lengths=[[10] * 3])
     with pytest.raises(ValueError, match="was written by another callback"):
-        model.learn(2, callback=callback(), reset_num_timesteps=False)
+        callback()
     (tmp_path / "evaluations.npz").unlink()
     model.learn(20, callback=callback())
     # A new training, of which nothing is there yet

@@ -196,3 +196,8 @@ def test_representations_that_are_all_the_same_are_wrong(value, fused):
     # A tie with one of the others
     x[:, 0] = th.arange(33).div(2, rounding_mode="floor")
     assert info_nce(x, x.clone(), fused=fused)[1].categorical_accuracy == pytest.approx(1 / 33)
+    # Those of the same goal, whatever the states: no rounding chooses one of them
+    x, y = th.randn(130, 24, generator=th.Generator().manual_seed(0)), th.full((130, 24), value)
+    assert info_nce(x, y, fused=fused)[1].categorical_accuracy == 0.0
+    y[:65] = x[:65]
+    assert info_nce(x, y, fused=fused)[1].categorical_accuracy == 0.5

@@ -162,6 +162,13 @@ def test_replay_buffer_of_other_envs(itself, tmp_path):
         make_model().load_dataset(tmp_path / "buffer")
     with pytest.raises(ValueError, match=r"The replay buffer has `observation_space=.*but the model has"):
         make_model(BitFlippingEnv(n_bits=4)).load_dataset(source.replay_buffer)
+    normalized = make_model(make_vec_env(lambda: GoalReachEnv(max_steps=7, action_scale=2.0), 3), normalize_observations=True)
+    # The statistics of a model that has seen nothing else
+    normalized.load_replay_buffer(tmp_path / "buffer")
+    known = [len(episode.observations["achieved_goal"]) for episode in normalized.replay_buffer.episodes()]
+    assert normalized.actor.normalizer.count == sum(known)
+    normalized.load_replay_buffer(tmp_path / "buffer")
+    assert normalized.actor.normalizer.count == sum(known)
     model = make_model()
     model.load_dataset(source.replay_buffer if itself else tmp_path / "buffer.pkl")
     # What is left of the oldest of each env, two whole ones, and the running one

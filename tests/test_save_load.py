@@ -84,7 +84,8 @@ def test_files_of_an_earlier_version_go_on():
     assert model.num_timesteps == 100
     assert model.replay_buffer.size() == 37
     n_updates = model._n_updates
-    model.learn(32, reset_num_timesteps=False)
+    # It owes six steps of each env for its last one, and makes half of the next ones
+    model.learn(2 * (6 + 8 + 4), reset_num_timesteps=False)
     assert model._n_updates == n_updates + 2
 
 
@@ -194,6 +195,8 @@ def test_load_what_was_saved_in_part(tmp_path):
         (dict(depth=8), r"saved with `depth=4`.*cannot be loaded with `depth=8`: leave `depth` out"),
         (dict(width=32), r"`width=16`.*`width=32`"),
         (dict(policy_kwargs=dict(actor_depth=8)), r"`actor_depth=None`.*`actor_depth=8`"),
+        (dict(actor_depth=8), r"`actor_depth=None`.*`actor_depth=8`"),
+        (dict(ent_coef=0.1), "`ent_coef=0.1` is not learned, that of the saved model is: use one of the same kind"),
         (dict(policy_kwargs=dict(repr_dim=3)), r"`repr_dim=8`.*`repr_dim=3`"),
         (dict(policy_kwargs=dict(norm="none")), r"`norm='layer'`.*`norm='none'`"),
     ],
@@ -202,6 +205,14 @@ def test_load_into_other_networks(trained, tmp_path, kwargs, message):
     trained.save(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         DeepCRL.load(tmp_path / "model", **kwargs)
+
+
+def test_load_with_another_entropy_coefficient(tmp_path):
+    make_model(ent_coef=0.2).save(tmp_path / "model")
+    model = DeepCRL.load(tmp_path / "model", ent_coef="0.5")
+    assert float(model.ent_coef_tensor) == 0.5
+    with pytest.raises(ValueError, match="`ent_coef='auto'` is learned, that of the saved model is not"):
+        DeepCRL.load(tmp_path / "model", ent_coef="auto")
 
 
 def test_load_the_zip_of_another_algorithm(tmp_path):

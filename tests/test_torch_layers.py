@@ -7,7 +7,8 @@ from torch import nn
 from sb3_deepcrl.common.losses import info_nce
 from sb3_deepcrl.common.torch_layers import ResidualBlock, ResidualTower
 from sb3_deepcrl.common.utils import check_depth
-from sb3_deepcrl.deepcrl import MultiInputPolicy
+from sb3_deepcrl.deepcrl import DeepCRL, MultiInputPolicy
+from tests.envs import GoalReachEnv
 
 
 def count_dense(module: nn.Module) -> int:
@@ -106,6 +107,20 @@ def test_residual_scale(residual_scale, expected, learned):
 def test_wrong_options(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ResidualTower(3, 2, depth=4, **kwargs)
+
+
+def test_checkpoints_of_what_is_random():
+    norm = lambda width: nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.5))  # noqa: E731
+    tower, gradients = ResidualTower(3, 1, depth=8, width=16, norm=norm), []
+    for tower.checkpoint_activations in (False, True):
+        tower.zero_grad()
+        th.manual_seed(1)
+        tower(th.ones(5, 3)).sum().backward()
+        gradients.append([parameter.grad for parameter in tower.parameters()])
+    th.testing.assert_close(*gradients)
+    kwargs = dict(depth=4, width=16, checkpoint_activations=True, policy_kwargs=dict(norm=nn.BatchNorm1d))
+    with pytest.raises(ValueError, match="would update the statistics of BatchNorm1d twice: leave it at False"):
+        DeepCRL("MultiInputPolicy", GoalReachEnv(), **kwargs)
 
 
 def start_of_training(depth: int, residual_scale: float | str | None = None) -> dict[str, float]:

@@ -356,6 +356,35 @@ def test_hooks_are_seen_and_forgotten():
 
 
 @needs_kernel
+def test_what_a_layer_does_may_change():
+    x = th.randn(3, 5)
+
+    def residual(tower):
+        tower.blocks[0].residual = False
+
+    def epsilon(tower):
+        for norm in [module for module in tower.modules() if isinstance(module, nn.LayerNorm)]:
+            norm.eps = 0.1
+
+    def replace_forward(name):
+        def change(tower):
+            module = tower.get_submodule(name)
+            module.forward = lambda x, before=module.forward: before(x).sin()
+
+        return change
+
+    for change in (residual, epsilon, *map(replace_forward, ("", "blocks.0", "blocks.0.branch.0"))):
+        tower, plain = make_tower(), make_tower()
+        plain.load_state_dict(tower.state_dict())
+        compile_blocks(tower)
+        before = tower(x)
+        for changed in (tower, plain):
+            change(changed)
+        th.testing.assert_close(tower(x), plain(x))
+        assert (tower(x) - before).abs().max() > 1e-3
+
+
+@needs_kernel
 def test_other_inputs_run_as_plain_modules():
     tower = make_tower()
     tower._compiled_call_impl = TowerKernel(load_kernel(), tower)
@@ -694,6 +723,14 @@ def test_what_happens_to_the_optimizer_is_seen():
         assert not flat.holds()
         optimizer.state[first] = whole
         assert flat.holds()
+    optimizer.param_groups[0]["maximize"] = True
+    assert not flat.holds()
+    optimizer.param_groups[0]["maximize"] = False
+    th.optim.lr_scheduler.StepLR(optimizer, 10)
+    assert flat.holds()
+    optimizer.step = lambda: None
+    assert not flat.holds() and FlatParameters.make(tower, optimizer) is None
+    del optimizer.step
     optimizer.add_param_group(dict(params=[nn.Parameter(th.zeros(1))]))
     assert not flat.holds()
 

@@ -9,6 +9,7 @@ import torch as th
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 from scipy.spatial.distance import cdist
+from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_deepcrl import DeepCRL
@@ -284,6 +285,8 @@ def test_wrong_input():
         ValueMapStudy(env="AntGoal-v0")
     with pytest.raises(ValueError, match="has no maze to draw"):
         value_correlations(make_model(), GoalReachEnv())
+    with pytest.raises(ValueError, match="that of DeepCRL's critic, which SAC has not"):
+        plot_value_map(SAC("MultiInputPolicy", gym.make("PointU4Maze-v0"), buffer_size=10), gym.make("PointU4Maze-v0"))
     with pytest.raises(ValueError, match=r"cannot be made with `env_kwargs` {'walls': 3}"):
         ValueMapStudy(env_kwargs={"walls": 3})
 

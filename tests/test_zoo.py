@@ -626,8 +626,14 @@ def test_value_map(logs, tmp_path, capsys, monkeypatch):
     args = ["value_map", "--env", ENV, "-f", str(logs)]
     command(*args, "-o", str(tmp_path / "new" / "value.png"))
     assert (tmp_path / "new" / "value.png").stat().st_size > 5000
+    capsys.readouterr()
+    for output in (tmp_path / "value", tmp_path):
+        command(*args, "-o", str(output))
+        path = Path(capsys.readouterr().out.strip().rpartition(": ")[2])
+        assert path.suffix == ".png" and path.is_file()
     (tmp_path / "file").touch()
     for more, message in {
+        ("-o", "value.xyz"): "value.xyz has the suffix of no picture: use one of ",
         ("--goal", "0", "0"): "lies in a wall",
         ("-o", str(tmp_path / "file" / "value.png")): f"choose another place than {tmp_path / 'file' / 'value.png'}",
         ("-f", str(tmp_path)): f"there is no run of {ENV}",

@@ -42,7 +42,7 @@ class DepthStudy(ComparisonOfDepths):
     """Draw the critic's loss, the size of the actor's output and the norms of the gradients, too"""
 
     def settings(self) -> dict[str, Run]:
-        shallow = min(self.depths)
+        shallow = min(self.depths, default=0)
         return {
             self._label(part, depth): self.make_run_of_depths(
                 shallow if part == "critic" else depth, shallow if part == "actor" else depth

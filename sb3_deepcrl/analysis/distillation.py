@@ -5,7 +5,7 @@ Does a shallow policy do what a deep one has learned, if it is taught by it or c
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from sb3_deepcrl.analysis.runs import FOLDER, SEED, Run, config_entry
+from sb3_deepcrl.analysis.runs import RUNS, SEED, Run, config_entry
 from sb3_deepcrl.analysis.statistics import Estimate
 from sb3_deepcrl.analysis.study import Study
 from sb3_deepcrl.common.utils import check_depth
@@ -37,7 +37,7 @@ class DistillationStudy(Study):
         super().__post_init__()
         for depth in (self.teacher_depth, *self.depths, *self.pruned_depths):
             check_depth(depth)
-        if max(*self.depths, *self.pruned_depths) >= self.teacher_depth:
+        if max((*self.depths, *self.pruned_depths), default=0) >= self.teacher_depth:
             raise ValueError(f"`teacher_depth` must be larger than all other depths, got {self.teacher_depth}")
 
     @property
@@ -50,8 +50,7 @@ class DistillationStudy(Study):
 
     def _taught(self, depth: int, prune: bool) -> Run:
         name = self.env.rpartition(":")[2]
-        # Beside the folder of the student, wherever that is
-        teacher = f"{FOLDER}/../../{self._teacher.folder(self.runs).parent.name}/seed-{SEED}/deepcrl/{name}_1"
+        teacher = f"{RUNS}/{self._teacher.folder(self.runs).parent.name}/seed-{SEED}/deepcrl/{name}_1"
         arguments: dict[str, Any] = {
             "teacher": f"{teacher}/{name}.zip",
             "replay_buffer": f"{teacher}/replay_buffer.pkl",

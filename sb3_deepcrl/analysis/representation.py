@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from matplotlib.figure import Figure
 
 from sb3_deepcrl.analysis.episodes import Episode, make_env, play_episodes
@@ -76,7 +77,10 @@ def _embed(model: DeepCRL, way: Episode) -> tuple[np.ndarray, np.ndarray, np.nda
     """Embeddings of states and actions, ``(n_steps, repr_dim)``, and of the goal, and energies of both, ``(n_steps,)``."""
     obs_tensor = network_inputs(model, {key: values[:-1] for key, values in way.observations.items()})
     with th.no_grad():
-        actions = th.as_tensor(model.policy.scale_action(way.actions), dtype=th.float32, device=model.device)
+        # As the replay buffer has them
+        is_box = isinstance(model.action_space, spaces.Box)
+        scaled = model.policy.scale_action(way.actions) if is_box else way.actions.reshape(len(way.actions), -1)
+        actions = th.as_tensor(scaled, dtype=th.float32, device=model.device)
         embeddings = model.critic.encode_state_action(model.critic.extract_state_features(obs_tensor), actions)
         goals = model.critic.encode_goal(obs_tensor)
         energies = rowwise_energy(embeddings, goals, model.critic.energy)
@@ -129,6 +133,7 @@ class RepresentationStudy(ComparisonOfDepths):
     """
 
     name: ClassVar[str] = "representation"
+    looks_into_models: ClassVar[bool] = True
 
     def _choose(self, seed: int) -> _Choice:
         found: list[_Choice] = []

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
 from sb3_deepcrl.analysis import MazeMap, plot_value_map
@@ -21,7 +22,9 @@ from sb3_deepcrl.zoo.runs import RunFolder
 
 def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path | None = None) -> Path:
     """Draw the learned value of a run for a goal in meters, by default in the first free cell."""
-
+    known = FigureCanvasBase.get_supported_filetypes()
+    if output is not None and output.suffix and not output.is_dir() and output.suffix[1:].lower() not in known:
+        raise ValueError(f"{output} has the suffix of no picture: use one of {', '.join(sorted(known))}")
     vec_env = run.make_env()
     if is_vecenv_wrapped(vec_env, VecFrameStack):
         raise ValueError(f"{run.path} has `frame_stack`: what its model sees cannot be placed on a map")
@@ -34,6 +37,7 @@ def draw_run(run: RunFolder, goal: Sequence[float] | None = None, output: Path |
     vec_env.close()
     ax.set_title(f"{run.args()['env']}: learned value and policy")
     output = output or run.path / "value.png"
+    output = output / "value.png" if output.is_dir() else output if output.suffix else output.with_suffix(".png")
     if not output.parent.exists():
         output.parent.mkdir(parents=True)
     figure.savefig(output, dpi=150)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Time for a run that is stopped to save what it has
 SECONDS_TO_SAVE = 60
-# In a hyperparameter, where the folder of the run, or its seed, has to stand
-FOLDER, SEED = "{folder}", "{seed}"
+# In a hyperparameter, where the folder of all runs, that of the run, or its seed, has to stand
+RUNS, FOLDER, SEED = "{runs}", "{folder}", "{seed}"
 
 
 class Expression(str):
@@ -85,7 +85,9 @@ class Run:
         for name, values in options.items():
             if values:
                 given = [f"{key}:{value!r}" for key, value in values.items()]
-                words += [f"--{name}", *(text.replace(FOLDER, str(folder)).replace(SEED, str(self.seed)) for text in given)]
+                for place, value in ((RUNS, runs), (FOLDER, folder), (SEED, self.seed)):
+                    given = [text.replace(place, str(value)) for text in given]
+                words += [f"--{name}", *given]
         return words
 
     def dataset(self, runs: Path) -> Path:

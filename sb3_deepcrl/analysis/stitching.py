@@ -79,6 +79,7 @@ class StitchingStudy(ComparisonOfDepths):
     """
 
     name: ClassVar[str] = "stitching"
+    looks_into_models: ClassVar[bool] = True
 
     env: str = "PointUMazeStitch-v0"
     """Env that is trained on, with starts and goals a few cells apart"""

@@ -3,6 +3,7 @@ What all studies are: settings, each trained with several seeds, and a report of
 """
 
 import ast
+import contextlib
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 from matplotlib.figure import Figure
 from rich.console import Console
+from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_deepcrl.analysis.report import (
     Report,
@@ -25,7 +27,7 @@ from sb3_deepcrl.analysis.report import (
 )
 from sb3_deepcrl.analysis.runs import Run, check_origin, config_entry, train_all
 from sb3_deepcrl.analysis.statistics import N_LAST, Estimate, final_estimate
-from sb3_deepcrl.common.utils import check_depth
+from sb3_deepcrl.common.utils import check_depth, check_positive_int
 from sb3_deepcrl.deepcrl import DeepCRL
 from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.registration import ENV_TABLE
@@ -47,6 +49,8 @@ class Study(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether models are loaded for the report
+    looks_into_models: ClassVar[bool] = False
 
     env: str = "PointU4Maze-v0"
     """Env that is trained on; one of another package with its module, as in panda_gym:PandaReach-v3"""
@@ -84,10 +88,11 @@ class Study(ABC):
     def __post_init__(self) -> None:
         self.runs = Path(self.runs)
         self.output = None if self.output is None else Path(self.output)
-        self.eval_env = self.eval_env or find_eval_env(self.env)
-        for env_id in (self.env, self.eval_env):
+        for name in ("env", "eval_env"):
+            env_id = getattr(self, name) or find_eval_env(self.env)
             try:
-                find_spec(env_id)
+                # With its version
+                setattr(self, name, ":".join([*env_id.split(":")[:-1], find_spec(env_id).id]))
             except gym.error.Error as error:
                 raise ValueError(f"There is no env {env_id!r} ({error}): use an id such as PointU4Maze-v0") from None
         for item in fields(self):
@@ -184,13 +189,7 @@ class Study(ABC):
         path = self.report_path()
         runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
         all_runs = [run for seeds in runs_by_label.values() for run in seeds]
-        for run in all_runs:
-            n_envs = {"n_envs": 1, **config_entry(run.algo, run.env.rpartition(":")[2]), **run.hyperparams}["n_envs"]
-            if run.eval_freq < n_envs:
-                raise ValueError(
-                    f"`n_evaluations` must be at most {self.steps // n_envs}, got {self.n_evaluations}: {n_envs} envs make "
-                    f"`steps={self.steps}` in so many calls. Use fewer, more `steps`, or fewer envs (`n_envs`)"
-                )
+        self._check(all_runs)
         if self.dry_run:
             open_runs = [run for run in all_runs if not run.is_complete(self.runs)]
             for command in dict.fromkeys(shlex.join(run.command(self.runs)) for run in open_runs):
@@ -205,6 +204,31 @@ class Study(ABC):
         report.notes += describe_origin([(run.algo, run.made_with(self.runs)) for run in all_runs])
         report.write(path, self.command())
         return report
+
+    def _check(self, all_runs: list[Run]) -> None:
+        """Refuse what would fail after hours of training."""
+        from sb3_deepcrl.zoo.callbacks import reports_goals
+
+        if not all_runs:
+            raise ValueError("There is nothing to train: give at least one value of each option")
+        has_wrapper = False
+        for run in all_runs:
+            config = {"n_envs": 1, **config_entry(run.algo, run.env.rpartition(":")[2]), **run.hyperparams}
+            has_wrapper |= "env_wrapper" in config
+            if wrong := [name for name in ("normalize", "frame_stack") if self.looks_into_models and config.get(name)]:
+                raise ValueError(f"Models with `{wrong[0]}` cannot be looked into without their env: leave it out")
+            n_envs = check_positive_int(config["n_envs"], "n_envs")
+            if run.eval_freq < n_envs:
+                raise ValueError(
+                    f"`n_evaluations` must be at most {run.steps // n_envs}, got {self.n_evaluations}: {n_envs} envs make "
+                    f"`steps={run.steps}` in so many calls. Use fewer, more `steps`, or fewer envs (`n_envs`)"
+                )
+        with contextlib.closing(make_vec_env(self.eval_env, env_kwargs=self.all_eval_env_kwargs)) as env:
+            if not has_wrapper and not reports_goals(env):
+                raise ValueError(
+                    f"{self.eval_env} reports neither `is_success` nor `success` in its infos: let it tell in each step if "
+                    "the goal is reached"
+                )
 
     def report_path(self) -> Path:
         """Find a place for the report before hours of training, with a number in its name if another one has other options."""
@@ -298,8 +322,6 @@ class ComparisonOfDepths(Study):
 def load_model(run: Run, runs: Path) -> DeepCRL:
     """Load the model of a run that is complete, without an env."""
     folder = run.read(runs)
-    if folder.config().get("normalize"):
-        raise ValueError("Models that were trained with `normalize` cannot be looked into without their env: leave it out")
     # It may have been trained further since
     model = folder.load_model(before=run.steps + run.eval_freq)
     assert isinstance(model, DeepCRL)

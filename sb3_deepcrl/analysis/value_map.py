@@ -90,8 +90,10 @@ def plot_value_map(
     :param ax: Where to draw, a new figure by default
     :param points_per_cell: Number of points along the side of a cell
     :return: The axes
-    :raises ValueError: if the env has no maze, or the goal lies in a wall
+    :raises ValueError: if the model is no DeepCRL, the env has no maze, or the goal lies in a wall
     """
+    if not isinstance(model, DeepCRL):
+        raise ValueError(f"The value is that of DeepCRL's critic, which {type(model).__name__} has not")
     maze = MazeMap.from_env(env)
     observation, _ = env.reset(seed=seed)
     (place,) = _check_goals(maze, [observation["desired_goal"][:2] if goal is None else goal])
@@ -223,6 +225,7 @@ class ValueMapStudy(ComparisonOfDepths):
     """
 
     name: ClassVar[str] = "value_map"
+    looks_into_models: ClassVar[bool] = True
 
     goal: tuple[float, float] | None = None
     """x and y of the goal of the picture in meters, by default of the farthest one"""

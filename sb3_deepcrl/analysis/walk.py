@@ -15,6 +15,7 @@ from sb3_deepcrl.analysis.report import Report, Results, depth_colors, new_figur
 from sb3_deepcrl.analysis.statistics import interquartile_means
 from sb3_deepcrl.analysis.study import ComparisonOfDepths
 from sb3_deepcrl.deepcrl import DeepCRL
+from sb3_deepcrl.env_ids import find_spec
 from sb3_deepcrl.envs.registration import ENV_TABLE
 
 # What may happen in an episode, from good to bad
@@ -94,7 +95,7 @@ def measure_walk(episode: Episode, dt: float, maze: MazeMap | None = None) -> di
 
 
 def _check_has_legs(env_id: str) -> None:
-    if ENV_TABLE.get(env_id, {}).get("robot") not in ("ant", "humanoid"):
+    if ENV_TABLE.get(find_spec(env_id).id, {}).get("robot") not in ("ant", "humanoid"):
         raise ValueError(
             f"Gaits are those of a humanoid or an ant, but {env_id!r} is no env of either: "
             "use for instance HumanoidGoal-v0 or AntUMaze-v0"
@@ -137,6 +138,7 @@ class WalkStudy(ComparisonOfDepths):
     """
 
     name: ClassVar[str] = "walk"
+    looks_into_models: ClassVar[bool] = True
 
     env: str = "HumanoidGoal-v0"
     """Env of a humanoid or an ant that is trained on"""

@@ -31,17 +31,21 @@ FIND_NAN = (
     "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
     "`stable_baselines3.common.vec_env.VecCheckNan`"
 )
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
 def check_finite(values: Mapping[str, ArrayLike], axis: str = "env", episode: int = 0) -> None:
-    """Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name (or another first axis), are numbers."""
+    """
+    Check that what came from the envs, arrays of shape ``(n_envs, ...)`` by name (or another first axis), are numbers that can
+    be stored.
+    """
     of_episode, fix = ("", FIND_NAN) if axis == "env" else (f" of episode {episode}", "Leave its episode out of the data set")
     for key, value in values.items():
         value = np.asarray(value.cpu() if isinstance(value, th.Tensor) else value)
-        if value.dtype.kind != "f" or np.isfinite(value).all():
+        if value.dtype.kind != "f" or (is_number := np.abs(value) <= FLOAT32_MAX).all():
             continue
-        index = np.flatnonzero(~np.isfinite(value.reshape(len(value), -1)).all(axis=1))[0]
+        index = np.flatnonzero(~is_number.reshape(len(value), -1).all(axis=1))[0]
         raise ValueError(f"NaN or infinity in `{key}` of {axis} {index}{of_episode}: {value[index]}. It was not stored. {fix}")
 
 
@@ -365,7 +369,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         jumped, finite = th.zeros_like(done), []
         for key in self._observations:
             for new in (step.terminal_observation[key], step.observation[key]):
-                finite.append(th.isfinite(new).flatten(1).all(dim=1))
+                finite.append((new.abs() <= FLOAT32_MAX).flatten(1).all(dim=1))
             if key != "desired_goal":
                 stored = storage[key][head * self.n_envs + envs]
                 jumped |= (stored != obs[key].reshape(stored.shape).to(stored.dtype)).flatten(1).any(dim=1)

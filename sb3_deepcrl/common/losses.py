@@ -59,7 +59,8 @@ class ContrastiveMetrics(NamedTuple):
     Scalars that tell how well the critic tells the positives apart, logged as ``train/`` with these names.
 
     :param categorical_accuracy: Fraction of the rows whose positive is above all others. Chance is one in ``batch_size``; a
-        trained critic has 30 to 400 times as much. It need not come near 1: states that follow each other lead to like goals.
+        trained critic has 30 to 400 times as much. It need not come near 1: states that follow each other lead to like goals,
+        and of several equal goals none is above all others.
     :param logits_pos: Mean logit of the positives; with ``energy="norm"`` and ``"squared"`` never above 0
     :param logits_neg: Mean logit of the negatives. Equal to ``logits_pos`` at the start, below it as soon as the critic learns
     :param logsumexp: Mean log-sum-exp of a row, which the log-sum-exp penalty keeps near 0
@@ -71,8 +72,11 @@ class ContrastiveMetrics(NamedTuple):
     logsumexp: th.Tensor
 
 
-def _pairwise(x: th.Tensor, y: th.Tensor, energy: str) -> tuple[th.Tensor, Callable[[th.Tensor], Any]]:
-    """Energies of all pairs, shape ``(n, n)``, and what makes the gradients of ``x`` and ``y`` of theirs (which is lost)."""
+def _pairwise(x: th.Tensor, y: th.Tensor, energy: str) -> tuple[th.Tensor, th.Tensor, Callable[[th.Tensor], Any]]:
+    """
+    Energies of all pairs, shape ``(n, n)``, those of the positives as they are rounded where they are computed as all others
+    (of equal goals they are equal then), and what makes the gradients of ``x`` and ``y`` of theirs (which is lost).
+    """
     if energy in ("dot", "cosine"):
         rows, columns = (x, y) if energy == "dot" else (_unit(x), _unit(y))
 
@@ -86,7 +90,8 @@ def _pairwise(x: th.Tensor, y: th.Tensor, energy: str) -> tuple[th.Tensor, Calla
                 for of, unit, scaled in ((of_rows, rows, x), (of_columns, columns, y))
             )
 
-        return rows @ columns.T, gradients_of_products
+        products = rows @ columns.T
+        return products, products.diagonal(), gradients_of_products
 
     # |x|^2 + |y|^2 - 2 x.y loses digits when both points are far from the origin: distances do not depend
     # on the origin, so put it in the middle of the points first.
@@ -95,9 +100,11 @@ def _pairwise(x: th.Tensor, y: th.Tensor, energy: str) -> tuple[th.Tensor, Calla
     distances = th.addmm(x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1), x, y.T, alpha=-2.0).clamp_(min=0.0)
     # The positives may come so near to each other that what is left after cancellation is rounding
     difference = x - y
+    rounded = distances.diagonal().clone()
     distances = distances.diagonal_scatter(difference.square().sum(dim=1))
     if energy == "norm":
         distances.sqrt_()
+        rounded.sqrt_()
 
     def gradients_of_distances(gradient: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         # With w the gradients of the energies over the distances (zero where two rows are equal), times two without the root
@@ -109,7 +116,7 @@ def _pairwise(x: th.Tensor, y: th.Tensor, energy: str) -> tuple[th.Tensor, Calla
         of_y = w.T @ x - w.sum(dim=0).unsqueeze(1) * y + of_positives
         return of_x, of_y
 
-    return -distances, gradients_of_distances
+    return -distances, -rounded, gradients_of_distances
 
 
 class _ContrastiveLoss(th.autograd.Function):
@@ -141,7 +148,7 @@ def _contrast(
 ) -> tuple[th.Tensor, ...]:
     """Loss and metrics, shape ``(5,)``, and the gradients of ``x`` and ``y`` if they are needed."""
     n = len(x)
-    logits, gradients_of = _pairwise(x, y, energy)
+    logits, rounded, gradients_of = _pairwise(x, y, energy)
     positive, row_logsumexp = logits.diagonal().clone(), logits.logsumexp(dim=1, keepdim=True)
     directions = [] if contrastive_loss == "backward" else [row_logsumexp]
     if contrastive_loss != "forward":
@@ -150,7 +157,7 @@ def _contrast(
     for logsumexp in directions:
         loss = loss + (logsumexp + logsumexp_coef * logsumexp.square()).mean() / len(directions)
     # Nobody else comes as near, so that representations that are all the same are wrong
-    correct = (logits >= positive.unsqueeze(1)).sum(dim=1) == 1
+    correct = (logits < rounded.unsqueeze(1)).fill_diagonal_(True).all(dim=1) & positive.isfinite()
     negative = (logits.sum() - positive.sum()) / (n * (n - 1))
     outcome = th.stack([loss, correct.to(x.dtype).mean(), positive.mean(), negative, row_logsumexp.mean()])
     if not needed:

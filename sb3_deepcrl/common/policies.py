@@ -44,10 +44,24 @@ class CheckedPolicy(BasePolicy):
         :raises ValueError: if an action is NaN or infinite (or a discrete one -1, as no probability was a number), telling
             whether weights or observation are at fault
         """
-        actions, state = super().predict(observation, state, episode_start, deterministic)
+        try:
+            actions, state = super().predict(observation, state, episode_start, deterministic)
+        except ValueError as error:
+            # Distributions refuse such parameters
+            if faults := self._faults(observation):
+                raise ValueError(f"The policy gives actions that are NaN or infinite: {' and '.join(faults)}") from error
+            raise
         if np.isfinite(actions).all() and (isinstance(self.action_space, spaces.Box) or (actions >= 0).all()):
             return actions, state
-        # The critic has no part in them
+        reason = " and ".join(self._faults(observation)) or (
+            "its weights and the observation are finite, so that numbers on the way are too large (normalize the "
+            "observations, e.g. with `VecNormalize`)"
+        )
+        raise ValueError(f"The policy gives actions that are NaN or infinite: {reason}")
+
+    def _faults(self, observation: np.ndarray | dict[str, np.ndarray]) -> list[str]:
+        """What is not finite: weights, or the observation."""
+        # The critic has no part in the actions
         faults = [
             f"the weights `{name}` are not finite, since training diverged (load an earlier checkpoint, lower `learning_rate`)"
             for name, values in getattr(self, "actor", self).named_parameters()
@@ -57,8 +71,4 @@ class CheckedPolicy(BasePolicy):
             if not np.isfinite(value).all():
                 where = tuple(np.argwhere(~np.isfinite(value))[0].tolist())
                 faults.append(f"`{key}` of the observation is {value[where]} at {where} (check the env with `VecCheckNan`)")
-        reason = " and ".join(faults) or (
-            "its weights and the observation are finite, so that numbers on the way are too large (normalize the "
-            "observations, e.g. with `VecNormalize`)"
-        )
-        raise ValueError(f"The policy gives actions that are NaN or infinite: {reason}")
+        return faults

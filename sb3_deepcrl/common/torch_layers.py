@@ -8,6 +8,7 @@ from typing import Any
 import torch as th
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from sb3_deepcrl.common.utils import LAYERS_PER_BLOCK, check_choice, check_depth, check_positive_int
@@ -97,8 +98,9 @@ class ResidualBlock(nn.Module):
         to the normalization: the fused product copies it to all rows first.
         """
         for layer in self.branch:
-            # Not a subclass, and nothing that hooks change or look at
-            if type(layer) is nn.Linear and layer.bias is not None and not (layer._forward_hooks or layer._forward_pre_hooks):
+            # Not a subclass, and nothing that hooks change or look at, or a `forward` of its own
+            is_watched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+            if type(layer) is nn.Linear and layer.bias is not None and not is_watched:
                 product = F.linear(x, layer.weight)
                 x = product + layer.bias.to(product.dtype)
             else:
@@ -158,6 +160,13 @@ class ResidualTower(nn.Module):
         self.blocks = nn.Sequential(
             *(ResidualBlock(width, activation_fn, norm, residual, scale, learn_scale) for _ in range(n_blocks))
         )
+        # Whether it may draw numbers: dropout, or what is not PyTorch's
+        self.is_random = not all(
+            type(module).__module__.startswith("torch.nn.") and not isinstance(module, _DropoutNd | nn.RReLU)
+            for block in self.blocks
+            for layer in block.branch  # type: ignore[operator, union-attr]
+            for module in layer.modules()
+        )
         self.head = nn.Identity() if output_dim is None else lecun_uniform_(nn.Linear(width, output_dim))
         #: Type of the matrix products inside the tower, None for that of the inputs.
         #: The residual sum keeps the type of the inputs: in bfloat16 it would forget what the first of many blocks added.
@@ -176,8 +185,8 @@ class ResidualTower(nn.Module):
             features = self.stem(x).to(x.dtype)
             for block in self.blocks:
                 if checkpointed:
-                    # There is nothing random in a block, and looking at the random state would wait for the device
-                    features = checkpoint(block, features, use_reentrant=False, preserve_rng_state=False)
+                    # Looking at the random state would wait for the device, where nothing is random in a block
+                    features = checkpoint(block, features, use_reentrant=False, preserve_rng_state=self.is_random)
                 else:
                     features = block(features)
         return features

@@ -1122,13 +1122,14 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
           const Vec squared = fmadd(all(-2.0f), load(row + j), all(square) + load(y_squares + j));
           store(row + j, sqrt(max(squared, all(0.0f))));
         }
-        // The nearest of the others
+        // The nearest of the others, and whether the own one, rounded as they are, is nearer: equal goals are not
+        const float rounded = row[i];
         row[i] = FAR;
         for (int64_t j = 0; j < rows; j += LANES) least = min(least, load(row + j));
         float nearest = least[0];
         for (int64_t k = 1; k < LANES; ++k) nearest = std::min(nearest, least[k]);
         row[i] = positive = std::sqrt(positive);
-        sums[CORRECT] += positive < nearest;
+        sums[CORRECT] += rounded < nearest;
         nearest = std::min(nearest, positive);
         Vec total = all(0.0f), exponential = all(0.0f);
         for (int64_t j = 0; j < rows; j += LANES) {

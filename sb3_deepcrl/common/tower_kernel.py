@@ -137,8 +137,10 @@ class _Layout:
             raise ValueError("other heads than Dense")
         # What may be exchanged: modules in modules, parameters in modules
         containers: tuple[nn.Module, ...] = (tower, tower.stem, tower.blocks, *blocks, *branches)
-        if is_watched(*containers, tower.head, *heads, *(module for modules in layers for module in modules)):
-            raise ValueError("somebody wants to be called when one of its layers runs")
+        all_modules = (*containers, tower.head, *heads, *(module for modules in layers for module in modules))
+        if is_watched(*all_modules):
+            raise ValueError("somebody wants to be called when one of its layers runs, or has replaced what it does")
+        self.attributes = [vars(module) for module in all_modules]
         self.modules = [(module._modules, tuple(module._modules.values())) for module in containers]
         dense = tower.stem[0]
         assert isinstance(dense, nn.Linear)
@@ -148,6 +150,9 @@ class _Layout:
         if any(norm.eps != norms[0].eps for norm in norms) or norms[0].eps < th.finfo(th.float32).tiny:
             raise ValueError("several epsilons, or none")
 
+        # What says how they compute
+        self.settings = [(vars(block), "residual", block.residual) for block in blocks]
+        self.settings += [(vars(norm), "eps", norm.eps) for norm in norms]
         # Dictionary and name of each parameter, and its shape; None for the scale of a block that adds nothing
         self.slots: list[tuple[dict[str, Any], str] | None] = []
         shapes: list[tuple[int, ...] | None] = []
@@ -197,6 +202,8 @@ class _Layout:
             and [0 if tensor is None else tensor.data_ptr() for tensor in tensors] == self.pointers
             and all([tensor is None or tensor.is_contiguous() for tensor in tensors])
             and all([tuple(modules.values()) == found for modules, found in self.modules])
+            and all([attributes[name] == value for attributes, name, value in self.settings])
+            and not any(["forward" in attributes for attributes in self.attributes])
         )
 
 
@@ -388,6 +395,19 @@ def _have_hooks(parameters: list[th.Tensor]) -> bool:
     return any([parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters])  # type: ignore[attr-defined]
 
 
+def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
+    """Whether Adam does nothing unusual in a step. Schedulers of the learning rate only count its steps."""
+    group, step = optimizer.param_groups[0], vars(optimizer).get("step")
+    return not (
+        (step is not None and not hasattr(step, "_wrapped_by_lr_sched"))
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or group["amsgrad"]
+        or group["maximize"]
+        or group["differentiable"]
+    )
+
+
 class FlatParameters:
     """
     Parameters of an optimizer, their gradients and Adam's moments, each in one tensor: what is done to all of them takes one
@@ -460,10 +480,8 @@ class FlatParameters:
             or type(optimizer) not in (th.optim.Adam, th.optim.AdamW)
             or len(groups) > 1
             or _have_hooks(parameters)
-            or any(groups[0][name] for name in ("amsgrad", "maximize", "differentiable"))
+            or not _is_plain_adam(optimizer)
             or groups[0]["capturable"] != (device.type == "cuda")
-            or optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
             or not all(p.requires_grad and p.dtype is th.float32 and p.is_contiguous() for p in parameters)
             or any(parameter.device != device for parameter in parameters)
             or len(in_towers) > len(set(in_towers))
@@ -477,11 +495,10 @@ class FlatParameters:
         optimizer = self.optimizer
         return (
             len(optimizer.param_groups) == 1
+            and _is_plain_adam(optimizer)
             and [parameter.data_ptr() for parameter in self.parameters] == self.pointers
             and all([parameter.requires_grad for parameter in self.parameters])
             and (RemovableHandle.next_id == self.n_handles or not _have_hooks(self.parameters))
-            and not optimizer._optimizer_step_pre_hooks
-            and not optimizer._optimizer_step_post_hooks
             and len(optimizer.state) == len(self.states)
             and all(map(is_, optimizer.state.values(), self.states))
             and all(map(is_, [state.get("exp_avg") for state in self.states], self.averages))

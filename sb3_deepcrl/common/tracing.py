@@ -38,8 +38,8 @@ def _is_view_of_numbers(tensor: th.Tensor) -> bool:
 
 def is_watched(*modules: nn.Module) -> bool:
     """
-    Whether somebody wants to be called when one of these modules, without those in them, runs, or their parameters are more
-    than numbers. There is no public name of the hooks.
+    Whether somebody wants to be called when one of these modules, without those in them, runs, one of them does something
+    else than its class, or their parameters are more than numbers. There is no public name of the hooks.
     """
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return True
@@ -47,6 +47,8 @@ def is_watched(*modules: nn.Module) -> bool:
         return True
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        if "forward" in vars(module):
             return True
         for parameter in module._parameters.values():
             if parameter is not None and type(parameter) not in PLAIN_TENSORS:

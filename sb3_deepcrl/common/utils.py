@@ -82,6 +82,39 @@ def check_learning_rate(learning_rate: float | Schedule | None, name: str) -> fl
     return learning_rate if callable(learning_rate) else float(learning_rate)
 
 
+def parse_number(value: Any, name: str, others: str) -> float:
+    """Read a finite number, where the user may also give something else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a number or {others}, got {value!r}") from None
+    check_number(abs(number), name)
+    return number
+
+
+def parse_ent_coef(ent_coef: float | str) -> tuple[float, bool]:
+    """Value of an entropy coefficient, and whether it is learned from there on."""
+    is_learned = isinstance(ent_coef, str) and ent_coef.startswith("auto")
+    value = str(ent_coef).partition("_")[2] or 1.0 if is_learned else ent_coef
+    number = check_number(parse_number(value, "ent_coef", '"auto" or such as "auto_0.1"'), "ent_coef")
+    assert number > 0.0 or not is_learned, "The initial value of ent_coef must be greater than 0"
+    return number, is_learned
+
+
+def check_kind_of_ent_coef(ent_coef: float | str, parameters: Mapping[str, Any]) -> None:
+    """Check that an entropy coefficient is learned if that of a saved model is, given the parameters of that."""
+    _, is_learned = parse_ent_coef(ent_coef)
+    if is_learned != ("ent_coef_optimizer" in parameters):
+        which = "learned, that of the saved model is not" if is_learned else "not learned, that of the saved model is"
+        raise ValueError(f"`ent_coef={ent_coef!r}` is {which}: use one of the same kind, or leave it out")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Check that there are negatives in a minibatch."""
+    if check_positive_int(batch_size, "batch_size") < 2:
+        raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
+
+
 def check_choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
     """Check that a value is one of those that there are."""
     # 1 is equal to True

@@ -5,16 +5,17 @@ Deep residual policies for the algorithms of sb3-contrib.
 from functools import partial
 from typing import Any
 
+import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.torch_layers import BatchRenorm1d
 from sb3_contrib.crossq import policies as crossq
 from sb3_contrib.qrdqn import policies as qrdqn
 from sb3_contrib.tqc import policies as tqc
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_deepcrl.common.torch_layers import Norm
 from sb3_deepcrl.common.utils import check_choice
-from sb3_deepcrl.deep_policies.policies import DeepContinuousPolicy, DeepPolicy
+from sb3_deepcrl.deep_policies.policies import DeepContinuousPolicy, DeepPolicy, greedy_actions
 
 
 class DeepTQCPolicy(DeepContinuousPolicy, tqc.TQCPolicy):
@@ -85,6 +86,9 @@ class DeepQRDQNPolicy(DeepPolicy, qrdqn.QRDQNPolicy):
     """Deep residual policy for QR-DQN, see :class:`~sb3_deepcrl.deep_policies.policies.DeepPolicy`."""
 
     tower_names = ("qf",)
+
+    def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return greedy_actions(self.quantile_net(obs).mean(dim=1))
 
     def make_quantile_net(self) -> qrdqn.QuantileNetwork:
         """Make a quantile network with a residual tower."""

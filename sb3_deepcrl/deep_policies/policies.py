@@ -24,6 +24,11 @@ from sb3_deepcrl.common.utils import check_depth, check_positive_int
 CHECKS: dict[str, Callable[[int, str], int]] = {"depth": check_depth, "width": check_positive_int}
 
 
+def greedy_actions(q_values: th.Tensor) -> th.Tensor:
+    """Best actions by values of shape ``(batch_size, n_actions)``, -1 where they are no numbers."""
+    return th.where(q_values.isnan().any(dim=1), -1, q_values.argmax(dim=1))
+
+
 class DeepPolicy(CheckedPolicy):
     """
     What the deep policies of all algorithms share. To be put before the policy of Stable-Baselines3 in the list of bases.
@@ -91,7 +96,9 @@ class DeepPolicy(CheckedPolicy):
             net_arch=widths if len(widths) > 1 else widths[self.tower_names[0]],
             **kwargs,
         )
-        if isinstance(observation_space, spaces.Dict) and issubclass(self.features_extractor_class, FlattenExtractor):
+        extractor = self.features_extractor_class
+        is_flat = isinstance(extractor, type) and issubclass(extractor, FlattenExtractor)
+        if isinstance(observation_space, spaces.Dict) and is_flat:
             raise ValueError("You must use `DeepMultiInputPolicy` when working with dict observation space, not DeepMlpPolicy")
 
     def _divide(self, setting: str, value: Any) -> None:
@@ -176,6 +183,9 @@ class DeepDQNPolicy(DeepPolicy, dqn.DQNPolicy):
 
     tower_names = ("qf",)
 
+    def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        return greedy_actions(self.q_net(obs))
+
     def make_q_net(self) -> dqn.QNetwork:
         """Make a Q-network with a residual tower."""
         network = super().make_q_net()
@@ -236,7 +246,8 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
     :param observation_space: Observation space
     :param depth: Number of Dense layers inside the residual blocks, a positive multiple of 4
     :param width: Number of units of every layer, and number of features
-    :param normalized_image: Whether to assume that images are already normalized, see Stable-Baselines3's ``NatureCNN``
+    :param normalized_image: Whether to assume that images are already normalized, see Stable-Baselines3's ``NatureCNN``. With
+        ``normalize_images=False`` it has to be given, or images of floats are flattened, with a warning
     :param tower_kwargs: Other arguments of :class:`~sb3_deepcrl.common.torch_layers.ResidualTower`, such as ``norm``
     """
 
@@ -256,6 +267,12 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
             self.extractor = NatureCNN(observation_space, normalized_image=normalized_image)
         else:
             self.extractor = FlattenExtractor(observation_space)
+        for space in observation_space.values() if isinstance(observation_space, spaces.Dict) else [observation_space]:
+            if is_image_space(space, normalized_image=True) and not is_image_space(space, normalized_image=normalized_image):
+                warnings.warn(
+                    f"{space} may be an image, but is flattened: for a CNN pass "
+                    "`features_extractor_kwargs=dict(normalized_image=True)`"
+                )
         self.tower = ResidualTower(self.extractor.features_dim, None, depth, width, **tower_kwargs)
 
     def forward(self, observations: PyTorchObs) -> th.Tensor:

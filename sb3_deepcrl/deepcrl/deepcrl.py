@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import save_to_pkl
+from stable_baselines3.common.save_util import load_from_zip_file, save_to_pkl
 from stable_baselines3.common.type_aliases import (
     GymEnv,
     MaybeCallback,
@@ -34,16 +34,20 @@ from sb3_deepcrl.common.tower_kernel import has_kernel
 from sb3_deepcrl.common.update_runner import UpdateRunner
 from sb3_deepcrl.common.utils import (
     atomic_path,
+    check_batch_size,
     check_buffer_size,
     check_choice,
     check_class,
     check_dict,
+    check_kind_of_ent_coef,
     check_learning_rate,
     check_number,
     check_positive_int,
     env_state,
     is_left_alone,
     keep_normalization,
+    parse_ent_coef,
+    parse_number,
     update_schedule,
     warn_of_mixed_episodes,
 )
@@ -232,17 +236,15 @@ class DeepCRL(OfflineLearning):
             value = getattr(self, name)
             if value is not None and self.policy_kwargs.get(name, value) != value:
                 raise ValueError(f"`{name}={value}` contradicts `policy_kwargs={policy_kwargs}`: give it once")
-        self.contrastive_loss = contrastive_loss
-        self.logsumexp_coef = logsumexp_coef
-        self.random_goals = random_goals
-        self.bc_coef = bc_coef
+        self.contrastive_loss, self.logsumexp_coef = contrastive_loss, logsumexp_coef
+        self.random_goals, self.bc_coef = random_goals, bc_coef
         self.critic_learning_rate = critic_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
         self.compile = compile
         self.cuda_graph = check_cuda_graph(cuda_graph, self.device)
         self.precision = precision
         self.checkpoint_activations = checkpoint_activations
-        # Number of steps by which the next rollout is longer, as the last one ended with learn() but had all its updates
+        # Number of steps by which the next rollout is longer, see `collect_rollouts`
         self._missing_steps = 0
         self._warned_of_copies = self._checked_goals = False
         self._logged_timesteps: int | None = None  # At the last dump of the logger
@@ -257,8 +259,8 @@ class DeepCRL(OfflineLearning):
         return {**self.__dict__, "_last_obs": None, "_env_state": None}
 
     def _setup_model(self) -> None:
-        given = {name: value for name in SHORTCUTS if (value := getattr(self, name)) is not None}
-        self.policy_kwargs = {**given, **self.policy_kwargs}
+        shortcuts = {name: value for name in SHORTCUTS if (value := getattr(self, name)) is not None}
+        self.policy_kwargs = {**shortcuts, **self.policy_kwargs}
         self._check_arguments()
         self.replay_buffer_class, self.replay_buffer_kwargs = replace_her_replay_buffer(
             self.replay_buffer_class or ContrastiveReplayBuffer, self.replay_buffer_kwargs
@@ -277,19 +279,16 @@ class DeepCRL(OfflineLearning):
         self.replay_buffer.gamma = self.gamma
         self._create_aliases()
         # Target entropy is used when learning the entropy coefficient
-        self.target_entropy = self.actor.target_entropy if self.target_entropy == "auto" else float(self.target_entropy)
-        check_number(abs(self.target_entropy), "target_entropy")
+        given = self.actor.target_entropy if self.target_entropy == "auto" else self.target_entropy
+        self.target_entropy = parse_number(given, "target_entropy", '"auto"')
 
         # The entropy coefficient or entropy can be learned automatically
-        if isinstance(self.ent_coef, str) and self.ent_coef.startswith("auto"):
-            init_value = 1.0
-            if "_" in self.ent_coef:
-                init_value = check_number(float(self.ent_coef.split("_")[1]), "ent_coef")
-                assert init_value > 0.0, "The initial value of ent_coef must be greater than 0"
-            self.log_ent_coef = th.log(th.ones(1, device=self.device) * init_value).requires_grad_(True)
+        value, is_learned = parse_ent_coef(self.ent_coef)
+        if is_learned:
+            self.log_ent_coef = th.log(th.ones(1, device=self.device) * value).requires_grad_(True)
             self.ent_coef_optimizer = th.optim.Adam([self.log_ent_coef], lr=self.lr_schedule(1))
         else:
-            self.ent_coef_tensor = th.tensor(check_number(float(self.ent_coef), "ent_coef"), device=self.device)
+            self.ent_coef_tensor = th.tensor(value, device=self.device)
         self._runner = UpdateRunner(self._update, self.policy, self._optimizers, self._ranks)
         self._setup_acceleration(None)
 
@@ -299,7 +298,7 @@ class DeepCRL(OfflineLearning):
         check_class(self.policy_class, DeepCRLPolicy, "policy", hint)
         check_observation_space(getattr(self, "observation_space", None))
         check_positive_int(self.buffer_size, "buffer_size")
-        check_positive_int(self.batch_size, "batch_size")
+        check_batch_size(self.batch_size)
         for name in ("learning_starts", "logsumexp_coef", "bc_coef"):
             check_number(getattr(self, name), name)
         check_number(self.gamma, "gamma", maximum=1.0)
@@ -371,15 +370,15 @@ class DeepCRL(OfflineLearning):
         self, env: VecEnv, callback: BaseCallback, train_freq: TrainFreq, *args: Any, **kwargs: Any
     ) -> RolloutReturn:
         """
-        Collect experiences and store them into a ``ReplayBuffer``. The last rollout of ``learn()`` ends with it. What it is
-        shorter than ``train_freq``, the first one of the next ``learn()`` is longer, so that the ratio of updates to steps
-        does not depend on how a training is divided.
+        Collect experiences and store them into a ``ReplayBuffer``. The last rollout of ``learn()`` ends with it: with all its
+        updates if half of it is done, else with none. The first one of the next ``learn()`` is longer or shorter by that, so
+        that the ratio of updates to steps does not depend on how a training is divided.
         """
         frequency, n_short = train_freq.frequency, 0
         n_left = math.ceil((self._total_timesteps - self.num_timesteps) / self._ranks.n_envs(env.num_envs))
         if train_freq.unit == TrainFrequencyUnit.STEP and n_left > 0:
             # Another number of envs, or the user, may have made rollouts shorter since
-            n_wanted = frequency + min(self._missing_steps, frequency - 1)
+            n_wanted = max(frequency + min(self._missing_steps, frequency - 1), 1)
             n_short = max(n_wanted - n_left, 0)
             train_freq = TrainFreq(n_wanted - n_short, train_freq.unit)
         self._missing_steps = 0
@@ -395,11 +394,10 @@ class DeepCRL(OfflineLearning):
             if not continue_training:
                 # The last transition was not stored: the envs went on without us, and have to be reset
                 self._last_obs = None
-        has_updates = self.gradient_steps >= 0 and self.num_timesteps > self.learning_starts
-        if n_short > 0 and continue_training and has_updates:
-            self._missing_steps = n_short % frequency
-            # If all of its steps were missing in the last learn(), their updates were done there
-            return rollout._replace(continue_training=n_short < frequency)
+        if n_short > 0 and continue_training and self.gradient_steps >= 0:
+            has_updates = 2 * n_short <= frequency and self.num_timesteps > self.learning_starts
+            self._missing_steps = n_short if has_updates else n_short - frequency
+            return rollout._replace(continue_training=has_updates)
         return self._ranks.whole(rollout)
 
     def _store_transition(self, replay_buffer: ReplayBuffer, buffer_action: np.ndarray, new_obs: Any, *args: Any) -> None:
@@ -424,8 +422,7 @@ class DeepCRL(OfflineLearning):
         :param gradient_steps: Number of updates
         :param batch_size: Number of transitions in a minibatch, at least 2
         """
-        if batch_size < 2:
-            raise ValueError(f"`batch_size` must be at least 2, got {batch_size}: there would be no negatives")
+        check_batch_size(batch_size)
         if gradient_steps < 1 or not self._ranks.begin_updates(self):
             return
         assert self.replay_buffer is not None
@@ -576,10 +573,14 @@ class DeepCRL(OfflineLearning):
         shortcuts = {name: kwargs.pop(name) for name in SHORTCUTS if name in kwargs}
         if kwargs.get("transitions_per_update") is not None:
             kwargs = {"train_freq": None, "gradient_steps": None, **kwargs}
+        if "ent_coef" in kwargs:
+            check_kind_of_ent_coef(kwargs["ent_coef"], load_from_zip_file(path, load_data=False)[1])
         asked, custom_objects = kwargs.pop("policy_kwargs", None), {"lr_schedule": None, **(custom_objects or {})}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         stored = {**model.policy._get_constructor_parameters(), **model.policy_kwargs}
-        for name, value in {**(asked or {}), **shortcuts}.items():
+        if "ent_coef" in kwargs and model.log_ent_coef is None:
+            model.ent_coef_tensor.fill_(parse_ent_coef(model.ent_coef)[0])
+        for name, value in {**kwargs, **(asked or {}), **shortcuts}.items():
             if name in stored and value != stored[name]:
                 raise ValueError(
                     f"The model in {path} was saved with `{name}={stored[name]!r}`, so that it cannot be loaded with "

@@ -486,14 +486,15 @@ class DeepCRLPolicy(CheckedPolicy):
 
     def _make_extractor_of(self, space: spaces.Dict) -> BaseFeaturesExtractor:
         """Make a features extractor for some of the keys, for which a custom one may not be made."""
+        extractor_class = self.features_extractor_class
         try:
-            extractor = self.features_extractor_class(space, **self.features_extractor_kwargs)
+            extractor = extractor_class(space, **self.features_extractor_kwargs)
             check_positive_int(extractor.features_dim, "features_dim")
         except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
             raise ValueError(
-                f"`features_extractor_class={self.features_extractor_class.__name__}` fails with the keys {list(space)} "
-                f"({type(error).__name__}: {error or 'no features'}): the critic has one for `{GOAL_KEY}` and one for all "
-                "other keys, so that it must take any subset of the observation"
+                f"`features_extractor_class={getattr(extractor_class, '__name__', extractor_class)}` fails with the keys "
+                f"{list(space)} ({type(error).__name__}: {error or 'no features'}): the critic has one for `{GOAL_KEY}` and "
+                "one for all other keys, so that it must take any subset of the observation"
             ) from error
         return extractor
 

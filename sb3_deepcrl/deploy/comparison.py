@@ -5,8 +5,9 @@ What policies of different depths are worth and cost.
 import time
 from collections.abc import Mapping
 
+import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_deepcrl.common.evaluation import evaluate_goals, mean_of_episodes
 from sb3_deepcrl.common.torch_layers import residual_towers
@@ -18,7 +19,7 @@ SECONDS_OF_CALLS = 0.3
 
 
 def compare_policies(
-    models: Mapping[str, DeepCRL], env: VecEnv, n_eval_episodes: int = 64, seed: int = 0
+    models: Mapping[str, DeepCRL], env: gym.Env | VecEnv, n_eval_episodes: int = 64, seed: int = 0
 ) -> list[dict[str, str | float]]:
     """
     Evaluate models on the same starts and goals, and measure what acting costs.
@@ -30,12 +31,17 @@ def compare_policies(
     :return: A row for each model: its name, depth and width, ``success`` (fraction of the episodes that reach the goal at any
         step), ``time_at_goal`` (steps), ``ms_per_call`` of ``predict`` with one observation, median, and ``parameters`` of the
         actor
+    :raises ValueError: if a model is no DeepCRL
     """
+    for name, model in models.items():
+        if not isinstance(model, DeepCRL):
+            raise ValueError(f"The model {name!r} is a {type(model).__name__}: only those of DeepCRL can be compared")
+    vec_env = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
     rows: list[dict[str, str | float]] = []
     for name, model in models.items():
-        env.seed(seed)
-        means = mean_of_episodes(evaluate_goals(model, env, n_eval_episodes))
-        obs = env.reset()
+        vec_env.seed(seed)
+        means = mean_of_episodes(evaluate_goals(model, vec_env, n_eval_episodes))
+        obs = vec_env.reset()
         assert isinstance(obs, dict)
         one = {key: values[:1] for key, values in obs.items()}
         seconds: list[float] = []

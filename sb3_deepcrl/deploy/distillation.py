@@ -40,8 +40,10 @@ def make_student(teacher: DeepCRL, depth: int, width: int | None = None, env: Gy
     :param env: Env of the student, by default that of the teacher
     :param kwargs: Arguments of :class:`~sb3_deepcrl.deepcrl.deepcrl.DeepCRL` in place of the teacher's
     :return: The student, which has learned nothing yet
-    :raises ValueError: if there is no env, or no network of that depth
+    :raises ValueError: if the other one is no DeepCRL, there is no env, or no network of that depth
     """
+    if not isinstance(teacher, DeepCRL):
+        raise ValueError(f"Only DeepCRL has students, not {type(teacher).__name__}")
     env = env or teacher.get_env()
     if env is None:
         raise ValueError("The teacher was loaded without an env, where the student learns: give it as `env`")
@@ -163,6 +165,7 @@ class Distillation(BaseCallback):
         student, teacher = self.model, self.teacher
         assert student.replay_buffer is not None
         teacher.set_logger(Logger(None, []))
+        teacher.n_envs = student.n_envs
         teacher.set_env(self.training_env)
         teacher.replay_buffer, teacher.buffer_size = student.replay_buffer, student.buffer_size
         _, callback = teacher._setup_learn(self.teacher_steps)
