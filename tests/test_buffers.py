@@ -425,7 +425,7 @@ def test_rewards_are_not_needed():
     assert buffer.size() == 1
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
 @pytest.mark.parametrize("where", ["obs", "next_obs"])
 def test_not_a_number(value, where):
     env = counter_env(3)

@@ -385,6 +385,8 @@ def test_actions_are_numbers(name):
         model.predict(np.insert(observation[1:], 1, np.nan), deterministic=True)
     with pytest.raises(ValueError, match="observation shape"):
         model.predict(observation[1:], deterministic=True)
+    with pytest.raises(ValueError, match="passed a tuple"):
+        model.predict((observation, {}), deterministic=True)
     for parameter in model.policy.parameters():
         parameter.data.fill_(np.nan)
     with pytest.raises(ValueError, match="are not finite, since training diverged"):
@@ -394,6 +396,10 @@ def test_actions_are_numbers(name):
 def test_features_extractor_of_normalized_images():
     space = gym.spaces.Box(0.0, 1.0, (1, 36, 36))
     assert isinstance(DeepResidualExtractor(space, 4, 8, normalized_image=True).extractor, NatureCNN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in (gym.spaces.Box(-1.0, 1.0, (5, 5, 3)), gym.spaces.Box(-10.0, 10.0, (1, 36, 36))):
+            DeepResidualExtractor(other, 4, 8)
     with pytest.warns(UserWarning, match="may be an image, but is flattened: for a CNN pass"):
         extractor = DeepResidualExtractor(space, 4, 8)
     assert extractor(th.rand(3, 1, 36, 36)).shape == (3, extractor.features_dim)

@@ -190,7 +190,10 @@ def test_student_learns_distribution_and_representations(teacher):
 
 
 def test_teacher_without_buffer_acts_first(teacher, tmp_path):
+    # It is in the middle of a rollout
+    teacher._missing_steps = -4
     teacher.save(tmp_path / "teacher")
+    teacher._missing_steps = 0
     student = make_student(teacher, 4)
     student.learn(200, callback=Distillation(tmp_path / "teacher", teacher_steps=400))
     assert student.replay_buffer.size() == 150 and student.num_timesteps == 200

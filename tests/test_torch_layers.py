@@ -120,7 +120,7 @@ def test_checkpoints_of_what_is_random():
     th.testing.assert_close(*gradients)
     kwargs = dict(depth=4, width=16, checkpoint_activations=True, policy_kwargs=dict(norm=nn.BatchNorm1d))
     with pytest.raises(ValueError, match="would update the statistics of BatchNorm1d twice: leave it at False"):
-        DeepCRL("MultiInputPolicy", GoalReachEnv(), **kwargs)
+        DeepCRL("MultiInputPolicy", GoalReachEnv(), **kwargs).learn(100)
 
 
 def start_of_training(depth: int, residual_scale: float | str | None = None) -> dict[str, float]:

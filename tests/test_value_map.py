@@ -326,5 +326,8 @@ def test_study(tmp_path):
     for run in (replace(run, seed=seed) for run in study.settings().values() for seed in range(study.seeds)):
         path = run.read(tmp_path).model_path
         path.rename(path.with_name("rl_model_160_steps.zip"))
+        other = DeepCRL("MultiInputPolicy", "PointUMaze-v0", depth=4, width=8, buffer_size=2000, seed=1)
+        other.num_timesteps = 180
+        other.save(path.with_name("rl_model_180_steps.zip"))
     write_all(replace(study, steps=320, n_evaluations=8))
     assert study.run().rows == report.rows

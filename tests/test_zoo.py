@@ -295,12 +295,15 @@ def test_resume_with_more_envs(algo, small, tmp_path):
 
 
 def test_evaluations_of_another_env_are_not_taken_over(run_folder, tmp_path):
-    for args in (["--env", "PointU4Maze-v0"], ["--eval-env-kwargs", "max_episode_steps:9"], ["--eval-env", ENV]):
+    for args in (["--env", "PointU4Maze"], ["--eval-env-kwargs", "max_episode_steps:9"], ["--eval-env", ENV]):
         train(tmp_path, "-i", str(run_folder), "-n", "16", "--eval-freq", "16", *args)
     runs = [RunFolder(path) for path in sorted((tmp_path / "deepcrl").iterdir())]
     assert [run.args()["eval_env"] for run in runs] == [None, "PointUMazeEval-v0", ENV]
     # Where the run was continued, and at the end
     assert [run.evaluations()["timesteps"].tolist() for run in runs] == [[N_STEPS, N_STEPS + 16]] * 3
+    # The same env without its version has the same ones
+    train(tmp_path / "same", "-i", str(run_folder), "-n", "16", "--env", "PointUMaze", "--eval-freq", "-1")
+    assert RunFolder.newest(tmp_path / "same", "deepcrl", ENV).args()["eval_env"] == "PointUMazeEval-v0"
 
 
 def test_seeds_share_no_envs(tmp_path):
@@ -351,9 +354,9 @@ def test_the_best_model_goes_on(run_folder, tmp_path, monkeypatch):
     new = tmp_path / "deepcrl" / f"{ENV}_1"
     assert (new / "best_model.zip").read_bytes() == (folder / "best_model.zip").read_bytes()
     assert (new / ENV / "vecnormalize.pkl").read_bytes() == b"statistics"
-    # Their number of episodes is another one
-    with pytest.raises(SystemExit, match="have 4 episodes each: use `n_eval_episodes=4`"):
-        train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
+    # Another number of episodes begins another curve
+    train(tmp_path, "-i", str(folder), "-n", "16", "--eval-episodes", "3")
+    assert RunFolder.newest(tmp_path, "deepcrl", ENV).evaluations()["results"].shape == (1, 3)
 
 
 @pytest.mark.slow
@@ -1101,7 +1104,7 @@ BAD = [
     ("-i nowhere.zip --resume", "-i: --resume goes on in the folder of the last run, leave one of both out"),
     ("-uuid --resume", "-uuid: --resume goes on in the folder of the last run"),
     ("--dataset nowhere.npz", "--dataset: "),
-    ("--algo sac --dataset nowhere.npz", "--dataset: sac does not learn from data, only deepcrl does"),
+    ("--algo sac --dataset nowhere.npz", "error: --dataset: sac does not learn from data, only deepcrl does"),
     ("--gym-packages nowhere", "the module 'nowhere' cannot be imported: No module named 'nowhere'"),
 ]
 

@@ -226,8 +226,8 @@ class Study(ABC):
         with contextlib.closing(make_vec_env(self.eval_env, env_kwargs=self.all_eval_env_kwargs)) as env:
             if not has_wrapper and not reports_goals(env):
                 raise ValueError(
-                    f"{self.eval_env} reports neither `is_success` nor `success` in its infos: let it tell in each step if "
-                    "the goal is reached"
+                    f"{self.eval_env} has no goals (`achieved_goal` and `desired_goal`), or reports neither `is_success` nor "
+                    "`success` in the infos of each step: see the guide on own envs"
                 )
 
     def report_path(self) -> Path:
@@ -322,8 +322,8 @@ class ComparisonOfDepths(Study):
 def load_model(run: Run, runs: Path) -> DeepCRL:
     """Load the model of a run that is complete, without an env."""
     folder = run.read(runs)
-    # It may have been trained further since
-    model = folder.load_model(before=run.steps + run.eval_freq)
+    # The last step may be that of the last env; later models are those of a longer run
+    model = folder.load_model(before=run.steps + folder.config().get("n_envs", 1))
     assert isinstance(model, DeepCRL)
     return model
 

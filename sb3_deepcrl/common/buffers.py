@@ -31,7 +31,6 @@ FIND_NAN = (
     "Check the env (diverging physics?) and the policy (diverging training?), for instance with "
     "`stable_baselines3.common.vec_env.VecCheckNan`"
 )
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 EMPTY = "Cannot sample from an empty replay buffer: collect at least one transition first"
 
 
@@ -43,7 +42,11 @@ def check_finite(values: Mapping[str, ArrayLike], axis: str = "env", episode: in
     of_episode, fix = ("", FIND_NAN) if axis == "env" else (f" of episode {episode}", "Leave its episode out of the data set")
     for key, value in values.items():
         value = np.asarray(value.cpu() if isinstance(value, th.Tensor) else value)
-        if value.dtype.kind != "f" or (is_number := np.abs(value) <= FLOAT32_MAX).all():
+        if value.dtype.kind != "f":
+            continue
+        with np.errstate(over="ignore"):
+            is_number = np.isfinite(value.astype(np.float32, copy=False))
+        if is_number.all():
             continue
         index = np.flatnonzero(~is_number.reshape(len(value), -1).all(axis=1))[0]
         raise ValueError(f"NaN or infinity in `{key}` of {axis} {index}{of_episode}: {value[index]}. It was not stored. {fix}")
@@ -369,7 +372,7 @@ class ContrastiveReplayBuffer(DictReplayBuffer):
         jumped, finite = th.zeros_like(done), []
         for key in self._observations:
             for new in (step.terminal_observation[key], step.observation[key]):
-                finite.append((new.abs() <= FLOAT32_MAX).flatten(1).all(dim=1))
+                finite.append(th.isfinite(new.to(th.float32)).flatten(1).all(dim=1))
             if key != "desired_goal":
                 stored = storage[key][head * self.n_envs + envs]
                 jumped |= (stored != obs[key].reshape(stored.shape).to(stored.dtype)).flatten(1).any(dim=1)

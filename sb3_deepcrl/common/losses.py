@@ -74,8 +74,9 @@ class ContrastiveMetrics(NamedTuple):
 
 def _pairwise(x: th.Tensor, y: th.Tensor, energy: str) -> tuple[th.Tensor, th.Tensor, Callable[[th.Tensor], Any]]:
     """
-    Energies of all pairs, shape ``(n, n)``, those of the positives as they are rounded where they are computed as all others
-    (of equal goals they are equal then), and what makes the gradients of ``x`` and ``y`` of theirs (which is lost).
+    Energies of all pairs, shape ``(n, n)``; those of the positives once more, with the rounding that all other pairs have, so
+    that equal goals have equal energies; and a function that makes the gradients of ``x`` and ``y`` from that of the energies,
+    which it overwrites.
     """
     if energy in ("dot", "cosine"):
         rows, columns = (x, y) if energy == "dot" else (_unit(x), _unit(y))

@@ -68,7 +68,8 @@ class CheckedPolicy(BasePolicy):
             if not th.isfinite(values).all()
         ][:1]
         for key, value in observation.items() if isinstance(observation, Mapping) else [("observation", observation)]:
-            if not np.isfinite(value).all():
+            # Whatever else was passed, Stable-Baselines3 tells
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not np.isfinite(value).all():
                 where = tuple(np.argwhere(~np.isfinite(value))[0].tolist())
                 faults.append(f"`{key}` of the observation is {value[where]} at {where} (check the env with `VecCheckNan`)")
         return faults

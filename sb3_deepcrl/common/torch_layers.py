@@ -160,7 +160,8 @@ class ResidualTower(nn.Module):
         self.blocks = nn.Sequential(
             *(ResidualBlock(width, activation_fn, norm, residual, scale, learn_scale) for _ in range(n_blocks))
         )
-        # Whether it may draw numbers: dropout, or what is not PyTorch's
+        #: Whether a block may draw random numbers: dropout, or modules that are not PyTorch's. A checkpointed block draws the
+        #: same ones again then, which no CUDA graph can capture: set it to False if yours draw none.
         self.is_random = not all(
             type(module).__module__.startswith("torch.nn.") and not isinstance(module, _DropoutNd | nn.RReLU)
             for block in self.blocks

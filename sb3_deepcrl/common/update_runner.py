@@ -104,14 +104,13 @@ class UpdateRunner:
         self._tf32 = set_precision(self.policy, precision, device)
         for tower in self.towers:
             tower.checkpoint_activations = checkpoint_activations
-            counting = (
-                [module for module in tower.modules() if hasattr(module, "running_mean")] if checkpoint_activations else []
-            )
-            if counting:
-                name = type(counting[0]).__name__
-                raise ValueError(
-                    f"`checkpoint_activations=True` would update the statistics of {name} twice: leave it at False"
-                )
+        # Where it may run, as a model that only acts has no use for it
+        layers = (
+            [module for tower in self.towers for module in tower.modules()] if checkpoint_activations and n_updates else []
+        )
+        if counting := [layer for layer in layers if getattr(layer, "running_mean", None) is not None]:
+            name = type(counting[0]).__name__
+            raise ValueError(f"`checkpoint_activations=True` would update the statistics of {name} twice: leave it at False")
         if n_updates is None:
             return
         n_layers = n_updates * LAYERS_PER_BLOCK * max(len(tower.blocks) for tower in self.towers)

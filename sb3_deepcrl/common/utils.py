@@ -94,8 +94,9 @@ def parse_number(value: Any, name: str, others: str) -> float:
 
 def parse_ent_coef(ent_coef: float | str) -> tuple[float, bool]:
     """Value of an entropy coefficient, and whether it is learned from there on."""
-    is_learned = isinstance(ent_coef, str) and ent_coef.startswith("auto")
-    value = str(ent_coef).partition("_")[2] or 1.0 if is_learned else ent_coef
+    kind, underscore, start = str(ent_coef).partition("_")
+    is_learned = kind == "auto"
+    value = ent_coef if not is_learned else start if underscore else 1.0
     number = check_number(parse_number(value, "ent_coef", '"auto" or such as "auto_0.1"'), "ent_coef")
     assert number > 0.0 or not is_learned, "The initial value of ent_coef must be greater than 0"
     return number, is_learned

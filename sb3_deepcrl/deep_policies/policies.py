@@ -268,7 +268,10 @@ class DeepResidualExtractor(BaseFeaturesExtractor):
         else:
             self.extractor = FlattenExtractor(observation_space)
         for space in observation_space.values() if isinstance(observation_space, spaces.Dict) else [observation_space]:
-            if is_image_space(space, normalized_image=True) and not is_image_space(space, normalized_image=normalized_image):
+            is_flattened = not is_image_space(space, normalized_image=normalized_image)
+            # The range of normalized images, in the smallest size that the CNN takes
+            is_like_image = is_image_space(space, normalized_image=True) and sorted(space.shape)[1] >= 36  # type: ignore[type-var, arg-type]
+            if is_flattened and is_like_image and space.low.min() >= 0.0 and space.high.max() <= 1.0:  # type: ignore[attr-defined]
                 warnings.warn(
                     f"{space} may be an image, but is flattened: for a CNN pass "
                     "`features_extractor_kwargs=dict(normalized_image=True)`"

@@ -574,7 +574,7 @@ class DeepCRL(OfflineLearning):
         if kwargs.get("transitions_per_update") is not None:
             kwargs = {"train_freq": None, "gradient_steps": None, **kwargs}
         if "ent_coef" in kwargs:
-            check_kind_of_ent_coef(kwargs["ent_coef"], load_from_zip_file(path, load_data=False)[1])
+            check_kind_of_ent_coef(kwargs["ent_coef"], load_from_zip_file(path, load_data=False, device="cpu")[1])
         asked, custom_objects = kwargs.pop("policy_kwargs", None), {"lr_schedule": None, **(custom_objects or {})}
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         stored = {**model.policy._get_constructor_parameters(), **model.policy_kwargs}

@@ -10,6 +10,7 @@ from stable_baselines3.common.utils import configure_logger
 from sb3_deepcrl.common.buffers import ContrastiveReplayBuffer
 from sb3_deepcrl.common.datasets import Episode, read_episodes
 from sb3_deepcrl.common.distributed import Ranks
+from sb3_deepcrl.common.running_norm import RunningNorm
 from sb3_deepcrl.common.utils import check_positive_int
 from sb3_deepcrl.deepcrl.policies import Actor
 
@@ -60,15 +61,14 @@ class OfflineLearning(OffPolicyAlgorithm):
         loaded.device = self.device
         loaded.on_device = self.replay_buffer_kwargs.get("on_device", "auto")
         self.replay_buffer = loaded
-        if self.actor.normalizer is not None and self.actor.normalizer.count == 0:
-            # A model that has seen nothing: else it has the statistics of more than that
-            self._learn_statistics(loaded.episodes())
+        if (normalizer := self.actor.normalizer) is not None and normalizer.count == 0:
+            # Otherwise it has statistics of these observations and of others already
+            self._learn_statistics(normalizer, loaded.episodes())
 
-    def _learn_statistics(self, episodes: Iterable[Episode]) -> None:
-        if (normalizer := self.actor.normalizer) is not None:
-            for episode in episodes:
-                normalizer.add(episode.observations)
-            self._ranks.update_statistics(normalizer)
+    def _learn_statistics(self, normalizer: RunningNorm, episodes: Iterable[Episode]) -> None:
+        for episode in episodes:
+            normalizer.add(episode.observations)
+        self._ranks.update_statistics(normalizer)
 
     def load_dataset(
         self, dataset: "str | Path | MinariDataset | ContrastiveReplayBuffer", goal_indices: Sequence[int] | None = None
@@ -90,7 +90,8 @@ class OfflineLearning(OffPolicyAlgorithm):
         else:
             episodes = list(read_episodes(dataset, self.observation_space, self.action_space, goal_indices))  # type: ignore[arg-type]
         self.replay_buffer.add_episodes(episodes)
-        self._learn_statistics(episodes)
+        if self.actor.normalizer is not None:
+            self._learn_statistics(self.actor.normalizer, episodes)
 
     def learn_offline(self: SelfOfflineLearning, n_updates: int, log_interval: int = 1000) -> SelfOfflineLearning:
         """

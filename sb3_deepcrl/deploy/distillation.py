@@ -165,7 +165,8 @@ class Distillation(BaseCallback):
         student, teacher = self.model, self.teacher
         assert student.replay_buffer is not None
         teacher.set_logger(Logger(None, []))
-        teacher.n_envs = student.n_envs
+        # What its own training owes is not ours
+        teacher.n_envs, teacher._missing_steps = student.n_envs, 0
         teacher.set_env(self.training_env)
         teacher.replay_buffer, teacher.buffer_size = student.replay_buffer, student.buffer_size
         _, callback = teacher._setup_learn(self.teacher_steps)

@@ -105,6 +105,8 @@ class GoalExperimentManager(ExperimentManager):
         self.has_folder = self.is_stopped = False
         self.resume = getattr(args, "resume", False)
         self.dataset = getattr(args, "dataset", None)
+        if self.dataset is not None and algo != "deepcrl":
+            raise ValueError(f"--dataset: {algo} does not learn from data, only deepcrl does")
         if self.resume and self.optimize_hyperparameters:
             raise ValueError("--resume: a search of hyperparameters goes on by --storage and --study-name")
         if self.ranks.size > 1 and self.optimize_hyperparameters:
@@ -164,9 +166,7 @@ class GoalExperimentManager(ExperimentManager):
         """Load the data set that is learned from before the first step."""
         if self.dataset is None or model.num_timesteps > 0:
             return
-        if not isinstance(model, DeepCRL):
-            raise ValueError(f"--dataset: {self.algo} does not learn from data, only deepcrl does")
-        assert model.replay_buffer is not None
+        assert isinstance(model, DeepCRL) and model.replay_buffer is not None
         if model.replay_buffer.n_used == 0:
             model.load_dataset(self.dataset)
 
@@ -299,9 +299,11 @@ class GoalExperimentManager(ExperimentManager):
             self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
             # Those of more envs than before need the lines that others begin with
             files = [first.with_name(f"{index}.monitor.csv") for index in range(self.n_envs)]
+            with first.open() as file:
+                header = file.readline() + file.readline()
             for path in files if self.ranks.rank == 0 else []:
                 if not path.is_file():
-                    path.write_text("".join(first.read_text().splitlines(keepends=True)[:2]))
+                    path.write_text(header)
         return result
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
@@ -381,12 +383,13 @@ class GoalExperimentManager(ExperimentManager):
             self.callbacks.append(checkpoints)
 
     def _has_same_evaluations(self) -> bool:
-        """Whether the run that is continued was evaluated on the same env."""
+        """Whether the run that is continued was evaluated as this one is."""
         if self.source.params_path is None:
             return False
         args = self.source.args()
-        kwargs = {**(args["env_kwargs"] or {}), **(args["eval_env_kwargs"] or {})}
-        return (args.get("eval_env") or args["env"], kwargs) == (self.eval_env_id, self.eval_env_kwargs)
+        kwargs = {**(args.get("env_kwargs") or {}), **(args.get("eval_env_kwargs") or {})}
+        then = (args.get("eval_env") or args["env"], kwargs, args.get("eval_episodes"))
+        return then == (self.eval_env_id, self.eval_env_kwargs, self.n_eval_episodes)
 
     def _copy_evaluations(self) -> None:
         """Let the evaluations before and after the stop be one curve, and the best model the best of both."""

@@ -96,7 +96,8 @@ class TrainParser(argparse.ArgumentParser):
             raise ValueError(f"-i: {agent} is neither a model (.zip) nor the folder of a run")
         if agent and (run := RunFolder(Path(agent).parent)).params_path is not None:
             of_run = {key: value for key, value in run.args().items() if key not in NOT_CONTINUED}
-            if given.env is not None and given.env.rpartition(":")[2] != of_run["env"]:
+            packages = [*given.gym_packages, *of_run.get("gym_packages", [])]
+            if given.env is not None and find_spec(given.env, packages).id != of_run["env"]:
                 # Another task is evaluated on its own env
                 of_run = {key: value for key, value in of_run.items() if not key.startswith("eval_env")}
             self.set_defaults(**of_run)
@@ -209,7 +210,7 @@ def run(script: str, argv: Sequence[str]) -> RunFolder | None:
 
     def make_manager(*args: Any, **kwargs: Any) -> GoalExperimentManager:
         managers.append(GoalExperimentManager(*args, **kwargs))
-        return managers[0]
+        return managers[-1]
 
     # What RL Zoo's scripts find under these names while they run
     unsafe_loader = yaml.UnsafeLoader
@@ -245,7 +246,7 @@ def run(script: str, argv: Sequence[str]) -> RunFolder | None:
     if numbers:
         # As shells do
         sys.exit(128 + numbers[0])
-    return RunFolder(managers[0].save_path) if managers and not managers[0].optimize_hyperparameters else None
+    return RunFolder(managers[-1].save_path) if managers and not managers[-1].optimize_hyperparameters else None
 
 
 def main(others: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] | None = None) -> None:

@@ -1,5 +1,6 @@
 """
-Reads what is in the folder of a run. Nothing in its YAML files is executed.
+Reads what is in the folder of a run. Nothing in its YAML files is executed, but ``make_env`` imports the modules that its
+``gym_packages`` name.
 """
 
 import ast
