@@ -63,7 +63,9 @@ def frames(env_id: str) -> Iterator[np.ndarray]:
     """Yield pictures of the trained agent without an end, each of shape (SIZE, SIZE, 3)."""
     model = RunFolder.pretrained("deepcrl", env_id).load_model()
     env = make_env(env_id)
-    steps_of_frame = round((SECONDS_OF_ANTS if env_id.startswith("Ant") else SECONDS) / getattr(env.unwrapped, "task", env.unwrapped).dt)
+    steps_of_frame = round(
+        (SECONDS_OF_ANTS if env_id.startswith("Ant") else SECONDS) / getattr(env.unwrapped, "task", env.unwrapped).dt
+    )
     observation, _ = env.reset(seed=0)
     trail: deque[np.ndarray] = deque(maxlen=TRAIL)
     n_steps = n_at_goal = 0
