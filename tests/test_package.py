@@ -172,4 +172,4 @@ def test_package_data():
     config.read(ROOT / "setup.cfg")
     assert {"py.typed", "version.txt"} <= set(config["options.package_data"]["sb3_deepcrl"].split())
     assert {"tests", "plots", "zoo"} <= set(config["options.extras_require"])
-    assert [path for path in (ROOT / "sb3_deepcrl").rglob("*") if path.stat().st_size > 4e6] == []
+    assert [path for path in (ROOT / "sb3_deepcrl").rglob("*") if path.stat().st_size > 2e6] == []
