@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from matplotlib.figure import Figure
 
 from sb3_deepcrl.analysis.episodes import Episode, make_env, play_episodes
@@ -17,6 +16,7 @@ from sb3_deepcrl.analysis.report import STAR, Report, Results, depth_colors, dep
 from sb3_deepcrl.analysis.statistics import rank_correlation
 from sb3_deepcrl.analysis.study import ComparisonOfDepths, load_model
 from sb3_deepcrl.analysis.value_map import network_inputs
+from sb3_deepcrl.common.datasets import scale_actions
 from sb3_deepcrl.common.losses import rowwise_energy
 from sb3_deepcrl.deepcrl import DeepCRL
 
@@ -77,9 +77,7 @@ def _embed(model: DeepCRL, way: Episode) -> tuple[np.ndarray, np.ndarray, np.nda
     """Embeddings of states and actions, ``(n_steps, repr_dim)``, and of the goal, and energies of both, ``(n_steps,)``."""
     obs_tensor = network_inputs(model, {key: values[:-1] for key, values in way.observations.items()})
     with th.no_grad():
-        # As the replay buffer has them
-        is_box = isinstance(model.action_space, spaces.Box)
-        scaled = model.policy.scale_action(way.actions) if is_box else way.actions.reshape(len(way.actions), -1)
+        scaled = scale_actions(way.actions, model.action_space)
         actions = th.as_tensor(scaled, dtype=th.float32, device=model.device)
         embeddings = model.critic.encode_state_action(model.critic.extract_state_features(obs_tensor), actions)
         goals = model.critic.encode_goal(obs_tensor)

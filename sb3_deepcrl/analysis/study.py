@@ -189,7 +189,7 @@ class Study(ABC):
         path = self.report_path()
         runs_by_label = {label: self.seeds_of(run) for label, run in self.settings().items()}
         all_runs = [run for seeds in runs_by_label.values() for run in seeds]
-        self._check(all_runs)
+        self._check([seeds[0] for seeds in runs_by_label.values()])
         if self.dry_run:
             open_runs = [run for run in all_runs if not run.is_complete(self.runs)]
             for command in dict.fromkeys(shlex.join(run.command(self.runs)) for run in open_runs):
@@ -205,14 +205,14 @@ class Study(ABC):
         report.write(path, self.command())
         return report
 
-    def _check(self, all_runs: list[Run]) -> None:
-        """Refuse what would fail after hours of training."""
+    def _check(self, settings: list[Run]) -> None:
+        """Refuse settings that would fail after hours of training."""
         from sb3_deepcrl.zoo.callbacks import reports_goals
 
-        if not all_runs:
+        if not settings:
             raise ValueError("There is nothing to train: give at least one value of each option")
         has_wrapper = False
-        for run in all_runs:
+        for run in settings:
             config = {"n_envs": 1, **config_entry(run.algo, run.env.rpartition(":")[2]), **run.hyperparams}
             has_wrapper |= "env_wrapper" in config
             if wrong := [name for name in ("normalize", "frame_stack") if self.looks_into_models and config.get(name)]:
@@ -223,8 +223,10 @@ class Study(ABC):
                     f"`n_evaluations` must be at most {run.steps // n_envs}, got {self.n_evaluations}: {n_envs} envs make "
                     f"`steps={run.steps}` in so many calls. Use fewer, more `steps`, or fewer envs (`n_envs`)"
                 )
+        if has_wrapper:
+            return
         with contextlib.closing(make_vec_env(self.eval_env, env_kwargs=self.all_eval_env_kwargs)) as env:
-            if not has_wrapper and not reports_goals(env):
+            if not reports_goals(env):
                 raise ValueError(
                     f"{self.eval_env} has no goals (`achieved_goal` and `desired_goal`), or reports neither `is_success` nor "
                     "`success` in the infos of each step: see the guide on own envs"

@@ -82,7 +82,7 @@ def read_episodes(
         episodes = ((e.observations, e.actions, e.rewards, bool(e.terminations[-1])) for e in found if len(e) > 0)
     for observations, actions, rewards, terminated in episodes:
         by_key = _with_goals(observations, observation_space, goal_indices)
-        yield Episode(by_key, _scaled(np.asarray(actions), action_space), np.asarray(rewards), terminated)
+        yield Episode(by_key, scale_actions(np.asarray(actions), action_space), np.asarray(rewards), terminated)
 
 
 def _read_ogbench(path: Path) -> Iterator[tuple[Any, ...]]:
@@ -118,8 +118,15 @@ def _with_goals(
     return {key: by_key[key] for key in observation_space}
 
 
-def _scaled(actions: np.ndarray, action_space: spaces.Space) -> np.ndarray:
-    """Actions as the replay buffer stores them."""
+def scale_actions(actions: np.ndarray, action_space: spaces.Space) -> np.ndarray:
+    """
+    Scale actions as the replay buffer stores them.
+
+    :param actions: Actions as the env takes them, shape ``(n_steps, ...)``
+    :param action_space: Action space of the env
+    :return: Actions in [-1, 1], or discrete ones, shape ``(n_steps, action_dim)``
+    :raises ValueError: if they are not those of the space
+    """
     n_steps = len(actions)
     if actions.shape[1:] != action_space.shape:
         raise ValueError(f"The env has {action_space}, but the actions of the data set have shape {actions.shape[1:]}")
