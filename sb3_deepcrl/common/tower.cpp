@@ -17,6 +17,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <climits>
 #include <cmath>
@@ -144,12 +145,20 @@ inline void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) {
 inline void wake_all(std::atomic<uint32_t>& value) { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX); }
 #endif
 
-// Threads that wait for work by looking for it a moment, then asleep: on busy cores those that only look (OpenMP's do so
-// for milliseconds) take the time away from those that are waited for.
-inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
-  for (int i = 0; i < 2000; ++i) {
+// Until when, in cycles, there is no more than one thread: one that is interrupted while others wait for it has neighbors on
+// its core, and together threads then take longer than one alone
+std::atomic<uint64_t> alone_until{0};
+
+// Threads that wait for work by looking for it, as to wake one takes as long as a small layer, and then asleep
+inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, bool in_job) {
+  // Longer than PyTorch takes between two calls of an update; longer than the system has to do by itself; about a second
+  constexpr uint64_t PATIENCE = 2'000'000, INTERRUPTION = 500'000, A_WHILE = 2'500'000'000;
+  const uint64_t start = __rdtsc();
+  for (uint64_t before = start, now = start; now - start < PATIENCE; before = now) {
     if (value.load(std::memory_order_acquire) != old) return;
     _mm_pause();
+    now = __rdtsc();
+    if (in_job && now - before > INTERRUPTION) alone_until.store(now + A_WHILE, std::memory_order_relaxed);
   }
   sleep_while(value, old);
 }
@@ -162,7 +171,7 @@ class Team {
   static void run(int64_t n_threads, Job job) {
     Team& team = shared();
     std::unique_lock<std::mutex> lock(team.in_use, std::try_to_lock);
-    if (n_threads > 1 && lock.owns_lock()) {
+    if (n_threads > 1 && lock.owns_lock() && __rdtsc() > alone_until.load(std::memory_order_relaxed)) {
       team.run_together(n_threads, [&](int64_t index) { job(index, team); });
     } else {
       Team alone;
@@ -181,7 +190,7 @@ class Team {
       phase.store(now + 1, std::memory_order_release);
       wake_all(phase);
     } else {
-      wait_for_change(phase, now);
+      wait_for_change(phase, now, true);
     }
   }
 
@@ -207,12 +216,12 @@ class Team {
     round.fetch_add(1, std::memory_order_release);
     wake_all(round);
     work(0);
-    while (const uint32_t still = n_working.load(std::memory_order_acquire)) wait_for_change(n_working, still);
+    while (const uint32_t still = n_working.load(std::memory_order_acquire)) wait_for_change(n_working, still, true);
   }
 
   void help(int64_t index, uint32_t seen) {
     for (;;) {
-      wait_for_change(round, seen);
+      wait_for_change(round, seen, false);
       ++seen;
       if (index < n_threads) work(index);
       if (n_working.fetch_sub(1, std::memory_order_acq_rel) == 1) wake_all(n_working);
@@ -229,7 +238,8 @@ class Team {
 // The part of `n` things that falls to a thread
 struct Share {
   int64_t first, last;
-  Share(int64_t n, int64_t index, const Team& team) : first(n * index / team.size()), last(n * (index + 1) / team.size()) {}
+  Share(int64_t n, int64_t index, int64_t n_shares) : first(n * index / n_shares), last(n * (index + 1) / n_shares) {}
+  Share(int64_t n, int64_t index, const Team& team) : Share(n, index, team.size()) {}
 };
 
 // Memory that is kept from one call to the next: new one would have to be mapped page by page
@@ -879,7 +889,8 @@ struct Tower {
   template <bool PARAMETERS>
   void backward(const float* const* douts, float* kept, float* dx, const Parameters<float>* gradients,
                 int64_t n_threads) const {
-    n_threads = useful_threads(n_threads);
+    // Sums over rows are those over so many parts of them, by however many threads: they would be rounded otherwise
+    const int64_t n_parts = useful_threads(n_threads);
     const int64_t padded_inputs = input_words * Type::TERMS, row_words = rows / Type::TERMS;
     // From one strip to the next; not a multiple of the size of a page, on which caches put all strips in few places
     const int64_t stride = row_words * LANES + LANES, head_stride = rows * LANES + LANES;
@@ -888,24 +899,25 @@ struct Tower {
     const int64_t recomputed = keep_products ? 0 : N_LAYERS * MAX_CHUNK * (words + 2);
     const int64_t chunk_scratch = MAX_CHUNK * (3 * width + 2 * words + std::max(padded_inputs, n_outputs)) + recomputed;
     const int64_t n_packed = (keep_products ? 1 : 2) * packed_size();
-    Workspace workspace(n_packed + n_outputs * (width + 1) + rows * width + n_threads * chunk_scratch + 16 * LANES +
-                        (PARAMETERS ? 4 * N_LAYERS * operand + 2 * n_threads * n_sums + width * (padded_inputs + n_outputs) : 0));
+    Workspace workspace(n_packed + n_outputs * (width + 1) + rows * width + n_parts * chunk_scratch + 16 * LANES +
+                        (PARAMETERS ? 4 * N_LAYERS * operand + 2 * n_parts * n_sums + width * (padded_inputs + n_outputs) : 0));
     float *packed = workspace.take(packed_size()), *packed_forward = workspace.take(n_packed - packed_size());
     float *heads = workspace.take(n_outputs * width), *dbiases = workspace.take(n_outputs);
-    float *d = workspace.take(rows * width), *scratches = workspace.take(n_threads * chunk_scratch);
+    float *d = workspace.take(rows * width), *scratches = workspace.take(n_parts * chunk_scratch);
     float *operands = nullptr, *all_sums = nullptr, *dstem = nullptr, *dheads = nullptr;
     if (PARAMETERS) {
       operands = workspace.take(4 * N_LAYERS * operand);
-      all_sums = workspace.take(2 * n_threads * n_sums);
+      all_sums = workspace.take(2 * n_parts * n_sums);
       dstem = workspace.take(width * padded_inputs);
       dheads = workspace.take(width * n_outputs);
     }
     join_heads(heads, dbiases);
-    Team::run(n_threads, [&](int64_t index, Team& team) {
+    Team::run(n_parts, [&](int64_t index, Team& team) {
       pack_for_backward(heads, packed, index, team);
       if (!keep_products) pack_for_forward(heads, packed_forward, index, team);
-      const Share share(rows / Type::ROWS, index, team);
-      const int64_t begin = share.first * Type::ROWS, end = share.last * Type::ROWS;
+      const Share parts(n_parts, index, team);
+      const auto first_row = [&](int64_t part) { return Share(rows / Type::ROWS, part, n_parts).first * Type::ROWS; };
+      const int64_t begin = first_row(parts.first), end = first_row(parts.last);
       team.barrier();
       float *dh = scratches + index * chunk_scratch, *dz = dh + MAX_CHUNK * width, *two_rows = dz + MAX_CHUNK * words;
       float* again = two_rows + 2 * MAX_CHUNK * width;
@@ -954,61 +966,63 @@ struct Tower {
         // Others may still read what belongs to the last block
         float* dz_strips = operands + (b & 1) * 2 * N_LAYERS * operand;
         float* h_strips = dz_strips + N_LAYERS * operand;
-        float* my_sums = all_sums + ((b & 1) * n_threads + index) * n_sums;
+        float* sums_of_parts = all_sums + (b & 1) * n_parts * n_sums;
         const int64_t n = b < 0 ? 1 : N_LAYERS;
         const float* scale = b < 0 ? nullptr : parameters->blocks[b].scale;
-        float inner = 0.0f;
-        if (PARAMETERS) std::fill_n(my_sums, n_sums, 0.0f);
-        for (int64_t first = begin; first < end; first += MAX_CHUNK) {
-          const int64_t count = std::min(MAX_CHUNK, end - first), position = first / Type::TERMS * LANES;
-          const float* input = b < 0 ? kept + first * input_words : block_input(kept, b) + first * words;
-          float *z = z_again, *statistics = statistics_again;
-          int64_t rows_of_layer = MAX_CHUNK;
-          if (keep_products || b < 0) {
-            z = z_of(kept, b < 0 ? 0 : 1 + b * N_LAYERS) + first * words;
-            statistics = statistics_of(kept, b < 0 ? 0 : 1 + b * N_LAYERS) + 2 * first;
-            rows_of_layer = rows;
-          } else {
-            branch(b, count, input, packed_forward, z, statistics, MAX_CHUNK, two_rows, [](int64_t, int64_t, const Vec*) {});
-          }
-          if (PARAMETERS)
-            for (int64_t m = 0; m < count; m += 2)
-              strips_of_rows<Type>(input + m * (b < 0 ? input_words : words), b < 0 ? input_words : words,
-                                   h_strips + position + m / Type::TERMS * LANES, stride);
-          for (int64_t l = n - 1; l >= 0; --l) {
-            const Layer<const float>& layer = b < 0 ? parameters->stem : parameters->blocks[b].layers[l];
-            const bool last = l == n - 1;
-            for (int64_t m = 0; m < count; m += 2) {
-              const int64_t at = position + m / Type::TERMS * LANES, row = l * rows_of_layer + m;
-              const float product_with_h = differentiate<Type, PARAMETERS>(
-                  z + row * words, statistics + 2 * row, layer, width, last && scale ? *scale : 1.0f,
-                  last ? d + (first + m) * width : dh + m * width, dz + m * words, dz_strips + l * operand + at,
-                  last ? nullptr : h_strips + (l + 1) * operand + at, stride, my_sums + l * 3 * width, two_rows);
-              if (last) inner += product_with_h;
+        for (int64_t part = parts.first; part < parts.last; ++part) {
+          float *my_sums = sums_of_parts + part * n_sums, inner = 0.0f;
+          if (PARAMETERS) std::fill_n(my_sums, n_sums, 0.0f);
+          for (int64_t first = first_row(part), end = first_row(part + 1); first < end; first += MAX_CHUNK) {
+            const int64_t count = std::min(MAX_CHUNK, end - first), position = first / Type::TERMS * LANES;
+            const float* input = b < 0 ? kept + first * input_words : block_input(kept, b) + first * words;
+            float *z = z_again, *statistics = statistics_again;
+            int64_t rows_of_layer = MAX_CHUNK;
+            if (keep_products || b < 0) {
+              z = z_of(kept, b < 0 ? 0 : 1 + b * N_LAYERS) + first * words;
+              statistics = statistics_of(kept, b < 0 ? 0 : 1 + b * N_LAYERS) + 2 * first;
+              rows_of_layer = rows;
+            } else {
+              branch(b, count, input, packed_forward, z, statistics, MAX_CHUNK, two_rows, [](int64_t, int64_t, const Vec*) {});
             }
-            if (PARAMETERS && Type::TILES)
-              for (int64_t k = 0; k < count / Type::TERMS; k += LANES)
-                for (int64_t strip = 0; strip < width / LANES; ++strip) {
-                  float* square = dz_strips + l * operand + strip * stride + position + k * LANES;
-                  transpose(square, LANES, square);
-                }
-            // The gradient of the input
-            if (l > 0)
-              Type::template product<false>(count, width, words, dz, words, packed + packed_offset(b, l), words * LANES,
-                                            nullptr, 0, dh, width);
-            else if (b >= 0)
-              Type::template product<false>(count, width, words, dz, words, packed + packed_offset(b, l), words * LANES,
-                                            scale ? d + first * width : nullptr, width, d + first * width, width);
-            else if (dx) {
-              Type::template product<false>(count, padded_inputs, words, dz, words, packed, words * LANES, nullptr, 0, again,
-                                            padded_inputs);
-              for (int64_t m = 0; m < std::min(count, n_rows - first); ++m)
-                std::copy_n(again + m * padded_inputs, shape.n_inputs, dx + (first + m) * shape.n_inputs);
+            if (PARAMETERS)
+              for (int64_t m = 0; m < count; m += 2)
+                strips_of_rows<Type>(input + m * (b < 0 ? input_words : words), b < 0 ? input_words : words,
+                                     h_strips + position + m / Type::TERMS * LANES, stride);
+            for (int64_t l = n - 1; l >= 0; --l) {
+              const Layer<const float>& layer = b < 0 ? parameters->stem : parameters->blocks[b].layers[l];
+              const bool last = l == n - 1;
+              for (int64_t m = 0; m < count; m += 2) {
+                const int64_t at = position + m / Type::TERMS * LANES, row = l * rows_of_layer + m;
+                const float product_with_h = differentiate<Type, PARAMETERS>(
+                    z + row * words, statistics + 2 * row, layer, width, last && scale ? *scale : 1.0f,
+                    last ? d + (first + m) * width : dh + m * width, dz + m * words, dz_strips + l * operand + at,
+                    last ? nullptr : h_strips + (l + 1) * operand + at, stride, my_sums + l * 3 * width, two_rows);
+                if (last) inner += product_with_h;
+              }
+              if (PARAMETERS && Type::TILES)
+                for (int64_t k = 0; k < count / Type::TERMS; k += LANES)
+                  for (int64_t strip = 0; strip < width / LANES; ++strip) {
+                    float* square = dz_strips + l * operand + strip * stride + position + k * LANES;
+                    transpose(square, LANES, square);
+                  }
+              // The gradient of the input
+              if (l > 0)
+                Type::template product<false>(count, width, words, dz, words, packed + packed_offset(b, l), words * LANES,
+                                              nullptr, 0, dh, width);
+              else if (b >= 0)
+                Type::template product<false>(count, width, words, dz, words, packed + packed_offset(b, l), words * LANES,
+                                              scale ? d + first * width : nullptr, width, d + first * width, width);
+              else if (dx) {
+                Type::template product<false>(count, padded_inputs, words, dz, words, packed, words * LANES, nullptr, 0, again,
+                                              padded_inputs);
+                for (int64_t m = 0; m < std::min(count, n_rows - first); ++m)
+                  std::copy_n(again + m * padded_inputs, shape.n_inputs, dx + (first + m) * shape.n_inputs);
+              }
             }
           }
+          if (PARAMETERS) my_sums[N_LAYERS * 3 * width] = inner;
         }
         if (!PARAMETERS) continue;
-        my_sums[N_LAYERS * 3 * width] = inner;
         team.barrier();
         const Layer<float>* layers = b < 0 ? &gradients->stem : gradients->blocks[b].layers;
         const int64_t n_columns = b < 0 ? padded_inputs : width, n_steps = round_up(n_columns, 2 * LANES) / (2 * LANES);
@@ -1019,11 +1033,10 @@ struct Tower {
           Type::template product<true>(width, std::min(2 * LANES, n_columns - j), row_words, dz_strips + l * operand, stride,
                                        h_strips + l * operand + j / LANES * stride, stride, nullptr, 0, to + j, n_columns);
         }
-        const float* sums = all_sums + (b & 1) * n_threads * n_sums;
         const auto total = [&](int64_t i) {
-          float all_threads = 0.0f;
-          for (int64_t thread = 0; thread < team.size(); ++thread) all_threads += sums[thread * n_sums + i];
-          return all_threads;
+          float all_parts = 0.0f;
+          for (int64_t part = 0; part < n_parts; ++part) all_parts += sums_of_parts[part * n_sums + i];
+          return all_parts;
         };
         const Share columns(n * 3 * width, index, team);
         for (int64_t i = columns.first; i < columns.last; ++i) {
@@ -1064,14 +1077,16 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
   const int64_t rows = round_up(n, CHUNK), width = round_up(dim, LANES);
   // From one row or strip to the next: not a multiple of the size of a page, for which caches have few places
   const int64_t pitch = rows + LANES, stride = pitch * LANES;
-  Workspace workspace(4 * rows * width + rows / LANES * stride + 4 * rows + width + n_threads * (CHUNK * (pitch + std::max(pitch, width)) + LANES) +
+  Workspace workspace(4 * rows * width + rows / LANES * stride + 4 * rows + width + n_threads * CHUNK * (pitch + std::max(pitch, width)) +
                       16 * LANES);
   float *x = workspace.take(rows * width), *y = workspace.take(rows * width), *center = workspace.take(width);
   float *y_transposed = workspace.take(rows * width), *xy_strips = workspace.take(rows * width);
   float *w_strips = workspace.take(rows / LANES * stride), *y_squares = workspace.take(rows), *valid = workspace.take(rows);
   float *positive_w = workspace.take(rows), *row_w = workspace.take(rows);
   const int64_t scratch_size = CHUNK * (pitch + std::max(pitch, width));
-  float *scratches = workspace.take(n_threads * scratch_size), *partial = workspace.take(n_threads * LANES);
+  float* scratches = workspace.take(n_threads * scratch_size);
+  // Of each thread, in double, which no number of threads rounds otherwise
+  std::vector<std::array<double, N_METRICS>> partial(n_threads);
   // Distances do not depend on the origin, but their digits do
   std::fill_n(center, width, 0.0f);
   for (int64_t i = 0; i < n; ++i)
@@ -1099,8 +1114,7 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
     team.barrier();
 
     float *distances = scratches + index * scratch_size, *exponentials = distances + CHUNK * pitch;
-    float* mine = partial + index * LANES;
-    double sums[N_METRICS] = {};
+    std::array<double, N_METRICS> sums = {};
     for (int64_t first = begin; first < end; first += CHUNK) {
       Float32::product<false>(CHUNK, rows, width, x + first * width, width, y_transposed, width * LANES, nullptr, 0, distances,
                               pitch);
@@ -1166,12 +1180,11 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
           dx[i * dim + k] = exponentials[(i - first) * width + k] - row_w[i] * from_x - positive_w[i] * difference;
         }
     }
-    for (int k = 0; k < N_METRICS; ++k) mine[k] = sums[k];
+    partial[index] = sums;
     team.barrier();
     if (index == 0) {
-      for (int k = 0; k < N_METRICS; ++k) sums[k] = 0.0;
-      for (int64_t thread = 0; thread < team.size(); ++thread)
-        for (int k = 0; k < N_METRICS; ++k) sums[k] += partial[thread * LANES + k];
+      for (int64_t thread = 1; thread < team.size(); ++thread)
+        for (int k = 0; k < N_METRICS; ++k) sums[k] += partial[thread][k];
       sums[TOTAL] = (sums[TOTAL] - sums[POSITIVE]) / (n - 1);
       for (int k = 0; k < N_METRICS; ++k) metrics[k] = sums[k] / n;
     }
