@@ -145,20 +145,31 @@ inline void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) {
 inline void wake_all(std::atomic<uint32_t>& value) { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX); }
 #endif
 
-// Until when, in cycles, there is no more than one thread: one that is interrupted while others wait for it has neighbors on
-// its core, and together threads then take longer than one alone
+// Until when, in cycles, there is no more than one thread: where those that are waited for share their cores with others, they
+// take longer together than one alone
 std::atomic<uint64_t> alone_until{0};
+
+// A thread that looks for work and is interrupted again and again has neighbors on its core. The system by itself does so at
+// times.
+inline void interrupted(uint64_t now) {
+  // About 20 milliseconds and a second
+  constexpr uint64_t SHORTLY = 50'000'000, A_WHILE = 2'500'000'000;
+  static std::atomic<uint64_t> last{0};
+  static std::atomic<int> n_times{0};
+  if (now - last.exchange(now, std::memory_order_relaxed) > SHORTLY) n_times = 0;
+  if (++n_times >= 3) alone_until.store(now + A_WHILE, std::memory_order_relaxed);
+}
 
 // Threads that wait for work by looking for it, as to wake one takes as long as a small layer, and then asleep
 inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, bool in_job) {
-  // Longer than PyTorch takes between two calls of an update; longer than the system has to do by itself; about a second
-  constexpr uint64_t PATIENCE = 2'000'000, INTERRUPTION = 500'000, A_WHILE = 2'500'000'000;
+  // Longer than PyTorch takes between two calls of an update; longer than a core is away for interrupts
+  constexpr uint64_t PATIENCE = 2'000'000, INTERRUPTION = 500'000;
   const uint64_t start = __rdtsc();
   for (uint64_t before = start, now = start; now - start < PATIENCE; before = now) {
     if (value.load(std::memory_order_acquire) != old) return;
     _mm_pause();
     now = __rdtsc();
-    if (in_job && now - before > INTERRUPTION) alone_until.store(now + A_WHILE, std::memory_order_relaxed);
+    if (in_job && now - before > INTERRUPTION) interrupted(now);
   }
   sleep_while(value, old);
 }
