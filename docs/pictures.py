@@ -23,8 +23,10 @@ from sb3_deepcrl.zoo.runs import RunFolder
 DOCS = Path(__file__).resolve().parent
 STATIC = DOCS / "_static"
 SIZE = 300
-# Of a GIF: frames, seconds of the simulation from one to the next, and milliseconds that each is shown
-N_FRAMES, SECONDS, SHOWN = 160, 0.1, 50
+# Of a GIF: frames, and milliseconds that each is shown
+N_FRAMES, SHOWN = 160, 50
+# Seconds of the simulation from one frame to the next; an ant has far to go
+SECONDS, SECONDS_OF_ANTS = 0.1, 1.0
 # Frames over which the way of a robot in a maze is drawn behind it
 TRAIL = 12
 # After how many env steps at the goal, or frames without reaching it, the next episode begins
@@ -32,8 +34,8 @@ STEPS_AT_GOAL, MAX_FRAMES = 8, 50
 # Reports that show learning curves
 CURVES = ("depth_Point*", "baselines_*", "departures", "learning", "precision")
 # Rows of the grid
-GRID = (("PointBigMaze-v0", "PointU4Maze-v0", "FetchReach-v4"),)
-ROBOTS = {"point": "PointBigMaze-v0", "fetch": "FetchReach-v4"}
+GRID = (("PointBigMaze-v0", "PointU4Maze-v0"), ("AntHardestMaze-v0", "FetchReach-v4"))
+ROBOTS = {"point": "PointBigMaze-v0", "ant": "AntHardestMaze-v0", "fetch": "FetchReach-v4"}
 
 
 def has_maze(env_id: str) -> bool:
@@ -61,7 +63,9 @@ def frames(env_id: str) -> Iterator[np.ndarray]:
     """Yield pictures of the trained agent without an end, each of shape (SIZE, SIZE, 3)."""
     model = RunFolder.pretrained("deepcrl", env_id).load_model()
     env = make_env(env_id)
-    steps_of_frame = round(SECONDS / getattr(env.unwrapped, "task", env.unwrapped).dt)
+    steps_of_frame = round(
+        (SECONDS_OF_ANTS if env_id.startswith("Ant") else SECONDS) / getattr(env.unwrapped, "task", env.unwrapped).dt
+    )
     observation, _ = env.reset(seed=0)
     trail: deque[np.ndarray] = deque(maxlen=TRAIL)
     n_steps = n_at_goal = 0

@@ -22,6 +22,7 @@ from sb3_deepcrl.common.tower_kernel import (
     TowerKernel,
     _check_memory,
     apply_heads,
+    fused_info_nce,
     has_kernel,
     load_kernel,
     threads_of_kernel,
@@ -479,12 +480,25 @@ def test_several_passes_before_their_backward_passes():
 def test_several_python_threads_which_compute_alone_what_they_would_together(n_threads):
     n_threads(2)
     tower = on_kernel(make_tower(depth=16, width=128))
-    x, upper = th.randn(512, 5), th.randn(512, 3)
-    expected = gradients(tower, x, upper)
+    x, upper, representations, numbers = (th.randn(shape) for shape in ((512, 5), (512, 3), (2, 512, 64), (4, 400_000)))
+
+    def compute():
+        values, *others = numbers.clone().abs()
+        norm = load_kernel().adam(
+            *[flat.data_ptr() for flat in (values, *others)], len(values), 1e-3, 0.9, 0.999, 1.0, 1e-8, 0.0, 0.0, 2
+        )
+        return [
+            *gradients(tower, x, upper),
+            *fused_info_nce(*representations, 0.1, True),
+            values,
+            th.tensor(norm, dtype=th.float64),
+        ]
+
+    expected = compute()
     outcomes = []
 
     def run():
-        outcomes.extend(all(map(th.equal, gradients(tower, x, upper), expected)) for _ in range(20))
+        outcomes.extend(all(map(th.equal, compute(), expected)) for _ in range(20))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:

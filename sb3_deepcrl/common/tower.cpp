@@ -145,44 +145,54 @@ inline void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) {
 inline void wake_all(std::atomic<uint32_t>& value) { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX); }
 #endif
 
-// Until when, in cycles, there is no more than one thread: where those that are waited for share their cores with others, they
-// take longer together than one alone
-std::atomic<uint64_t> alone_until{0};
+// A team waits for its slowest thread: on cores shared with others it takes longer than fewer threads would. How many are then
+// enough, and since when, in cycles.
+std::atomic<int64_t> enough_threads{INT64_MAX};
+std::atomic<uint64_t> crowded_since{0};
 
-// A thread that looks for work and is interrupted again and again has neighbors on its core. The system by itself does so at
-// times.
-inline void interrupted(uint64_t now) {
-  // About 20 milliseconds and a second
-  constexpr uint64_t SHORTLY = 50'000'000, A_WHILE = 2'500'000'000;
-  static std::atomic<uint64_t> last{0};
-  static std::atomic<int> n_times{0};
-  if (now - last.exchange(now, std::memory_order_relaxed) > SHORTLY) n_times = 0;
-  if (++n_times >= 3) alone_until.store(now + A_WHILE, std::memory_order_relaxed);
+inline int64_t threads_at_hand(int64_t n) {
+  constexpr uint64_t A_WHILE = 2'500'000'000;  // a second
+  const bool crowded = __rdtsc() - crowded_since.load(std::memory_order_relaxed) < A_WHILE;
+  return crowded ? std::min(n, enough_threads.load(std::memory_order_relaxed)) : n;
 }
 
-// Threads that wait for work by looking for it, as to wake one takes as long as a small layer, and then asleep
-inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, bool in_job) {
-  // Longer than PyTorch takes between two calls of an update; longer than a core is away for interrupts
+// A thread that waits for its team and is interrupted again and again has neighbors on its core; once or twice, it is the system
+inline void interrupted(uint64_t from, uint64_t to, int64_t team_size) {
+  constexpr uint64_t SHORTLY = 50'000'000;  // 20 milliseconds
+  static thread_local uint64_t last = 0;
+  static thread_local int n_times = 0;
+  n_times = from - last < SHORTLY ? n_times + 1 : 1;
+  last = to;
+  if (n_times < 3) return;
+  enough_threads.store(std::max<int64_t>(1, team_size / 2), std::memory_order_relaxed);
+  crowded_since.store(to, std::memory_order_relaxed);
+}
+
+// Waits awake at first, as a wake-up takes as long as a small layer, and then asleep. Interruptions matter where a team waits;
+// else its size is 0.
+inline void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, int64_t team_size) {
+  // 0.8 milliseconds, longer than PyTorch takes between two calls of an update; 0.2, longer than the system is busy by itself
   constexpr uint64_t PATIENCE = 2'000'000, INTERRUPTION = 500'000;
   const uint64_t start = __rdtsc();
   for (uint64_t before = start, now = start; now - start < PATIENCE; before = now) {
     if (value.load(std::memory_order_acquire) != old) return;
     _mm_pause();
     now = __rdtsc();
-    if (in_job && now - before > INTERRUPTION) interrupted(now);
+    if (team_size && now - before > INTERRUPTION) interrupted(before, now, team_size);
   }
   sleep_while(value, old);
 }
 
 class Team {
  public:
-  // Calls job(index, team) on so many threads, of which this is one. Where the others are busy for somebody else, this one
-  // does all of it.
+  // Calls job(index, team) on so many threads, of which this is one. Where the others are busy for somebody else, or share their
+  // cores, fewer do all of it.
   template <class Job>
   static void run(int64_t n_threads, Job job) {
     Team& team = shared();
-    std::unique_lock<std::mutex> lock(team.in_use, std::try_to_lock);
-    if (n_threads > 1 && lock.owns_lock() && __rdtsc() > alone_until.load(std::memory_order_relaxed)) {
+    std::unique_lock<std::mutex> lock(team.in_use, std::defer_lock);
+    n_threads = threads_at_hand(n_threads);
+    if (n_threads > 1 && lock.try_lock()) {
       team.run_together(n_threads, [&](int64_t index) { job(index, team); });
     } else {
       Team alone;
@@ -198,10 +208,11 @@ class Team {
     const uint32_t now = phase.load(std::memory_order_relaxed);
     if (n_arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads) {
       n_arrived.store(0, std::memory_order_relaxed);
-      phase.store(now + 1, std::memory_order_release);
+      // Not only released: whether somebody sleeps must not be looked up before
+      phase.store(now + 1);
       wake_all(phase);
     } else {
-      wait_for_change(phase, now, true);
+      wait_for_change(phase, now, n_threads);
     }
   }
 
@@ -227,12 +238,12 @@ class Team {
     round.fetch_add(1, std::memory_order_release);
     wake_all(round);
     work(0);
-    while (const uint32_t still = n_working.load(std::memory_order_acquire)) wait_for_change(n_working, still, true);
+    while (const uint32_t still = n_working.load(std::memory_order_acquire)) wait_for_change(n_working, still, n_threads);
   }
 
   void help(int64_t index, uint32_t seen) {
     for (;;) {
-      wait_for_change(round, seen, false);
+      wait_for_change(round, seen, 0);
       ++seen;
       if (index < n_threads) work(index);
       if (n_working.fetch_sub(1, std::memory_order_acq_rel) == 1) wake_all(n_working);
@@ -896,11 +907,11 @@ struct Tower {
       }
   }
 
-  // Without gradients of the parameters (`gradients` is null) threads never meet
+  // Without gradients of the parameters (`gradients` is null) threads meet only once
   template <bool PARAMETERS>
   void backward(const float* const* douts, float* kept, float* dx, const Parameters<float>* gradients,
                 int64_t n_threads) const {
-    // Sums over rows are those over so many parts of them, by however many threads: they would be rounded otherwise
+    // Sums over rows are sums of so many partial ones, however many threads there are: they are always rounded the same way
     const int64_t n_parts = useful_threads(n_threads);
     const int64_t padded_inputs = input_words * Type::TERMS, row_words = rows / Type::TERMS;
     // From one strip to the next; not a multiple of the size of a page, on which caches put all strips in few places
@@ -1096,8 +1107,8 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
   float *positive_w = workspace.take(rows), *row_w = workspace.take(rows);
   const int64_t scratch_size = CHUNK * (pitch + std::max(pitch, width));
   float* scratches = workspace.take(n_threads * scratch_size);
-  // Of each thread, in double, which no number of threads rounds otherwise
-  std::vector<std::array<double, N_METRICS>> partial(n_threads);
+  // Of each chunk, so that they are always rounded the same way
+  std::vector<std::array<double, N_METRICS>> partial(rows / CHUNK);
   // Distances do not depend on the origin, but their digits do
   std::fill_n(center, width, 0.0f);
   for (int64_t i = 0; i < n; ++i)
@@ -1125,8 +1136,8 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
     team.barrier();
 
     float *distances = scratches + index * scratch_size, *exponentials = distances + CHUNK * pitch;
-    std::array<double, N_METRICS> sums = {};
     for (int64_t first = begin; first < end; first += CHUNK) {
+      std::array<double, N_METRICS>& sums = partial[first / CHUNK];
       Float32::product<false>(CHUNK, rows, width, x + first * width, width, y_transposed, width * LANES, nullptr, 0, distances,
                               pitch);
       for (int64_t i = first; i < first + CHUNK; ++i) {
@@ -1191,11 +1202,11 @@ void contrast(const float* x_all, const float* y_all, int64_t n, int64_t dim, fl
           dx[i * dim + k] = exponentials[(i - first) * width + k] - row_w[i] * from_x - positive_w[i] * difference;
         }
     }
-    partial[index] = sums;
     team.barrier();
     if (index == 0) {
-      for (int64_t thread = 1; thread < team.size(); ++thread)
-        for (int k = 0; k < N_METRICS; ++k) sums[k] += partial[thread][k];
+      std::array<double, N_METRICS> sums = {};
+      for (const auto& of_chunk : partial)
+        for (int k = 0; k < N_METRICS; ++k) sums[k] += of_chunk[k];
       sums[TOTAL] = (sums[TOTAL] - sums[POSITIVE]) / (n - 1);
       for (int k = 0; k < N_METRICS; ++k) metrics[k] = sums[k] / n;
     }
@@ -1255,28 +1266,31 @@ void squash(const float* mean, const float* log_std, const float* noise, int64_t
 // Gives the norm of the gradients, which it reads anyway
 double step_of_adam(float* values, const float* gradients, float* exp_avg, float* exp_avg_sq, int64_t n, double step_size,
                     double beta1, double beta2, double correction, double eps, double l2, double decay, int64_t n_threads) {
-  // Less than that is done before another thread is awake
-  n_threads = std::max<int64_t>(1, std::min(n_threads, n / 100'000));
-  std::vector<double> squares(n_threads);
-  Team::run(n_threads, [&](int64_t index, Team& team) {
-    const Share share(n / LANES, index, team);
-    Vec total = all(0);
-    for (int64_t i = share.first * LANES; i < share.last * LANES; i += LANES) {
-      const Vec value = load(values + i), raw = load(gradients + i), gradient = fmadd(all(l2), value, raw);
-      total = fmadd(raw, raw, total);
-      if (i % (256 * LANES) == 0) {
-        // Sums of many numbers lose digits
-        squares[index] += sum(total);
-        total = all(0);
+  // Less than that is done before another thread is awake. Parts are rounded the same way, however many threads there are.
+  const int64_t n_parts = std::max<int64_t>(1, std::min(n_threads, n / 100'000));
+  std::vector<double> squares(n_parts);
+  Team::run(n_parts, [&](int64_t index, Team& team) {
+    const Share parts(n_parts, index, team);
+    for (int64_t part = parts.first; part < parts.last; ++part) {
+      const Share share(n / LANES, part, n_parts);
+      Vec total = all(0);
+      for (int64_t i = share.first * LANES; i < share.last * LANES; i += LANES) {
+        const Vec value = load(values + i), raw = load(gradients + i), gradient = fmadd(all(l2), value, raw);
+        total = fmadd(raw, raw, total);
+        if (i % (256 * LANES) == 0) {
+          // Sums of many numbers lose digits
+          squares[part] += sum(total);
+          total = all(0);
+        }
+        const Vec mean = fmadd(all(1.0 - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
+        const Vec square = fmadd(all(1.0 - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
+        store(exp_avg + i, mean);
+        store(exp_avg_sq + i, square);
+        const Vec step = all(step_size) * mean / fmadd(sqrt(square), all(correction), all(eps));
+        store(values + i, fnmadd(all(decay), value, value) - step);
       }
-      const Vec mean = fmadd(all(1.0 - beta1), gradient - load(exp_avg + i), load(exp_avg + i));
-      const Vec square = fmadd(all(1.0 - beta2) * gradient, gradient, all(beta2) * load(exp_avg_sq + i));
-      store(exp_avg + i, mean);
-      store(exp_avg_sq + i, square);
-      const Vec step = all(step_size) * mean / fmadd(sqrt(square), all(correction), all(eps));
-      store(values + i, fnmadd(all(decay), value, value) - step);
+      squares[part] += sum(total);
     }
-    squares[index] += sum(total);
   });
   return std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0));
 }
