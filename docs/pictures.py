@@ -34,7 +34,7 @@ STEPS_AT_GOAL, MAX_FRAMES = 8, 50
 # Reports that show learning curves
 CURVES = ("depth_Point*", "baselines_*", "departures", "learning", "precision")
 # Rows of the grid
-GRID = (("PointBigMaze-v0", "PointU4Maze-v0"), ("AntHardestMaze-v0", "FetchReach-v4"))
+GRID = (("PointBigMaze-v0", "PointU4Maze-v0", "FetchReach-v4"),)
 ROBOTS = {"point": "PointBigMaze-v0", "ant": "AntHardestMaze-v0", "fetch": "FetchReach-v4"}
 
 

@@ -662,7 +662,9 @@ def test_agents_that_come_with_the_package(tmp_path, capsys, monkeypatch):
     command("value_map", *args)
     assert [path.name for path in tmp_path.iterdir()] == ["value.png"]
     assert {path: path.stat().st_mtime_ns for path in AGENTS.rglob("*")} == before
-    message = "no deepcrl agent for PointU5Maze-v0 comes with this package, only deepcrl's for FetchReach-v4, PointBigMaze-v0"
+    message = (
+        "no deepcrl agent for PointU5Maze-v0 comes with this package, only deepcrl's for AntHardestMaze-v0, FetchReach-v4"
+    )
     with pytest.raises(SystemExit, match=f"^sb3-deepcrl enjoy: error: {message}"):
         command("enjoy", "--env", "PointU5Maze-v0", "--pretrained")
     with pytest.raises(SystemExit):
